@@ -1,0 +1,152 @@
+"""The command ``rlhf``: one subcommand per stage, each with --config, overrides, --help and --print_config."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from rlhf.config import ConfigError, EvaluateConfig, GenerateConfig, PPOConfig, RewardConfig, SFTConfig
+from rlhf.demo.config import DemoConfig
+
+DESCRIPTION = """The InstructGPT recipe: supervised fine-tuning, a reward model, PPO and PPO-ptx.
+
+  rlhf sft      demonstrations           -> the SFT model            (step 1 of the paper)
+  rlhf reward   ranked completions       -> the reward model         (step 2)
+  rlhf ppo      prompts, reward model    -> the policy               (step 3; --gamma_ptx 27.8 for PPO-ptx)
+"""
+
+STAGES = {
+    "sft": (SFTConfig, "step 1: supervised fine-tuning on demonstrations"),
+    "reward": (RewardConfig, "step 2: a reward model from ranked completions"),
+    "ppo": (PPOConfig, "step 3: PPO against the reward model; PPO-ptx with --gamma_ptx"),
+    "evaluate": (EvaluateConfig, "win rate, reward, KL and alignment tax of a model against a baseline"),
+    "generate": (GenerateConfig, "sample completions, for reading or for ranking"),
+    "demo": (DemoConfig, "the whole experiment in miniature, on two CPU cores"),
+}
+RESUMABLE = {"sft", "reward", "ppo", "demo"}
+
+
+class Parser(ArgumentParser):
+    """Errors of one line, with the nearest known name for one that is not known."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        """Ends the program with status 2."""
+        raise SystemExit(f"{self.prog}: error: {one_line(message, known_names(self))}") from ex
+
+
+def known_names(parser: ArgumentParser) -> list[str]:
+    """Every setting of a parser, as it is written in an override."""
+    return [action.dest for action in parser._actions if action.dest not in ("help", "print_config", "config")]
+
+
+def one_line(message: str, known: Sequence[str]) -> str:
+    """jsonargparse's message without its second paragraph, and with a suggestion."""
+    text = " ".join(line.strip() for line in message.strip().splitlines())
+    unknown = re.search(r"[Kk]ey '([\w.]+)' (?:is )?not expected|[Oo]ption '([\w.]+)' is not accepted|[Uu]nrecognized arguments: --([\w.]+)", text)
+    if unknown:
+        name = next(group for group in unknown.groups() if group)
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        text = f"{name}: no such setting" + (f"; did you mean {nearest[0]}?" if nearest else "")
+    return text
+
+
+def make_parser() -> Parser:
+    """The parser of all subcommands."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = Parser(prog="rlhf", description=DESCRIPTION, formatter_class=_formatter())
+    subcommands = parser.add_subcommands(required=True, metavar="COMMAND", help="rlhf COMMAND --help explains each")
+    for name, (config, summary) in STAGES.items():
+        sub = Parser(prog=f"rlhf {name}", description=(config.__doc__ or "").strip())
+        sub.add_argument("--config", action="config", help="a YAML file of settings, or the name of a shipped recipe")
+        sub.add_class_arguments(config)
+        if name in RESUMABLE:
+            sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
+        subcommands.add_subcommand(name, sub, help=summary)
+    return parser
+
+
+def _formatter() -> Any:
+    from jsonargparse import DefaultHelpFormatter
+
+    class Formatter(DefaultHelpFormatter):
+        """Keeps the description's lines."""
+
+        def _fill_text(self, text: str, width: int, indent: str) -> str:
+            return "\n".join(indent + line for line in text.splitlines())
+
+    return Formatter
+
+
+def recipe(name: str) -> str:
+    """The path of a shipped recipe, when no file has that name."""
+    shipped = resources.files("rlhf") / "recipes" / f"{name}.yaml"
+    return name if Path(name).exists() or not shipped.is_file() else str(shipped)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point. Returns 0, 2 for bad input or settings, 1 for a run that could not go on, 130 when interrupted."""
+    argv = list(sys.argv[1:] if arguments is None else arguments)
+    for i, word in enumerate(argv):
+        if word == "--config" and i + 1 < len(argv):
+            argv[i + 1] = recipe(argv[i + 1])
+        elif word.startswith("--config="):
+            argv[i] = "--config=" + recipe(word.removeprefix("--config="))
+    parser = make_parser()
+    parsed = parser.parse_args(argv)
+    stage = parsed.subcommand
+    settings = parser.instantiate_classes(parsed)[stage].as_dict()
+    resume = settings.pop("resume", False)
+    settings.pop("config", None)
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
+    return run(stage, settings, resume)
+
+
+def run(stage: str, settings: dict[str, Any], resume: bool) -> int:
+    """Runs one stage, and turns the errors a user can mend into one line each."""
+    try:
+        config = STAGES[stage][0](**settings)
+        # Imported here, so that --help and bad settings do not wait for torch and transformers.
+        import transformers
+
+        from rlhf import data, models, training
+
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+    except ConfigError as error:
+        print(f"rlhf {stage}: error: {error}", file=sys.stderr)
+        return 2
+    try:
+        if stage in ("sft", "reward", "ppo"):
+            module = __import__(f"rlhf.{stage}", fromlist=["train"])
+            module.train(config, resume=resume)
+        elif stage == "demo":
+            from rlhf.demo import experiment
+
+            experiment.run(config, resume=resume)
+        else:
+            from rlhf import evaluate
+
+            getattr(evaluate, stage)(config)
+    except (ConfigError, data.DataError, models.ModelError) as error:
+        print(f"rlhf {stage}: error: {error}", file=sys.stderr)
+        return 2
+    except training.RunError as error:
+        print(f"rlhf {stage}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        hint = "; go on with --resume" if stage in RESUMABLE else ""
+        print(f"\nrlhf {stage}: interrupted{hint}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

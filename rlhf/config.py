@@ -1,0 +1,330 @@
+"""Every setting of every stage, with the paper's value as its default.
+
+Section numbers are those of Ouyang et al. 2022 (arXiv 2203.02155). ``docs/recipe.md`` lists all of them with the
+paper's words; ``rlhf/recipes`` holds them per model size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+
+class ConfigError(ValueError):
+    """A setting out of range; the message names it."""
+
+
+def check(condition: bool, name: str, value: Any, fits: str) -> None:
+    """Raises unless ``condition`` holds."""
+    if not condition:
+        raise ConfigError(f"{name}: is {value!r}, must be {fits}")
+
+
+@dataclass
+class Adam:
+    """The optimizer. The paper (appendix C) gives the betas and, per stage, the learning rate."""
+
+    learning_rate: float
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the gradient's running mean (C)."""
+    beta2: float = 0.95
+    """Decay of the gradient's running square (C)."""
+    eps: float = 1e-8
+    """Added to the denominator. Not in the paper."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm. Not in the paper's appendix on fine-tuning; GPT-3's value."""
+
+    def __post_init__(self) -> None:
+        check(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        check(0 <= self.beta1 < 1, "beta1", self.beta1, "in [0, 1)")
+        check(0 <= self.beta2 < 1, "beta2", self.beta2, "in [0, 1)")
+        check(self.eps > 0, "eps", self.eps, "above 0")
+        check(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "above 0")
+
+
+@dataclass
+class RunConfig:
+    """What every training stage shares."""
+
+    output_dir: str
+    """The run's directory: config, metrics, checkpoints, the trained model and a report."""
+    seed: int = 0
+    """Seeds data order, dropout and sampling."""
+    checkpoint_every: int = 100
+    """Steps (PPO: iterations) between checkpoints. A killed run resumes from the last one with --resume."""
+    tokens_per_forward: int = 16384
+    """Tokens in one forward pass: bounds memory. Larger batches accumulate gradients, with the same result."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Precision of activations; weights stay in float32 (the paper, C: fp16 with fp32 master copies)."""
+    attention: str = "sdpa"
+    """Attention implementation of transformers: sdpa, or flash_attention_2 where flash-attn is installed."""
+    device: str | None = None
+    """cpu, cuda, ...; by default the best there is."""
+
+    def __post_init__(self) -> None:
+        check(self.checkpoint_every > 0, "checkpoint_every", self.checkpoint_every, "at least 1")
+        check(self.tokens_per_forward > 0, "tokens_per_forward", self.tokens_per_forward, "at least 1")
+
+
+@dataclass
+class LengthConfig:
+    """Limits on tokens (C): prompts over 1k are dropped, answers capped at 1k."""
+
+    max_prompt_tokens: int = 1024
+    """Longer prompts are dropped, with a count."""
+    max_response_tokens: int = 1024
+    """Longer answers are cut."""
+
+    def __post_init__(self) -> None:
+        check(self.max_prompt_tokens > 0, "max_prompt_tokens", self.max_prompt_tokens, "at least 1")
+        check(self.max_response_tokens > 0, "max_response_tokens", self.max_response_tokens, "at least 1")
+
+
+@dataclass
+class SFTConfig(RunConfig):
+    """Supervised fine-tuning on demonstrations (section 3.5, appendix C.1)."""
+
+    model: str = ""
+    """The pretrained causal LM to start from: a directory or a hub name."""
+    data: list[str] = field(default_factory=list)
+    """Demonstrations: JSONL, Parquet or hub data sets with {"prompt", "completion"} or {"messages"}."""
+    held_out_fraction: float = 0.0
+    """Share of the demonstrations kept for the validation loss."""
+    epochs: int = 16
+    """Passes over the demonstrations (C.1: 16; C.3: 2 for the model that PPO starts from)."""
+    batch_size: int = 32
+    """Demonstrations per step (C.1: 32; 8 for 175B)."""
+    residual_dropout: float = 0.2
+    """Dropout on the output of every block (C.1)."""
+    adam: Adam = field(default_factory=lambda: Adam(learning_rate=9.65e-6))
+    """The optimizer (C.1: learning rate 9.65e-6 for 1.3B and 6B, 5.03e-6 for 175B); cosine decay to 10 %."""
+    lengths: LengthConfig = field(default_factory=LengthConfig)
+    """Limits on tokens."""
+    pretraining_data: list[str] = field(default_factory=list)
+    """Pretraining text to mix in: {"text"} records or plain text files."""
+    pretraining_fraction: float = 0.0
+    """Share of each batch that is pretraining text (C.3: 0.1 for the model that PPO starts from)."""
+    pretraining_tokens: int = 1024
+    """Length of the chunks that pretraining text is cut into."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(bool(self.model), "model", self.model, "a directory or a hub name")
+        check(bool(self.data), "data", self.data, "at least one file or data set")
+        check(0 <= self.held_out_fraction < 1, "held_out_fraction", self.held_out_fraction, "in [0, 1)")
+        check(self.epochs > 0, "epochs", self.epochs, "at least 1")
+        check(self.batch_size > 0, "batch_size", self.batch_size, "at least 1")
+        check(0 <= self.residual_dropout < 1, "residual_dropout", self.residual_dropout, "in [0, 1)")
+        check(0 <= self.pretraining_fraction < 1, "pretraining_fraction", self.pretraining_fraction, "in [0, 1)")
+        check_pretraining(self.pretraining_fraction, "pretraining_fraction", self.pretraining_data, self.pretraining_tokens)
+
+
+@dataclass
+class RewardConfig(RunConfig):
+    """Reward modelling from ranked completions (section 3.5, equation 1, appendix C.2)."""
+
+    model: str = ""
+    """The model to start from, the SFT model in the paper: a new head of one label replaces its unembedding."""
+    data: list[str] = field(default_factory=list)
+    """Comparisons: {"prompt", "completions", "ranks"} or {"prompt", "chosen", "rejected"}."""
+    held_out_fraction: float = 0.0
+    """Share of the prompts kept for the accuracy on held-out rankings."""
+    demonstrations: list[str] = field(default_factory=list)
+    """Demonstrations whose mean score becomes 0 after training (3.5). Without them the bias stays as trained."""
+    epochs: int = 1
+    """Passes over the comparisons (C.2; more overfit)."""
+    batch_size: int = 64
+    """Prompts per step, each with all its C(K, 2) pairs (C.2: up to 2,304 pairs)."""
+    adam: Adam = field(default_factory=lambda: Adam(learning_rate=9e-6))
+    """The optimizer (C.2); cosine decay to 10 %."""
+    lengths: LengthConfig = field(default_factory=LengthConfig)
+    """Limits on tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(bool(self.model), "model", self.model, "a directory or a hub name")
+        check(bool(self.data), "data", self.data, "at least one file or data set")
+        check(0 <= self.held_out_fraction < 1, "held_out_fraction", self.held_out_fraction, "in [0, 1)")
+        check(self.epochs > 0, "epochs", self.epochs, "at least 1")
+        check(self.batch_size > 0, "batch_size", self.batch_size, "at least 1")
+
+
+@dataclass
+class PPOConfig(RunConfig):
+    """Reinforcement learning from the reward model: PPO, and PPO-ptx with gamma_ptx > 0 (equation 2, C.4)."""
+
+    policy: str = ""
+    """The SFT model: the policy starts from it, and the KL penalty is measured against it."""
+    reward_model: str = ""
+    """The reward model. The value model starts from it as well (C.4)."""
+    prompts: list[str] = field(default_factory=list)
+    """Prompts: {"prompt"} records."""
+    episodes: int = 256_000
+    """Completions sampled in the whole run (C.4)."""
+    batch_size: int = 512
+    """Episodes per iteration (C.4)."""
+    minibatch_size: int = 64
+    """Episodes per optimizer step (C.4)."""
+    inner_epochs: int = 1
+    """Passes over each batch (C.4)."""
+    kl_coefficient: float = 0.02
+    """β: the price of each nat of log π_RL/π_SFT, per token (C.4). 0: no penalty."""
+    kl_estimator: Literal["k1", "k2", "k3", "abs"] = "k1"
+    """How the KL of a token is estimated; k1 is equation 2's log-ratio."""
+    gamma: float = 1.0
+    """Discount γ of the advantage estimate (C.4: none)."""
+    lam: float = 0.95
+    """λ of generalized advantage estimation. Not in the paper; as in Stiennon et al. 2020."""
+    whiten_advantages: bool = True
+    """Normalise advantages over the batch. Not in the paper; as in Stiennon et al. 2020."""
+    clip_range: float = 0.2
+    """PPO's clip ratio (C.4)."""
+    value_clip_range: float | None = 0.2
+    """The same for the value model's move. Not in the paper; as in Stiennon et al. 2020. null: no clipping."""
+    temperature: float = 1.0
+    """Sampling temperature (C.4)."""
+    warmup_iterations: int = 10
+    """Iterations over which both learning rates rise from a tenth of the peak; constant after (C.4)."""
+    adam: Adam = field(default_factory=lambda: Adam(learning_rate=5e-6, eps=1e-5))
+    """The policy's optimizer. The paper swept the learning rate (C.4), so this one is a choice, as is eps."""
+    value_adam: Adam = field(default_factory=lambda: Adam(learning_rate=9e-6, eps=1e-5))
+    """The value model's optimizer (C.4: learning rate 9e-6; 5e-6 for the 175B policy)."""
+    ema_decay: float = 0.992
+    """Decay of the moving average of the policy's weights, per optimizer step; the average is what is kept (C.4)."""
+    gamma_ptx: float = 0.0
+    """γ of equation 2: weight of the language-modelling loss on pretraining text (C.4: 27.8). 0: plain PPO."""
+    pretraining_data: list[str] = field(default_factory=list)
+    """Pretraining text for gamma_ptx > 0: {"text"} records or plain text files."""
+    pretraining_per_episode: int = 8
+    """Pretraining sequences per episode (C.4)."""
+    pretraining_tokens: int = 1024
+    """Length of the chunks that pretraining text is cut into."""
+    lengths: LengthConfig = field(default_factory=LengthConfig)
+    """Limits on tokens."""
+    rollout_batch_size: int = 512
+    """Completions sampled at a time: bounds the memory of the key-value cache."""
+    keep_every: int = 0
+    """Also keep the policy's averaged weights every so many iterations, to study the course of training. 0: never."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(bool(self.policy), "policy", self.policy, "a directory or a hub name")
+        check(bool(self.reward_model), "reward_model", self.reward_model, "a directory or a hub name")
+        check(bool(self.prompts), "prompts", self.prompts, "at least one file or data set")
+        for name in ("batch_size", "minibatch_size", "inner_epochs", "pretraining_per_episode", "rollout_batch_size"):
+            check(getattr(self, name) > 0, name, getattr(self, name), "at least 1")
+        check(self.episodes >= self.batch_size, "episodes", self.episodes, f"at least batch_size ({self.batch_size})")
+        check(
+            self.batch_size % self.minibatch_size == 0,
+            "minibatch_size",
+            self.minibatch_size,
+            f"a divisor of batch_size ({self.batch_size})",
+        )
+        check(self.kl_coefficient >= 0, "kl_coefficient", self.kl_coefficient, "β ≥ 0")
+        check(0 <= self.gamma <= 1, "gamma", self.gamma, "in [0, 1]")
+        check(0 <= self.lam <= 1, "lam", self.lam, "in [0, 1]")
+        check(0 < self.clip_range < 1, "clip_range", self.clip_range, "in (0, 1)")
+        check(self.temperature > 0, "temperature", self.temperature, "above 0")
+        check(self.warmup_iterations >= 0, "warmup_iterations", self.warmup_iterations, "at least 0")
+        check(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
+        check(self.gamma_ptx >= 0, "gamma_ptx", self.gamma_ptx, "γ ≥ 0")
+        check(self.keep_every >= 0, "keep_every", self.keep_every, "at least 0")
+        check_pretraining(self.gamma_ptx, "gamma_ptx", self.pretraining_data, self.pretraining_tokens)
+
+
+@dataclass
+class GenerateConfig:
+    """Sample completions from a model."""
+
+    model: str
+    """The causal LM: a directory or a hub name."""
+    prompts: list[str]
+    """{"prompt"} records."""
+    output: str
+    """The JSONL file to write: {"prompt", "completions"} records, ready to be ranked."""
+    samples: int = 1
+    """Completions per prompt (the paper's labellers ranked 4 to 9)."""
+    temperature: float = 1.0
+    """Sampling temperature; 0: always the likeliest token."""
+    lengths: LengthConfig = field(default_factory=LengthConfig)
+    """Limits on tokens."""
+    seed: int = 0
+    """Seeds sampling."""
+    batch_size: int = 512
+    """Completions sampled at a time."""
+    device: str | None = None
+    """cpu, cuda, ...; by default the best there is."""
+
+    def __post_init__(self) -> None:
+        check(self.samples > 0, "samples", self.samples, "at least 1")
+        check(self.batch_size > 0, "batch_size", self.batch_size, "at least 1")
+        check(self.temperature >= 0, "temperature", self.temperature, "at least 0")
+
+
+@dataclass
+class EvaluateConfig:
+    """Compare a model with a baseline: win rate under a judge, reward, KL and the alignment tax (section 4)."""
+
+    model: str
+    """The model under test."""
+    baseline: str
+    """The model it is compared with, the SFT model in the paper's Figure 1."""
+    output_dir: str
+    """Where the report, the figures and every completion judged go."""
+    prompts: list[str] = field(default_factory=list)
+    """{"prompt"} records that no stage has trained on."""
+    judge: str | None = None
+    """Who prefers what: a reward model, or a Python function `module:function` of (prompt, a, b) that returns 1 when a
+    is better, 0 when b is and 0.5 when neither is. Without one there is no win rate."""
+    pretraining_data: list[str] = field(default_factory=list)
+    """Held-out pretraining text for the alignment tax: the rise of the model's loss over the baseline's."""
+    pretraining_tokens: int = 1024
+    """Length of the chunks that pretraining text is cut into."""
+    temperature: float = 1.0
+    """Sampling temperature."""
+    lengths: LengthConfig = field(default_factory=LengthConfig)
+    """Limits on tokens."""
+    seed: int = 0
+    """Seeds sampling."""
+    batch_size: int = 512
+    """Completions sampled at a time."""
+    tokens_per_forward: int = 16384
+    """Tokens in one forward pass: bounds memory."""
+    device: str | None = None
+    """cpu, cuda, ...; by default the best there is."""
+
+    def __post_init__(self) -> None:
+        check(bool(self.prompts or self.pretraining_data), "prompts", self.prompts, "given, or pretraining_data")
+        check(self.batch_size > 0, "batch_size", self.batch_size, "at least 1")
+        check(self.temperature > 0, "temperature", self.temperature, "above 0")
+
+
+def check_pretraining(weight: float, name: str, data: list[str], tokens: int) -> None:
+    """A pretraining mix needs text, in chunks with something to predict."""
+    if weight > 0:
+        check(bool(data), "pretraining_data", data, f"at least one file or data set when {name} is {weight}")
+    check(tokens > 1, "pretraining_tokens", tokens, "at least 2")
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """``{"adam.beta1": 0.9, ...}``: a config's settings under the names of the command line's overrides."""
+    flat: dict[str, Any] = {}
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if is_dataclass(value):
+            flat |= flatten(value, f"{prefix}{item.name}.")
+        else:
+            flat[prefix + item.name] = value
+    return flat
+
+
+def cosine_to_tenth(step: int, steps: int) -> float:
+    """The factor on the learning rate at ``step`` of ``steps``: a half cosine from 1 down to 0.1 (C.1, C.2)."""
+    return 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / max(steps - 1, 1)))
+
+
+def warmup_from_tenth(iteration: int, warmup: int) -> float:
+    """The factor on the learning rate at ``iteration``: linear from 0.1 to 1 over ``warmup`` iterations (C.4)."""
+    return min(1.0, 0.1 + 0.9 * iteration / warmup) if warmup else 1.0

@@ -1,0 +1,1 @@
+"""InstructGPT in miniature: the paper's experiment on two CPU cores (``make demo``)."""

@@ -1,0 +1,351 @@
+"""The paper's experiment, start to finish, each step in a directory of its own.
+
+    world           documents, instructions, demonstrations (world.py), labellers with noise and tastes (labellers.py)
+    base            two GPT-2-shaped models pretrained on the documents, 100 times apart in parameters
+    sft             the small base, fine-tuned on the demonstrations
+    rankings        K = 4 to 9 samples of the SFT model per prompt, ranked by the labellers
+    reward          the reward model, from those rankings
+    ppo, ppo_ptx    the policy, without and with the pretraining mix; ppo_free is PPO at β = 0
+    evaluation      labellers who ranked nothing for the reward model compare everything with the SFT model
+
+The trainer sees text, demonstrations and rankings. What the labellers go by, it never sees.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import yaml
+
+from rlhf import ppo, reward, sft
+from rlhf.batch import split
+from rlhf.config import Adam, LengthConfig, PPOConfig, RewardConfig, SFTConfig
+from rlhf.data import read_comparisons, tokenize_comparisons, tokenize_texts
+from rlhf.demo import report
+from rlhf.demo.config import DemoConfig
+from rlhf.demo.labellers import Labeller, agreement, gold_utility, hire
+from rlhf.demo.pretrain import CHUNK, CONTEXT, make_tokenizer, pretrain
+from rlhf.demo.world import Instruction, World
+from rlhf.evaluate import pretraining_loss, win_rate
+from rlhf.models import LanguageModel, ScalarModel, load_tokenizer
+from rlhf.rollout import sample
+from rlhf.training import RunError, console, latest_checkpoint, read_metrics
+
+LENGTHS = LengthConfig(max_prompt_tokens=32, max_response_tokens=40)
+SHOTS = 4
+"""Worked examples in the few-shot prompt."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """What the world and its labellers provide. Instructions of different steps are distinct."""
+
+    world: World
+    documents: list[str]
+    held_out_documents: list[str]
+    demonstrations: list[tuple[Instruction, str]]
+    ranked: list[Instruction]
+    ranked_held_out: list[Instruction]
+    ppo: list[Instruction]
+    evaluation: list[Instruction]
+    labellers: list[Labeller]
+    held_out_labellers: list[Labeller]
+
+
+def run(config: DemoConfig, *, resume: bool = False) -> dict:
+    """Runs what of the experiment is not done yet, writes the report and returns its figures."""
+    output = Path(config.output_dir)
+    open_directory(output, config, resume)
+    clock = Clock(output / "seconds.json")
+    data = make_data(config)
+
+    tokenizer = make_tokenizer(data.world.vocabulary)
+    with clock.timing("base models"):
+        small = pretrain(
+            output / "base", tokenizer, data.documents, width=config.small_width, layers=config.small_layers,
+            steps=config.small_steps, learning_rate=3e-3, seed=config.seed, resume=True,
+        )  # fmt: skip
+        large = pretrain(
+            output / "large_base", tokenizer, data.documents, width=config.large_width, layers=config.large_layers,
+            steps=config.large_steps, learning_rate=1e-3, seed=config.seed, resume=True,
+        )  # fmt: skip
+    with clock.timing("sft"):
+        sft_model = train_sft(config, data, small)
+    with clock.timing("rankings"):
+        make_rankings(output / "data", data, sft_model, config.seed)
+    with clock.timing("reward"):
+        reward_model = train_reward(config, sft_model)
+    policies = {}
+    for name, options in {
+        "ppo": {},
+        "ppo_ptx": {"gamma_ptx": 27.8, "pretraining_data": [str(output / "data/documents.jsonl")]},
+        "ppo_free": {"kl_coefficient": 0.0},
+    }.items():
+        with clock.timing(name):
+            policies[name] = train_ppo(config, name, data, sft_model, reward_model, **options)
+    with clock.timing("evaluation"):
+        figures = evaluate(config, data, {"base": small, "large_base": large, "sft": sft_model, **policies}, reward_model)
+    figures["seconds"] = clock.total()
+    figures["seconds_by_step"] = clock.seconds
+    report.write(output, figures)
+    return figures
+
+
+def open_directory(output: Path, config: DemoConfig, resume: bool) -> None:
+    """Makes the directory; one that holds another experiment is put aside, never overwritten."""
+    settings = output / "config.yaml"
+    wanted = {name: value for name, value in asdict(config).items() if name != "output_dir"}
+    if settings.exists():
+        present = yaml.safe_load(settings.read_text())
+        if present != wanted:
+            aside = output.with_name(f"{output.name}-seed{present['seed']}-{int(settings.stat().st_mtime)}")
+            output.rename(aside)
+            console.print(f"{output} held an experiment with other settings; it is now {aside}")
+        elif not resume:
+            raise RunError(f"{output}: holds this experiment already; go on with --resume, or choose another output_dir")
+    try:
+        (output / "data").mkdir(parents=True, exist_ok=True)
+        settings.write_text(yaml.safe_dump(wanted, sort_keys=False))
+    except OSError as error:
+        raise RunError(f"{output}: cannot be used for output: {error.strerror}") from error
+
+
+def make_data(config: DemoConfig) -> Data:
+    """Draws everything from the seed, and writes what the trainer reads."""
+    world, rng = World(config.seed), random.Random(f"data {config.seed}")
+    held_out_prompts = max(config.ranked_prompts // 5, 1)
+    sizes = [config.demonstrations, config.ranked_prompts, held_out_prompts, config.ppo_prompts, config.evaluation_prompts]
+    instructions = world.instructions(sum(sizes), rng)
+    parts = [[instructions.pop() for _ in range(size)] for size in sizes]
+    staff = hire(world, 30, config.seed)
+    data = Data(
+        world=world,
+        documents=world.documents(config.documents, rng),
+        held_out_documents=world.documents(1_000, rng),
+        demonstrations=[(instruction, world.demonstration(instruction, rng)) for instruction in parts[0]],
+        ranked=parts[1],
+        ranked_held_out=parts[2],
+        ppo=parts[3],
+        evaluation=parts[4],
+        labellers=staff[:20],
+        held_out_labellers=staff[20:],
+    )
+    folder = Path(config.output_dir) / "data"
+    write_records(folder / "documents.jsonl", [{"text": text} for text in data.documents])
+    write_records(folder / "demonstrations.jsonl", [{"prompt": i.prompt, "completion": text} for i, text in data.demonstrations])
+    write_records(folder / "prompts.jsonl", [{"prompt": i.prompt} for i in data.ppo])
+    return data
+
+
+def write_records(path: Path, records: list[dict]) -> None:
+    """Writes JSONL."""
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def train_sft(config: DemoConfig, data: Data, base: Path) -> Path:
+    """The paper's 16 epochs and dropout; the learning rate is for a model this small."""
+    output = Path(config.output_dir)
+    return sft.train(
+        SFTConfig(
+            output_dir=str(output / "sft"),
+            seed=config.seed,
+            model=str(base),
+            data=[str(output / "data/demonstrations.jsonl")],
+            held_out_fraction=0.1,
+            adam=Adam(learning_rate=1e-3),
+            lengths=LENGTHS,
+        ),
+        resume=True,
+    )
+
+
+def make_rankings(folder: Path, data: Data, sft_model: Path, seed: int) -> None:
+    """Samples the SFT model and has the samples ranked: for training, held-out prompts, and held-out labellers."""
+    if (folder / "held_out_labellers.jsonl").exists():
+        return
+    rng = random.Random(f"rankings {seed}")
+    for name, instructions, labellers in [
+        ("comparisons", data.ranked, data.labellers),
+        ("held_out_rankings", data.ranked_held_out, data.labellers),
+        ("held_out_labellers", data.ranked_held_out, data.held_out_labellers),
+    ]:
+        sizes = [rng.randint(4, 9) for _ in instructions]
+        prompts = [i.prompt for i, size in zip(instructions, sizes, strict=True) for _ in range(size)]
+        samples = iter(sample_texts(sft_model, prompts, f"{name} {seed}"))
+        records = []
+        for instruction, size in zip(instructions, sizes, strict=True):
+            completions = [next(samples) for _ in range(size)]
+            ranks = rng.choice(labellers).rank(instruction, completions)
+            records.append({"prompt": instruction.prompt, "completions": completions, "ranks": ranks})
+        # An empty completion cannot be scored; labellers skipped such prompts.
+        records = [record for record in records if all(text.strip() for text in record["completions"])]
+        write_records(folder / f"{name}.jsonl", records)
+
+
+def train_reward(config: DemoConfig, sft_model: Path) -> Path:
+    """One epoch over the rankings, as in the paper."""
+    output = Path(config.output_dir)
+    return reward.train(
+        RewardConfig(
+            output_dir=str(output / "reward"),
+            seed=config.seed,
+            model=str(sft_model),
+            data=[str(output / "data/comparisons.jsonl")],
+            demonstrations=[str(output / "data/demonstrations.jsonl")],
+            batch_size=16,
+            adam=Adam(learning_rate=1e-3),
+            lengths=LENGTHS,
+        ),
+        resume=True,
+    )
+
+
+def train_ppo(config: DemoConfig, name: str, data: Data, sft_model: Path, reward_model: Path, **options) -> Path:  # noqa: ANN003
+    """The paper's settings (batch 512, minibatch 64, β, clip, λ, EMA); learning rates are for a model this small."""
+    output = Path(config.output_dir)
+    return ppo.train(
+        PPOConfig(
+            output_dir=str(output / name),
+            seed=config.seed,
+            policy=str(sft_model),
+            reward_model=str(reward_model),
+            prompts=[str(output / "data/prompts.jsonl")],
+            episodes=512 * config.ppo_iterations,
+            adam=Adam(learning_rate=3e-4, eps=1e-5),
+            value_adam=Adam(learning_rate=1e-3, eps=1e-5),
+            checkpoint_every=20,
+            keep_every=max(1, config.ppo_iterations // 6),
+            pretraining_per_episode=1,
+            pretraining_tokens=CHUNK,
+            lengths=LENGTHS,
+            **options,
+        ),
+        resume=True,
+    )
+
+
+def sample_texts(path: Path, prompts: list[str], seed: str) -> list[str]:
+    """One completion per prompt at temperature 1, as text."""
+    tokenizer, model = load_tokenizer(str(path)), LanguageModel.load(str(path)).eval()
+    torch.manual_seed(random.Random(seed).getrandbits(63))
+    completions = sample(
+        model,
+        tokenizer(prompts).input_ids,
+        eos_token_id=tokenizer.eos_token_id,
+        max_new_tokens=LENGTHS.max_response_tokens,
+    )
+    return tokenizer.batch_decode([completion.tokens for completion in completions], skip_special_tokens=True)
+
+
+def few_shot(data: Data, prompt: str, rng: random.Random) -> str:
+    """The prompt after some demonstrations, which is how the paper prompted GPT-3 into following instructions."""
+    shots = rng.sample(data.demonstrations, SHOTS)
+    return " ".join([*(f"{instruction.prompt} {text}" for instruction, text in shots), prompt])
+
+
+def evaluate(config: DemoConfig, data: Data, models: dict[str, Path], reward_model: Path) -> dict:
+    """Every figure of the report but the time."""
+    output = Path(config.output_dir)
+    tokenizer = load_tokenizer(str(models["sft"]))
+    prompts = [instruction.prompt for instruction in data.evaluation]
+    rng = random.Random(f"evaluation {config.seed}")
+    texts = {name: sample_texts(path, prompts, f"{name} {config.seed}") for name, path in models.items()}
+    prompted = [few_shot(data, prompt, rng) for prompt in prompts]
+    texts["base_few_shot"] = sample_texts(models["base"], prompted, f"few shot {config.seed}")
+    judges = [rng.choice(data.held_out_labellers) for _ in prompts]
+
+    def rate(name: str, baseline: str) -> dict:
+        pairs = zip(judges, data.evaluation, texts[name], texts[baseline], strict=True)
+        return asdict(win_rate([judge.prefers(instruction, a, b) for judge, instruction, a, b in pairs]))
+
+    chunks = tokenize_texts(data.held_out_documents, tokenizer, length=CHUNK)
+    losses = {
+        name: pretraining_loss(LanguageModel.load(str(path)).eval(), chunks, 8192) for name, path in models.items()
+    }
+    figures = {
+        "seed": config.seed,
+        "parameters": {"small": count_parameters(models["base"]), "large": count_parameters(models["large_base"])},
+        "labeller_agreement": agreement(data.held_out_labellers, held_out_comparisons(output, data)),
+        "rm_accuracy": {
+            name: rm_accuracy(reward_model, output / f"data/{name}.jsonl")
+            for name in ("held_out_rankings", "held_out_labellers")
+        },
+        "win_rate_vs_sft": {
+            name: rate(name, "sft") for name in ("base", "base_few_shot", "large_base", "ppo", "ppo_ptx")
+        },
+        "win_rate_vs_large_base": {name: rate(name, "large_base") for name in ("sft", "ppo", "ppo_ptx")},
+        "pretraining_loss": losses,
+        "alignment_tax": {name: losses[name] - losses["base"] for name in ("sft", "ppo", "ppo_ptx")},
+        "gold": {
+            name: sum(gold_utility(data.world, i, text) for i, text in zip(data.evaluation, answers, strict=True)) / len(prompts)
+            for name, answers in texts.items()
+        },
+        "course": {name: course(output / name, data, config) for name in ("ppo", "ppo_ptx", "ppo_free")},
+        "samples": [
+            {"prompt": prompt, **{name: answers[i] for name, answers in texts.items()}} for i, prompt in enumerate(prompts[:8])
+        ],
+    }  # fmt: skip
+    return figures
+
+
+def course(directory: Path, data: Data, config: DemoConfig) -> list[dict]:
+    """Reward and KL over training, and what the held-out labellers would have said of the policy on the way."""
+    records = {record["step"] + 1: record for record in read_metrics(directory / "metrics.jsonl")}
+    points = [{"iteration": step, "reward": r["reward"], "kl": r["kl"]} for step, r in records.items()]
+    some = data.evaluation[:300]
+    for path in sorted(directory.glob("iteration-*")):
+        texts = sample_texts(path, [instruction.prompt for instruction in some], path.name)
+        point = next(point for point in points if point["iteration"] == int(path.name[-6:]))
+        point["gold"] = sum(gold_utility(data.world, i, text) for i, text in zip(some, texts, strict=True)) / len(some)
+    return points
+
+
+def held_out_comparisons(output: Path, data: Data) -> list[tuple[Instruction, list[str]]]:
+    """The held-out prompts with the completions that were ranked."""
+    by_prompt = {instruction.prompt: instruction for instruction in data.ranked_held_out}
+    records = read_comparisons([str(output / "data/held_out_rankings.jsonl")])
+    return [(by_prompt[record.prompt], list(record.completions)) for record in records]
+
+
+def rm_accuracy(path: Path, comparisons: Path) -> float:
+    """The reward model's accuracy on a file of rankings."""
+    tokenizer, model = load_tokenizer(str(path)), ScalarModel.load(str(path)).eval()
+    examples = tokenize_comparisons(
+        read_comparisons([str(comparisons)]), tokenizer, context_length=CONTEXT, **asdict(LENGTHS)
+    )
+    return reward.ranking_accuracy(model, examples, 8192)
+
+
+def count_parameters(path: Path) -> int:
+    """Parameters of a saved model."""
+    return sum(parameter.numel() for parameter in LanguageModel.load(str(path)).parameters())
+
+
+class Clock:
+    """How long each step took, over all the times the experiment was resumed."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+
+    def timing(self, name: str):  # noqa: ANN201
+        """A context that adds its duration to ``name``."""
+        import contextlib
+
+        @contextlib.contextmanager
+        def timed():  # noqa: ANN202
+            start = time.monotonic()
+            yield
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
+            self.path.write_text(json.dumps(self.seconds, indent=2))
+
+        return timed()
+
+    def total(self) -> float:
+        """Seconds of all steps together."""
+        return sum(self.seconds.values())

@@ -1,0 +1,78 @@
+"""The base models: a word-level tokenizer and GPT-2-shaped models trained on the world's documents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from rlhf import report
+from rlhf.config import Adam, RunConfig, cosine_to_tenth
+from rlhf.data import tokenize_texts
+from rlhf.models import LanguageModel
+from rlhf.sft import as_example, language_model_step
+from rlhf.training import Run, batch_indices, make_optimizer, optimizer_step
+
+CONTEXT = 256
+CHUNK = 128
+BATCH = 64
+
+
+def make_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Every word of the world is one token; words are what spaces separate."""
+    words = ["<pad>", "<eos>", "<unk>", *sorted(vocabulary)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=CONTEXT
+    )
+
+
+def pretrain(
+    output_dir: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    documents: Sequence[str],
+    *,
+    width: int,
+    layers: int,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    resume: bool,
+) -> Path:
+    """Trains a GPT-2 of the given size on the documents and returns the directory of the result."""
+    run = Run("pretrain", RunConfig(output_dir=str(output_dir), seed=seed, checkpoint_every=200), resume=resume)
+    if run.finished:
+        return run.directory / "model"
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=CONTEXT,
+        n_embd=width,
+        n_layer=layers,
+        n_head=max(1, width // 32),
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    chunks = [as_example(chunk) for chunk in tokenize_texts(documents, tokenizer, length=CHUNK).tolist()]
+    model = LanguageModel(GPT2LMHeadModel(config))
+    adam = Adam(learning_rate=learning_rate)
+    model, optimizer = run.prepare(model, make_optimizer(model, adam))
+    for step in run.steps(steps):
+        batch = [chunks[i] for i in batch_indices(len(chunks), BATCH, step, seed=seed)]
+        loss = language_model_step(run, model, batch)
+        warmup = min(1.0, (step + 1) / 50)
+        optimizer_step(run, model, optimizer, adam, warmup * cosine_to_tenth(step, steps))
+        run.log(step, {"loss": loss}, show=["loss"])
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    report.write(run, "Pretraining", {"parameters": parameters, "tokens": steps * BATCH * CHUNK}, [["loss"]])
+    path = run.save_model(run.accelerator.unwrap_model(model), tokenizer)
+    run.close()
+    return path

@@ -1,0 +1,236 @@
+"""Comparing a model with a baseline (Ouyang et al. 2022, section 4).
+
+* win rate: how often a judge prefers the model's completion to the baseline's, ties counted half (Figure 1);
+* reward: the mean score of both under a reward model, where that is the judge;
+* KL: E_y~model [ log π_model(y|x) − log π_baseline(y|x) ], in nats per completion (Figure 38's axis);
+* alignment tax: how much the model's loss on pretraining text rose over the baseline's, in nats per token (section 4.2).
+
+    rlhf evaluate --model runs/ppo/model --baseline runs/sft/model --judge runs/reward/model \\
+        --prompts held_out.jsonl --output_dir runs/evaluation
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from rlhf.batch import lay_out, split
+from rlhf.config import ConfigError, EvaluateConfig, GenerateConfig
+from rlhf.data import PromptExample, read_prompts, read_texts, tokenize_prompts, tokenize_texts
+from rlhf.models import (
+    LanguageModel,
+    ModelError,
+    ScalarModel,
+    check_reward_config,
+    check_same_tokenizer,
+    context_length,
+    load_config,
+    load_tokenizer,
+)
+from rlhf.report import markdown_table, number
+from rlhf.reward import score
+from rlhf.rollout import sample
+from rlhf.training import console, describing
+from rlhf_kernels import linear_cross_entropy, linear_selective_log_softmax
+
+Judge = Callable[[str, str, str], float]
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of wins with its 95 % confidence interval (Wilson's)."""
+
+    rate: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.rate:.1%} [{self.low:.1%}, {self.high:.1%}]"
+
+
+def win_rate(outcomes: Sequence[float]) -> Rate:
+    """The mean of independent outcomes in {0, 0.5, 1} and Wilson's score interval for it."""
+    n, z = len(outcomes), 1.96
+    if n == 0:
+        raise ValueError("outcomes: is empty; a win rate needs at least one comparison")
+    rate = sum(outcomes) / n
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return Rate(rate, centre - half, centre + half)
+
+
+def evaluate(config: EvaluateConfig) -> dict:
+    """Runs the comparison, writes it to ``config.output_dir`` and returns the figures."""
+    tokenizer = load_tokenizer(config.model)
+    check_same_tokenizer(tokenizer, config.model, config.baseline)
+    prompts = load_prompts(config, tokenizer)
+    texts = read_texts(config.pretraining_data) if config.pretraining_data else []
+    chunks = tokenize_texts(texts, tokenizer, length=config.pretraining_tokens) if texts else None
+    reward_model, judge = load_judge(config, tokenizer)
+    output = Path(config.output_dir)
+    with describing(f"{output}: cannot be used for output"):
+        output.mkdir(parents=True, exist_ok=True)
+
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    models = {name: LanguageModel.load(path).eval().to(device) for name, path in sides(config)}
+    figures: dict = {"model": config.model, "baseline": config.baseline, "judge": config.judge, "seed": config.seed}
+    figures["prompts"] = len(prompts)
+    records = [{"prompt": example.text} for example in prompts]
+    if prompts:
+        ids = [example.prompt_ids for example in prompts]
+        samples = {}
+        for name, model in models.items():
+            torch.manual_seed(config.seed)
+            samples[name] = sample_all(model, ids, tokenizer.eos_token_id, config)
+            for record, response in zip(records, samples[name], strict=True):
+                record[name] = tokenizer.decode(response, skip_special_tokens=True)
+        figures["kl"] = kl_between(models["model"], models["baseline"], ids, samples["model"], config)
+        if reward_model:
+            scores = {name: score(reward_model.to(device), ids, samples[name], config.tokens_per_forward) for name in samples}
+            figures["reward"] = {name: values.mean().item() for name, values in scores.items()}
+            outcomes = [0.5 + 0.5 * math.copysign(a != b, a - b) for a, b in zip(*map(torch.Tensor.tolist, scores.values()), strict=True)]
+        elif judge:
+            outcomes = [judge(record["prompt"], record["model"], record["baseline"]) for record in records]
+        if judge or reward_model:
+            figures["win_rate"] = asdict(win_rate(outcomes))
+            for record, outcome in zip(records, outcomes, strict=True):
+                record["outcome"] = outcome
+    if chunks is not None:
+        losses = {name: pretraining_loss(model, chunks, config.tokens_per_forward) for name, model in models.items()}
+        figures["pretraining_loss"] = losses
+        figures["alignment_tax"] = losses["model"] - losses["baseline"]
+
+    with describing(f"{output}: results could not be written"):
+        (output / "completions.jsonl").write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        (output / "results.json").write_text(json.dumps(figures, indent=2) + "\n")
+        (output / "report.md").write_text(describe(figures))
+    console.print(f"evaluate: [bold]{output / 'report.md'}[/]")
+    return figures
+
+
+def sides(config: EvaluateConfig) -> list[tuple[str, str]]:
+    """The two models compared, by the names their figures carry."""
+    return [("model", config.model), ("baseline", config.baseline)]
+
+
+def load_prompts(config: EvaluateConfig | GenerateConfig, tokenizer) -> list[PromptExample]:  # noqa: ANN001
+    """Prompts as token ids, with their text, all leaving room for an answer in the context."""
+    if not config.prompts:
+        return []
+    context = context_length(load_config(config.model))
+    prompts = tokenize_prompts(
+        read_prompts(config.prompts),
+        tokenizer,
+        max_prompt_tokens=config.lengths.max_prompt_tokens,
+        max_response_tokens=config.lengths.max_response_tokens,
+        context_length=context,
+    )
+    longest = max(len(example.prompt_ids) for example in prompts)
+    if longest + config.lengths.max_response_tokens > context:
+        raise ConfigError(
+            f"lengths.max_response_tokens: is {config.lengths.max_response_tokens}, but the longest prompt has {longest} "
+            f"tokens and the model sees {context}; lower it to {context - longest}, or lengths.max_prompt_tokens"
+        )
+    return prompts
+
+
+def load_judge(config: EvaluateConfig, tokenizer) -> tuple[ScalarModel | None, Judge | None]:  # noqa: ANN001
+    """The reward model or the Python function that ``config.judge`` names."""
+    if config.judge is None:
+        return None, None
+    module, colon, function = config.judge.partition(":")
+    if colon and not Path(config.judge).exists():
+        try:
+            return None, getattr(importlib.import_module(module), function)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"judge: {config.judge!r} names no Python function: {error}") from error
+    check_reward_config(config.judge)
+    check_same_tokenizer(tokenizer, config.model, config.judge)
+    return ScalarModel.load(config.judge).eval(), None
+
+
+def sample_all(model: LanguageModel, ids: list[list[int]], eos_token_id: int, config) -> list[list[int]]:  # noqa: ANN001
+    """One completion per prompt, as token ids."""
+    completions = sample(
+        model,
+        ids,
+        eos_token_id=eos_token_id,
+        max_new_tokens=config.lengths.max_response_tokens,
+        temperature=config.temperature,
+        batch_size=config.batch_size,
+    )
+    return [completion.tokens for completion in completions]
+
+
+@torch.no_grad()
+def kl_between(
+    model: LanguageModel, baseline: LanguageModel, prompts: list[list[int]], responses: list[list[int]], config: EvaluateConfig
+) -> float:
+    """Mean over the model's own completions of log π_model − log π_baseline, in nats per completion."""
+    difference = 0.0
+    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+    for part in split(lengths, config.tokens_per_forward):
+        batch = lay_out([prompts[i] for i in part], [responses[i] for i in part], one_row=model.one_row).to(model.device)
+        logprobs = [m(batch, linear_selective_log_softmax, temperature=config.temperature) for m in (model, baseline)]
+        difference += (logprobs[0] - logprobs[1]).sum().item()
+    return difference / len(prompts)
+
+
+@torch.no_grad()
+def pretraining_loss(model: LanguageModel, chunks: torch.Tensor, tokens_per_forward: int) -> float:
+    """Mean loss per token on (chunks, length) pretraining text, in nats; the first token of a chunk is not predicted."""
+    loss = 0.0
+    for part in chunks.split(max(1, tokens_per_forward // chunks.shape[1])):
+        rows = part.tolist()
+        batch = lay_out([row[:1] for row in rows], [row[1:] for row in rows], one_row=model.one_row).to(model.device)
+        loss += model(batch, linear_cross_entropy, reduction="sum").item()
+    return loss / (chunks.shape[0] * (chunks.shape[1] - 1))
+
+
+def generate(config: GenerateConfig) -> Path:
+    """Samples ``config.samples`` completions of every prompt, and writes them to ``config.output``."""
+    tokenizer = load_tokenizer(config.model)
+    prompts = load_prompts(config, tokenizer)
+    output = Path(config.output)
+    if output.exists():
+        raise ConfigError(f"output: {output} exists; choose another name, or remove it first")
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = LanguageModel.load(config.model).eval().to(device)
+    torch.manual_seed(config.seed)
+    repeated = [example.prompt_ids for example in prompts for _ in range(config.samples)]
+    responses = [tokenizer.decode(ids, skip_special_tokens=True) for ids in sample_all(model, repeated, tokenizer.eos_token_id, config)]
+    temporary = output.with_name(output.name + ".tmp")
+    with describing(f"{output}: could not be written"):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w") as file:
+            for i, example in enumerate(prompts):
+                record = {"prompt": example.text, "completions": responses[i * config.samples : (i + 1) * config.samples]}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        temporary.rename(output)
+    console.print(f"generate: {len(prompts)} prompts × {config.samples} completions in [bold]{output}[/]")
+    return output
+
+
+def describe(figures: dict) -> str:
+    """The figures as a page of Markdown."""
+    rows = [["prompts", number(figures["prompts"])]]
+    if "win_rate" in figures:
+        rows.append([f"win rate over the baseline, judged by {figures['judge']}", str(Rate(**figures["win_rate"]))])
+    if "reward" in figures:
+        rows += [[f"mean reward of the {name}", number(value)] for name, value in figures["reward"].items()]
+    if "kl" in figures:
+        rows.append(["KL to the baseline (nats per completion)", number(figures["kl"])])
+    if "alignment_tax" in figures:
+        rows += [[f"pretraining loss of the {name}", number(value)] for name, value in figures["pretraining_loss"].items()]
+        rows.append(["alignment tax (nats per token)", number(figures["alignment_tax"])])
+    title = f"# {figures['model']} against {figures['baseline']}"
+    return "\n".join([title, "", markdown_table(["", ""], rows), "", "Every completion judged: `completions.jsonl`.", ""])
+
+
+__all__ = ["ModelError", "Rate", "evaluate", "generate", "win_rate"]

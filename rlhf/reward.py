@@ -1,0 +1,158 @@
+"""Step 2: a reward model from ranked completions (Ouyang et al. 2022, section 3.5, equation 1, appendix C.2).
+
+    loss(θ) = −1 / C(K,2) · E_(x, y_w, y_l)~D [ log σ( r_θ(x, y_w) − r_θ(x, y_l) ) ]
+
+All K completions of a prompt are one batch element: one forward pass for each, and every one of the C(K, 2) pairs in
+the loss. (Shuffled pairs would need C(K, 2) passes, and overfit.) Ties are no pair. The loss does not change when a
+constant is added to r, so after training a bias makes the demonstrations score 0 on average.
+
+    rlhf reward --model runs/sft/model --data comparisons.jsonl --output_dir runs/reward
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlhf import report
+from rlhf.batch import lay_out, split
+from rlhf.config import RewardConfig, cosine_to_tenth
+from rlhf.data import (
+    RankedExample,
+    read_comparisons,
+    read_demonstrations,
+    tokenize_comparisons,
+    tokenize_demonstrations,
+)
+from rlhf.models import ScalarModel, context_length, load_config, load_tokenizer
+from rlhf.training import (
+    Run,
+    accumulate,
+    batch_indices,
+    hold_out,
+    make_optimizer,
+    mine,
+    optimizer_step,
+    total,
+)
+from rlhf_kernels import pairwise_ranking_loss
+
+
+def train(config: RewardConfig, *, resume: bool = False) -> Path:
+    """Trains a reward model on ``config.data`` and returns the directory of the result."""
+    tokenizer = load_tokenizer(config.model)
+    limits = {
+        "max_prompt_tokens": config.lengths.max_prompt_tokens,
+        "max_response_tokens": config.lengths.max_response_tokens,
+        "context_length": context_length(load_config(config.model)),
+    }
+    comparisons = tokenize_comparisons(read_comparisons(config.data), tokenizer, **limits)
+    demonstrations = []
+    if config.demonstrations:
+        demonstrations = tokenize_demonstrations(read_demonstrations(config.demonstrations), tokenizer, **limits)
+    training, held_out = hold_out(len(comparisons), config.held_out_fraction, config.seed)
+
+    run = Run("reward", config, resume=resume)
+    if run.finished:
+        return run.directory / "model"
+    model = ScalarModel.load(config.model, attention=config.attention)
+    model.eval()  # no dropout: the paper names it for SFT alone
+    model, optimizer = run.prepare(model, make_optimizer(model, config.adam))
+
+    steps = math.ceil(config.epochs * len(training) / config.batch_size)
+    for step in run.steps(steps):
+        indices = batch_indices(len(training), config.batch_size, step, seed=config.seed, epochs=config.epochs)
+        batch = [comparisons[training[i]] for i in indices]
+        factor = cosine_to_tenth(step, steps)
+        loss, accuracy = ranking_step(run, model, mine(run, batch), prompts=len(batch))
+        norm = optimizer_step(run, model, optimizer, config.adam, factor)
+        metrics = {"loss": loss, "accuracy": accuracy, "pairs": sum(map(pair_count, batch))}
+        metrics |= {"learning_rate": config.adam.learning_rate * factor, "gradient_norm": norm}
+        run.log(step, metrics, show=["loss", "accuracy"])
+
+    reward_model = run.accelerator.unwrap_model(model)
+    rows = {"prompts": len(training), "pairs": sum(pair_count(comparisons[i]) for i in training), "steps": steps}
+    if held_out:
+        rows["held-out prompts"] = len(held_out)
+        rows["held-out accuracy"] = ranking_accuracy(
+            reward_model, [comparisons[i] for i in held_out], config.tokens_per_forward
+        )
+    if demonstrations:
+        prompts = [example.prompt_ids for example in demonstrations]
+        scores = score(reward_model, prompts, [e.completion_ids for e in demonstrations], config.tokens_per_forward)
+        reward_model.bias -= scores.mean().item()
+        rows["bias, for demonstrations to score 0"] = reward_model.bias
+    report.write(run, "Reward model", rows, curves=[["loss"], ["accuracy"], ["learning_rate"]])
+    path = run.save_model(reward_model, tokenizer)
+    run.close()
+    return path
+
+
+def ranking_step(run: Run, model: ScalarModel, comparisons: list[RankedExample], prompts: int) -> tuple[float, float]:
+    """Accumulates the gradient of the mean loss over a batch of ``prompts``. Returns that loss and the accuracy."""
+    loss_sum = accuracy_sum = 0.0
+    for part in accumulate(run, model, forward_parts(comparisons, run.config.tokens_per_forward)):
+        with run.accelerator.autocast():
+            scores = forward_scores(model, *flatten(part))
+        loss, accuracy = pairwise_ranking_loss(scores, **rank_arguments(part, scores.device))
+        share = len(part) / prompts
+        run.accelerator.backward(loss * (share * run.accelerator.num_processes))
+        loss_sum += loss.item() * share
+        accuracy_sum += accuracy.item() * share
+    return total(run, loss_sum).item(), total(run, accuracy_sum).item()
+
+
+@torch.no_grad()
+def ranking_accuracy(model: ScalarModel, comparisons: list[RankedExample], tokens_per_forward: int) -> float:
+    """How often the model orders a pair as its labeller did; the mean over prompts."""
+    scores = score(model, *flatten(comparisons), tokens_per_forward)
+    return pairwise_ranking_loss(scores, **rank_arguments(comparisons, scores.device))[1].item()
+
+
+@torch.no_grad()
+def score(model: ScalarModel, prompts: list, responses: list, tokens_per_forward: int) -> Tensor:
+    """(S,) rewards of prompt-response pairs, given as token ids: one forward pass for each."""
+    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+    return torch.cat(
+        [
+            forward_scores(model, [prompts[i] for i in part], [responses[i] for i in part])
+            for part in split(lengths, tokens_per_forward)
+        ]
+    )
+
+
+def forward_scores(model: ScalarModel, prompts: list, responses: list) -> Tensor:
+    """(S,) scores at the last token of each sequence."""
+    inner = getattr(model, "module", model)
+    batch = lay_out(prompts, responses, one_row=inner.one_row).to(inner.device)
+    return model(batch, batch.last)
+
+
+def flatten(comparisons: list[RankedExample]) -> tuple[list, list]:
+    """The prompt beside each completion, and the completions."""
+    pairs = [(example.prompt_ids, completion) for example in comparisons for completion in example.completion_ids]
+    return [prompt for prompt, _ in pairs], [completion for _, completion in pairs]
+
+
+def rank_arguments(comparisons: list[RankedExample], device: torch.device) -> dict[str, Tensor]:
+    """``ranks`` and ``offsets`` of the ranking loss, for completions laid out by :func:`flatten`."""
+    sizes = torch.tensor([0, *(len(example.ranks) for example in comparisons)])
+    ranks = torch.tensor([rank for example in comparisons for rank in example.ranks])
+    return {"ranks": ranks.to(device), "offsets": sizes.cumsum(0).to(device)}
+
+
+def pair_count(example: RankedExample) -> int:
+    """Pairs of a prompt's completions that are not tied."""
+    return sum(a < b for a in example.ranks for b in example.ranks)
+
+
+def forward_parts(comparisons: list[RankedExample], tokens: int) -> list[list[RankedExample]]:
+    """The prompts in groups of ``tokens``, never splitting the completions of one."""
+    lengths = [
+        sum(len(example.prompt_ids) + len(completion) for completion in example.completion_ids)
+        for example in comparisons
+    ]
+    return [[comparisons[i] for i in part] for part in split(lengths, tokens)]

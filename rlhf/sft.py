@@ -1,0 +1,143 @@
+"""Step 1: supervised fine-tuning on demonstrations (Ouyang et al. 2022, sections 3.1 and 3.5, appendix C.1).
+
+    L_SFT(φ) = −E_(x,y)~D [ mean_t log π_φ(y_t | x, y_<t) ]        over the tokens of the demonstrated completions y
+
+Sixteen epochs, cosine decay of the learning rate to a tenth, residual dropout 0.2. For the model that PPO starts
+from, the paper trains 2 epochs and mixes in 10 % pretraining text (C.3): ``pretraining_fraction``.
+
+    rlhf sft --model gpt2 --data demonstrations.jsonl --output_dir runs/sft
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+
+from rlhf import report
+from rlhf.batch import lay_out, split
+from rlhf.config import SFTConfig, cosine_to_tenth
+from rlhf.data import (
+    Example,
+    read_demonstrations,
+    read_texts,
+    tokenize_demonstrations,
+    tokenize_texts,
+)
+from rlhf.models import LanguageModel, context_length, load_config, load_tokenizer
+from rlhf.training import (
+    Run,
+    accumulate,
+    batch_indices,
+    hold_out,
+    make_optimizer,
+    mine,
+    optimizer_step,
+    total,
+)
+from rlhf_kernels import linear_cross_entropy
+
+
+def train(config: SFTConfig, *, resume: bool = False) -> Path:
+    """Fine-tunes ``config.model`` on ``config.data`` and returns the directory of the result."""
+    # Everything that can be wrong with the data is found before any weights are read.
+    tokenizer = load_tokenizer(config.model)
+    context = context_length(load_config(config.model))
+    examples = tokenize_demonstrations(
+        read_demonstrations(config.data),
+        tokenizer,
+        max_prompt_tokens=config.lengths.max_prompt_tokens,
+        max_response_tokens=config.lengths.max_response_tokens,
+        context_length=context,
+    )
+    training, held_out = hold_out(len(examples), config.held_out_fraction, config.seed)
+    pretraining = []
+    if config.pretraining_fraction:
+        chunks = tokenize_texts(read_texts(config.pretraining_data), tokenizer, length=config.pretraining_tokens)
+        pretraining = [as_example(chunk) for chunk in chunks.tolist()]
+
+    run = Run("sft", config, resume=resume)
+    if run.finished:
+        return run.directory / "model"
+    torch.manual_seed(config.seed)
+    model = LanguageModel.load(config.model, residual_dropout=config.residual_dropout, attention=config.attention)
+    model, optimizer = run.prepare(model, make_optimizer(model, config.adam))
+    validation = [examples[i] for i in held_out]
+    first_loss = mean_loss(run, model, validation) if validation else math.nan
+
+    pretraining_size = round(config.batch_size * config.pretraining_fraction)
+    demonstration_size = config.batch_size - pretraining_size
+    steps = math.ceil(config.epochs * len(training) / demonstration_size)
+    for step in run.steps(steps):
+        batch = [
+            examples[training[i]]
+            for i in batch_indices(len(training), demonstration_size, step, seed=config.seed, epochs=config.epochs)
+        ]
+        if pretraining_size:
+            batch += [pretraining[i] for i in batch_indices(len(pretraining), pretraining_size, step, seed=config.seed)]
+        factor = cosine_to_tenth(step, steps)
+        model.train()
+        loss = language_model_step(run, model, mine(run, batch))
+        norm = optimizer_step(run, model, optimizer, config.adam, factor)
+        metrics = {"loss": loss, "learning_rate": config.adam.learning_rate * factor, "gradient_norm": norm}
+        epoch_done = (step + 1) * demonstration_size // len(training) > step * demonstration_size // len(training)
+        if validation and (epoch_done or step + 1 == steps):
+            metrics["held_out_loss"] = mean_loss(run, model, validation)
+        run.log(step, metrics, show=["loss", "held_out_loss"])
+
+    rows = {"demonstrations": len(training), "epochs": config.epochs, "steps": steps}
+    if validation:
+        rows |= {
+            "held-out loss before (nats per token)": first_loss,
+            "held-out loss after": mean_loss(run, model, validation),
+        }
+    report.write(run, "Supervised fine-tuning", rows, curves=[["loss", "held_out_loss"], ["learning_rate"]])
+    # The model last: its presence is what says that the run is finished.
+    path = run.save_model(run.accelerator.unwrap_model(model), tokenizer)
+    run.close()
+    return path
+
+
+def as_example(chunk: list[int]) -> Example:
+    """A chunk of pretraining text as prompt and completion: the first token has nothing to predict it from."""
+    return Example(prompt_ids=chunk[:1], completion_ids=chunk[1:])
+
+
+def language_model_step(run: Run, model: LanguageModel, examples: list[Example], weight: float = 1.0) -> float:
+    """Accumulates the gradient of ``weight`` times the mean loss per completion token. Returns that mean, unweighted."""
+    tokens = total(run, sum(len(example.completion_ids) for example in examples)).item()
+    loss_sum = 0.0
+    for part in accumulate(run, model, forward_parts(run, examples)):
+        loss = token_loss(run, model, part)
+        # DDP averages gradients over processes; the mean here is over the tokens of all of them.
+        run.accelerator.backward(loss * (weight * run.accelerator.num_processes / tokens))
+        loss_sum += loss.item()
+    return total(run, loss_sum).item() / tokens
+
+
+@torch.no_grad()
+def mean_loss(run: Run, model: LanguageModel, examples: list[Example]) -> float:
+    """Mean negative log-likelihood per completion token, in nats."""
+    was_training = model.training
+    model.eval()
+    losses = [token_loss(run, model, part).item() for part in forward_parts(run, examples)]
+    model.train(was_training)
+    return sum(losses) / sum(len(example.completion_ids) for example in examples)
+
+
+def token_loss(run: Run, model: LanguageModel, examples: list[Example]) -> torch.Tensor:
+    """The summed loss of all completion tokens, in one forward pass."""
+    batch = lay_out(
+        [example.prompt_ids for example in examples],
+        [example.completion_ids for example in examples],
+        one_row=run.accelerator.unwrap_model(model).one_row,
+    )
+    with run.accelerator.autocast():
+        return model(batch.to(run.device), linear_cross_entropy, reduction="sum")
+
+
+def forward_parts(run: Run, examples: list[Example]) -> list[list[Example]]:
+    """The examples in groups of ``tokens_per_forward``."""
+    lengths = [len(example.prompt_ids) + len(example.completion_ids) for example in examples]
+    return [[examples[i] for i in part] for part in split(lengths, run.config.tokens_per_forward)]
