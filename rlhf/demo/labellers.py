@@ -1,0 +1,76 @@
+"""The labellers: what they value, how they differ, and how often they slip.
+
+All of them want the same things, in different measure: each labeller weighs the qualities of an answer by tastes of
+their own, and every judgement carries noise. Both are set so that two labellers agree on about 73 % of the pairs, as
+the paper's did (Ouyang et al. 2022, section 3.4). Noise is a function of labeller and text, so that the whole
+experiment is a function of its seed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+
+from rlhf.demo.world import Instruction, World
+
+WEIGHTS = {
+    "follows": 1.5,
+    "truthful": 2.0,
+    "detail": 0.8,
+    "fluent": 1.5,
+    "polite": 0.6,
+    "rude": -2.0,
+    "long_winded": -1.5,
+}
+TASTE = 0.3
+"""Standard deviation of the log of a labeller's own factor on each weight."""
+NOISE = 0.7
+"""Standard deviation of one judgement's error, in units of utility."""
+
+
+def gold_utility(world: World, instruction: Instruction, completion: str) -> float:
+    """How good a completion is to the average labeller, without noise: between about -3 and 6.4."""
+    assessment = vars(world.assess(instruction, completion))
+    return sum(weight * assessment[name] for name, weight in WEIGHTS.items())
+
+
+class Labeller:
+    """One person: ranks completions, or prefers one of two."""
+
+    def __init__(self, world: World, name: str):
+        self.world, self.name = world, name
+        rng = random.Random(f"tastes of {name}")
+        self.weights = {quality: weight * rng.lognormvariate(0, TASTE) for quality, weight in WEIGHTS.items()}
+
+    def utility(self, instruction: Instruction, completion: str) -> float:
+        """What this labeller makes of a completion, slips included."""
+        assessment = vars(self.world.assess(instruction, completion))
+        slip = random.Random(f"{self.name} / {instruction.prompt} / {completion}").gauss(0, NOISE)
+        return sum(weight * assessment[quality] for quality, weight in self.weights.items()) + slip
+
+    def rank(self, instruction: Instruction, completions: Sequence[str]) -> list[int]:
+        """1 for the best. The same text twice is a tie."""
+        utilities = [self.utility(instruction, completion) for completion in completions]
+        return [1 + sum(other > own for other in utilities) for own in utilities]
+
+    def prefers(self, instruction: Instruction, a: str, b: str) -> float:
+        """1 if ``a`` is better, 0 if ``b`` is, 0.5 for the same text."""
+        first, second = self.utility(instruction, a), self.utility(instruction, b)
+        return 0.5 if first == second else float(first > second)
+
+
+def hire(world: World, count: int, seed: int) -> list[Labeller]:
+    """Labellers of one seed."""
+    return [Labeller(world, f"labeller {seed}.{number}") for number in range(count)]
+
+
+def agreement(labellers: Sequence[Labeller], comparisons: Sequence[tuple[Instruction, Sequence[str]]]) -> float:
+    """How often two labellers order a pair of completions alike, over neighbouring pairs of labellers."""
+    agreed = total = 0
+    for number, (instruction, completions) in enumerate(comparisons):
+        one, other = labellers[number % len(labellers)], labellers[(number + 1) % len(labellers)]
+        for a, b in itertools.combinations(dict.fromkeys(completions), 2):
+            agreed += one.prefers(instruction, a, b) == other.prefers(instruction, a, b)
+            total += 1
+    return agreed / total
