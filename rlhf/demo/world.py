@@ -131,12 +131,12 @@ class World:
     def documents(self, count: int, rng: random.Random) -> list[str]:
         """Pages of the web."""
         kinds: list[tuple[Callable[[random.Random], str], float]] = [
-            (self._article, 0.40),
+            (self._article, 0.35),
             (self._story_page, 0.15),
             (self._diary, 0.15),
-            (self._forum, 0.10),
-            (self._question_list, 0.12),
-            (self._answer_page, 0.08),
+            (self._forum, 0.07),
+            (self._question_list, 0.10),
+            (self._answer_page, 0.18),
         ]
         pages, weights = zip(*kinds, strict=True)
         return [page(rng) for page in rng.choices(pages, weights, k=count)]

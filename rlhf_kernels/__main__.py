@@ -1,0 +1,29 @@
+"""``python -m rlhf_kernels``: what this install has, and why the rest is missing."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+import rlhf_kernels
+from rlhf_kernels.backends import BACKENDS, missing
+
+
+def main() -> None:
+    """Prints the backends and the native module's build."""
+    print(f"rlhf-kernels {rlhf_kernels.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can see"
+    print(f"GPU: {gpu}")
+    for name in BACKENDS:
+        print(f"backend {name:>9}: {missing(name) or 'available'}")
+    try:
+        from rlhf_kernels import _C
+    except ImportError as error:
+        print(f"native module: not built ({error}); sequence packing runs in Python")
+    else:
+        print("native module:", ", ".join(f"{key} {value}" for key, value in _C.build_info().items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""Which backend runs an op, and how to force one.
+
+``RLHF_KERNELS_BACKEND=name`` or ``with use_backend("name"):`` forces a backend for every op; forcing one that this
+install or this device does not have raises, and says why. Otherwise the device decides.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+# Why a backend is missing. A backend that exists is a package rlhf_kernels/<name> with one module per op family.
+_MISSING = {
+    "cpu": "the native CPU kernels are not part of this version",
+    "triton": "the Triton kernels are not part of this version",
+    "cuda": "the CUDA kernels are not part of this version",
+}
+
+
+def missing(name: str) -> str | None:
+    """Why this install does not have backend ``name``; None if it has it.
+
+    Raises:
+        ValueError: ``name`` is no backend.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend: is {name!r}, must be one of {', '.join(BACKENDS)}")
+    return _MISSING.get(name)
+
+
+def available_backends() -> list[str]:
+    """The backends this install has."""
+    return [name for name in BACKENDS if missing(name) is None]
+
+
+def _checked(name: str, source: str) -> str:
+    reason = missing(name)
+    if reason:
+        raise RuntimeError(f"{source} asks for backend {name!r}, but {reason}; available: {', '.join(available_backends())}")
+    return name
+
+
+_forced: str | None = None
+if os.environ.get("RLHF_KERNELS_BACKEND"):
+    _forced = _checked(os.environ["RLHF_KERNELS_BACKEND"], "RLHF_KERNELS_BACKEND")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces one backend for every op called inside, in this process.
+
+    Raises:
+        ValueError: ``name`` is no backend.
+        RuntimeError: this install does not have it; the message says why.
+    """
+    global _forced
+    before, _forced = _forced, _checked(name, "use_backend")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def choose(device: torch.device) -> str:
+    """The backend for tensors on ``device``."""
+    return _forced or "reference"
+
+
+def dispatch(family: str, function: str, device: torch.device) -> Callable[..., Any]:
+    """``function`` of ``rlhf_kernels/<backend>/<family>.py``."""
+    return _load(choose(device), family, function)
+
+
+def _load(backend: str, family: str, function: str) -> Callable[..., Any]:
+    key = backend, family, function
+    if key not in _loaded:
+        _loaded[key] = getattr(importlib.import_module(f"rlhf_kernels.{backend}.{family}"), function)
+    return _loaded[key]
+
+
+_loaded: dict[tuple[str, str, str], Callable[..., Any]] = {}

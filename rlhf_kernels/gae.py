@@ -1,0 +1,133 @@
+"""Generalized advantage estimation over masked or packed sequences."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels import checks
+from rlhf_kernels.backends import dispatch
+from rlhf_kernels.kl_reward import ESTIMATORS, check_shaping
+from rlhf_kernels.ppo_loss import check_mask
+
+
+def masked_gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    bootstrap: Tensor | None = None,
+    whiten: bool = False,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A_t = δ_t + γλ·A_{t+1} with δ_t = r_t + γ·V_{t+1} − V_t, over the unmasked positions (Schulman et al. 2016, eq. 16).
+
+    Masked positions are skipped: the value and advantage after a hole are carried over it. Advantages and returns are
+    targets: no gradient flows through them.
+
+    Args:
+        rewards: (B, T) floating point; or packed (N,), with ``cu_seqlens``.
+        values: the same shape: V(s_t), the value model's estimate before token t.
+        mask: the same shape, bool or {0, 1}; padding on either side, holes allowed. May be None when packed.
+        gamma: γ in [0, 1].
+        lam: λ in [0, 1].
+        bootstrap: (B,) values after the last position, for completions that were cut off; 0 by default.
+        whiten: bring the unmasked advantages to mean 0 and (population) variance 1, with 1e-8 added to the variance.
+        cu_seqlens: (B+1,) int32 or int64: where each of B packed sequences begins and ends.
+
+    Returns:
+        Two tensors of that shape, float32 (float64 for float64 inputs), 0 where masked: the advantages, and the returns
+        A_t + V_t, which are never whitened.
+
+    Raises:
+        TypeError: an argument is not a tensor of a dtype above.
+        ValueError: shapes or devices differ, or an option is out of range.
+    """
+    wanted, count = _check(rewards, values, mask, gamma, lam, bootstrap, cu_seqlens, "rewards")
+    op = dispatch("gae", "masked_gae", rewards.device)
+    return op(rewards, values, wanted, gamma, lam, bootstrap, whiten, cu_seqlens)
+
+
+def ppo_advantages(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    *,
+    beta: float,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    whiten: bool = True,
+    bootstrap: Tensor | None = None,
+    estimator: str = "k1",
+    score_clip: float | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`~rlhf_kernels.kl_shaped_rewards`, then :func:`masked_gae`: all PPO needs of a batch, in one call.
+
+    Args:
+        scores: (B,) floating point: the reward model's, one per completion.
+        logprobs: (B, T) floating point; or packed (N,), with ``cu_seqlens``: log-probs under the policy, in nats.
+        ref_logprobs: the same shape: log-probs under the reference.
+        values: the same shape: the value model's.
+        mask: the same shape, bool or {0, 1}. May be None when packed.
+        beta: β ≥ 0, the price of a nat of KL.
+        gamma: as for :func:`masked_gae`.
+        lam: likewise.
+        whiten: likewise.
+        bootstrap: likewise.
+        estimator: as for :func:`~rlhf_kernels.kl_penalty`.
+        score_clip: as for :func:`~rlhf_kernels.kl_shaped_rewards`.
+        cu_seqlens: as for :func:`masked_gae`.
+
+    Returns:
+        Advantages, returns, rewards and per-token KL, each of the shape of ``logprobs``, float32 (float64 for float64
+        inputs), 0 where masked, without gradient.
+
+    Raises:
+        TypeError: an argument is not a tensor of a dtype above.
+        ValueError: shapes or devices differ, or an option is out of range.
+    """
+    checks.choice("estimator", estimator, ESTIMATORS)
+    wanted, count = _check(logprobs, values, mask, gamma, lam, bootstrap, cu_seqlens, "logprobs")
+    checks.tensor("ref_logprobs", ref_logprobs, checks.FLOATS, logprobs)
+    checks.shape("ref_logprobs", ref_logprobs, logprobs.shape, "the shape of logprobs")
+    check_shaping(scores, logprobs, count, beta, score_clip)
+    op = dispatch("gae", "ppo_advantages", logprobs.device)
+    return op(
+        scores, logprobs, ref_logprobs, values, wanted, beta, gamma, lam, whiten, bootstrap, estimator, score_clip, cu_seqlens
+    )  # fmt: skip
+
+
+def _check(
+    first: Tensor, values: Tensor, mask: Tensor | None, gamma: float, lam: float, bootstrap: Tensor | None,
+    cu_seqlens: Tensor | None, name: str,
+) -> tuple[Tensor, int]:  # fmt: skip
+    """Checks what both functions share; returns which positions count, and the number of sequences."""
+    checks.tensor(name, first, checks.FLOATS)
+    dims, form = (2, "(B, T)") if cu_seqlens is None else (1, "(N,), since cu_seqlens is given")
+    if first.dim() != dims:
+        hint = "; give cu_seqlens for packed sequences" if first.dim() == 1 else ""
+        raise ValueError(f"{name}: has shape {tuple(first.shape)}, must be {form}{hint}")
+    checks.tensor("values", values, checks.FLOATS, first)
+    checks.shape("values", values, first.shape, f"the shape of {name}")
+    if cu_seqlens is not None:
+        checks.boundaries("cu_seqlens", cu_seqlens, first.shape[0], first)
+        count = cu_seqlens.shape[0] - 1
+    else:
+        count = first.shape[0]
+    if mask is None:
+        if cu_seqlens is None:
+            raise TypeError("mask: is None, must be a tensor unless cu_seqlens is given")
+        wanted = torch.ones(first.shape, dtype=torch.bool, device=first.device)
+    else:
+        wanted = check_mask(mask, first, first.shape)
+    checks.number("gamma", gamma, 0.0, 1.0)
+    checks.number("lam", lam, 0.0, 1.0)
+    if bootstrap is not None:
+        checks.tensor("bootstrap", bootstrap, checks.FLOATS, first)
+        checks.shape("bootstrap", bootstrap, (count,), "one per sequence")
+    return wanted, count

@@ -1,0 +1,90 @@
+"""Per-token KL penalties, and the rewards that PPO sees: the penalty at every token, the score at the last."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rlhf_kernels import checks
+from rlhf_kernels.backends import dispatch
+from rlhf_kernels.ppo_loss import check_mask
+
+ESTIMATORS = ("k1", "k2", "k3", "abs")
+
+
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1") -> Tensor:
+    """A per-token estimate of KL(π ‖ π_ref) from samples of π (Schulman 2020, "Approximating KL divergence").
+
+    With d = log π − log π_ref: k1 = d, unbiased, and the penalty of Ouyang et al. 2022, equation 2; k2 = d²/2, low
+    variance, biased; k3 = e^(−d) − 1 + d, unbiased, never negative; abs = |d|. Differentiable in both arguments.
+
+    Args:
+        logprobs: (...) floating point: log-probs of the sampled tokens under π, in nats.
+        ref_logprobs: (...) the same under π_ref.
+        estimator: "k1", "k2", "k3" or "abs".
+
+    Returns:
+        (...) float32 (float64 for float64 inputs), in nats.
+
+    Raises:
+        TypeError: an argument is not a floating-point tensor.
+        ValueError: shapes or devices differ, or the estimator is unknown.
+    """
+    _check(logprobs, ref_logprobs, estimator)
+    return dispatch("kl_reward", "kl_penalty", logprobs.device)(logprobs, ref_logprobs, estimator)
+
+
+def kl_shaped_rewards(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    beta: float,
+    estimator: str = "k1",
+    score_clip: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """r_t = −β·k(t), plus the completion's score at the last unmasked position of its row.
+
+    Ouyang et al. 2022, equation 2, taken per token as in Stiennon et al. 2020. Rewards are targets: no gradient
+    flows through them.
+
+    Args:
+        scores: (B,) floating point: the reward model's, one per completion.
+        logprobs: (B, T) floating point: log-probs of the sampled tokens under the policy.
+        ref_logprobs: (B, T) the same under the reference.
+        mask: (B, T) bool or {0, 1}: which positions are response tokens; padding on either side, holes allowed.
+        beta: β ≥ 0, in units of reward per nat.
+        estimator: as for :func:`kl_penalty`.
+        score_clip: limits scores to [−score_clip, score_clip].
+
+    Returns:
+        Two (B, T) float32 (float64 for float64 inputs) tensors, 0 where masked: the rewards, and k(t) in nats. The
+        score of a row with nothing unmasked goes nowhere.
+
+    Raises:
+        TypeError: an argument is not a tensor of a dtype above.
+        ValueError: shapes or devices differ, or an option is out of range.
+    """
+    _check(logprobs, ref_logprobs, estimator)
+    if logprobs.dim() != 2:
+        raise ValueError(f"logprobs: has shape {tuple(logprobs.shape)}, must be (B, T)")
+    wanted = check_mask(mask, logprobs, logprobs.shape)
+    check_shaping(scores, logprobs, logprobs.shape[0], beta, score_clip)
+    op = dispatch("kl_reward", "kl_shaped_rewards", logprobs.device)
+    return op(scores, logprobs, ref_logprobs, wanted, beta, estimator, score_clip)
+
+
+def _check(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> None:
+    checks.choice("estimator", estimator, ESTIMATORS)
+    checks.tensor("logprobs", logprobs, checks.FLOATS)
+    checks.tensor("ref_logprobs", ref_logprobs, checks.FLOATS, logprobs)
+    checks.shape("ref_logprobs", ref_logprobs, logprobs.shape, "the shape of logprobs")
+
+
+def check_shaping(scores: Tensor, like: Tensor, count: int, beta: float, score_clip: float | None) -> None:
+    """The arguments that shape rewards, besides the log-probs."""
+    checks.tensor("scores", scores, checks.FLOATS, like)
+    checks.shape("scores", scores, (count,), "one per completion")
+    checks.number("beta", beta, 0.0)
+    if score_clip is not None:
+        checks.number("score_clip", score_clip, 0.0)

@@ -1,0 +1,126 @@
+"""PPO's clipped losses for the policy and the value model, with the statistics that tell how an update goes."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rlhf_kernels import checks
+from rlhf_kernels.backends import dispatch
+
+REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
+
+
+def ppo_policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_range: float = 0.2,
+    clip_range_high: float | None = None,
+    dual_clip: float | None = None,
+    reduction: str = "token-mean",
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """−min(ρ·A, clip(ρ, 1−ε, 1+ε_high)·A) with ρ = π/π_old, reduced over unmasked positions (Schulman et al. 2017, eq. 7).
+
+    Differentiable in ``logprobs``. At masked positions any value, NaN included, leaves loss and gradient untouched.
+
+    Args:
+        logprobs: (B, T) or (N,) floating point: log-probs of the sampled tokens under the policy.
+        old_logprobs: the same shape: under the policy that sampled them.
+        advantages: the same shape.
+        mask: the same shape, bool or {0, 1}: which positions are response tokens.
+        clip_range: ε in (0, 1).
+        clip_range_high: ε_high > 0, when it differs from ε (Yu et al. 2025, arXiv 2503.14476, "clip-higher").
+        dual_clip: c > 1: where A < 0 the loss is at most −c·A (Ye et al. 2020, arXiv 1912.09729, eq. 5).
+        reduction: "token-mean": over all unmasked positions; "seq-mean-token-mean" and "seq-mean-token-sum": mean or sum
+            within each row, then the mean over rows that have an unmasked position. Only the first for (N,).
+
+    Returns:
+        The scalar loss (0 when nothing is unmasked), and scalar statistics over unmasked positions, without gradient:
+        ``ratio_mean``; ``ratio_max_deviation``, the largest |ρ − 1|; ``approx_kl``, the mean of (ρ − 1) − log ρ, an
+        estimate of KL(π_old ‖ π) in nats; ``clip_fraction``, the share of ρ outside the clip range.
+
+    Raises:
+        TypeError: an argument is not a tensor of a dtype above.
+        ValueError: shapes or devices differ, or an option is out of range.
+    """
+    wanted = _check_tokens(("logprobs", logprobs), ("old_logprobs", old_logprobs), ("advantages", advantages), mask)
+    check_clipping(clip_range, clip_range_high, dual_clip)
+    check_reduction(reduction, logprobs.dim())
+    op = dispatch("ppo_loss", "ppo_policy_loss", logprobs.device)
+    high = clip_range if clip_range_high is None else clip_range_high
+    return op(logprobs, old_logprobs, advantages, wanted, clip_range, high, dual_clip, reduction)
+
+
+def ppo_value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    clip_range: float | None = 0.2,
+    reduction: str = "token-mean",
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """½·max((V − R)², (clip(V, V_old ± ε) − R)²), reduced over unmasked positions.
+
+    The value loss of the PPO of Stiennon et al. 2020 and its predecessors. Differentiable in ``values``.
+
+    Args:
+        values: (B, T) or (N,) floating point: the value model's estimates.
+        old_values: the same shape: its estimates when the batch was sampled.
+        returns: the same shape: the targets R.
+        mask: the same shape, bool or {0, 1}.
+        clip_range: ε > 0, in units of value; None for the plain squared error.
+        reduction: as for :func:`ppo_policy_loss`.
+
+    Returns:
+        The scalar loss (0 when nothing is unmasked), and scalar statistics over unmasked positions, without gradient:
+        ``value_mean``, ``return_mean``, and ``clip_fraction``, the share where the clipped error is the larger.
+
+    Raises:
+        TypeError: an argument is not a tensor of a dtype above.
+        ValueError: shapes or devices differ, or an option is out of range.
+    """
+    wanted = _check_tokens(("values", values), ("old_values", old_values), ("returns", returns), mask)
+    if clip_range is not None:
+        checks.number("clip_range", clip_range, 0.0, exclusive_low=True)
+    check_reduction(reduction, values.dim())
+    op = dispatch("ppo_loss", "ppo_value_loss", values.device)
+    return op(values, old_values, returns, wanted, clip_range, reduction)
+
+
+def _check_tokens(
+    first: tuple[str, Tensor], second: tuple[str, Tensor], third: tuple[str, Tensor], mask: Tensor
+) -> Tensor:
+    name, like = first
+    checks.tensor(name, like, checks.FLOATS)
+    if like.dim() not in (1, 2):
+        raise ValueError(f"{name}: has shape {tuple(like.shape)}, must be (B, T) or (N,)")
+    for other, value in (second, third):
+        checks.tensor(other, value, checks.FLOATS, like)
+        checks.shape(other, value, like.shape, f"the shape of {name}")
+    return check_mask(mask, like, like.shape)
+
+
+def check_mask(mask: Tensor, like: Tensor, expected: tuple[int, ...]) -> Tensor:
+    """Checks a mask and returns it as bool: which positions count."""
+    checks.tensor("mask", mask, checks.MASKS, like)
+    checks.shape("mask", mask, expected, "one entry per position")
+    return mask != 0
+
+
+def check_clipping(clip_range: float, clip_range_high: float | None, dual_clip: float | None) -> None:
+    """The options of the policy loss."""
+    checks.number("clip_range", clip_range, 0.0, 1.0, exclusive_low=True)
+    if clip_range_high is not None:
+        checks.number("clip_range_high", clip_range_high, 0.0, exclusive_low=True)
+    if dual_clip is not None:
+        checks.number("dual_clip", dual_clip, 1.0, exclusive_low=True)
+
+
+def check_reduction(reduction: str, dims: int) -> None:
+    """A reduction that these dimensions have."""
+    checks.choice("reduction", reduction, REDUCTIONS)
+    if dims != 2 and reduction != "token-mean":
+        raise ValueError(f"reduction: is {reduction!r}, which needs (B, T) inputs; these have {dims} dimension(s)")

@@ -1,0 +1,62 @@
+"""A_t = δ_t + γλ·A_{t+1}, δ_t = r_t + γ·V_{t+1} − V_t, from the last position to the first."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels.reference import kl_reward, upcast
+from rlhf_kernels.reference.packed import pad, slots_of
+
+VARIANCE_EPS = 1e-8
+
+
+@torch.no_grad()
+def masked_gae(
+    rewards: Tensor, values: Tensor, wanted: Tensor, gamma: float, lam: float, bootstrap: Tensor | None, whiten: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Advantages and returns, 0 where masked."""
+    if cu_seqlens is not None:
+        slots = slots_of(cu_seqlens)
+        padded = masked_gae(
+            pad(rewards, slots), pad(values, slots), pad(wanted, slots), gamma, lam, bootstrap, whiten, None
+        )
+        return padded[0][slots], padded[1][slots]
+    # Garbage at masked positions must not survive: 0·NaN would.
+    rewards = torch.where(wanted, upcast(rewards), 0.0)
+    values = torch.where(wanted, upcast(values), 0.0)
+    advantage = torch.zeros_like(rewards[:, :1].sum(1))
+    next_value = advantage if bootstrap is None else bootstrap.to(values.dtype)
+    advantages = torch.zeros_like(rewards)
+    for t in range(rewards.shape[1] - 1, -1, -1):
+        delta = rewards[:, t] + gamma * next_value - values[:, t]
+        advantage = torch.where(wanted[:, t], delta + gamma * lam * advantage, advantage)
+        next_value = torch.where(wanted[:, t], values[:, t], next_value)
+        advantages[:, t] = torch.where(wanted[:, t], advantage, 0.0)
+    returns = torch.where(wanted, advantages + values, 0.0)
+    return (whitened(advantages, wanted) if whiten else advantages), returns
+
+
+@torch.no_grad()
+def ppo_advantages(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, wanted: Tensor, beta: float, gamma: float,
+    lam: float, whiten: bool, bootstrap: Tensor | None, estimator: str, score_clip: float | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Advantages, returns, rewards and KL, 0 where masked."""
+    if cu_seqlens is not None:
+        slots = slots_of(cu_seqlens)
+        logprobs, ref_logprobs, values, wanted = (pad(x, slots) for x in (logprobs, ref_logprobs, values, wanted))
+    rewards, kl = kl_reward.kl_shaped_rewards(scores, logprobs, ref_logprobs, wanted, beta, estimator, score_clip)
+    advantages, returns = masked_gae(rewards, values, wanted, gamma, lam, bootstrap, whiten, None)
+    if cu_seqlens is not None:
+        return advantages[slots], returns[slots], rewards[slots], kl[slots]
+    return advantages, returns, rewards, kl
+
+
+def whitened(advantages: Tensor, wanted: Tensor) -> Tensor:
+    """Mean 0 and population variance 1 over the positions that count."""
+    count = wanted.sum().clamp(min=1)
+    centred = torch.where(wanted, advantages - advantages.sum() / count, 0.0)
+    return centred * torch.rsqrt(centred.square().sum() / count + VARIANCE_EPS)

@@ -1,0 +1,52 @@
+"""The log-prob family on logits = softcap·tanh((hidden · weightᵀ + bias) / softcap)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels.reference import log_prob, ppo_loss, upcast
+
+
+def linear_selective_log_softmax_and_entropy(
+    hidden: Tensor, weight: Tensor, index: Tensor, wanted: Tensor, bias: Tensor | None, temperature: float,
+    softcap: float | None, *, with_entropy: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Log-probs and, when asked for, entropies of all rows; 0 for those not ``wanted``."""
+    logits = _logits(hidden, weight, wanted, bias, softcap)
+    return log_prob.selective_log_softmax_and_entropy(logits, index, wanted, temperature, False, with_entropy=with_entropy)
+
+
+def linear_ppo_policy_loss(
+    hidden: Tensor, weight: Tensor, index: Tensor, old_logprobs: Tensor, advantages: Tensor, wanted: Tensor,
+    bias: Tensor | None, temperature: float, softcap: float | None, clip_low: float, clip_high: float,
+    dual_clip: float | None, reduction: str,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """The clipped loss of the log-probs, with the mean entropy among its statistics."""
+    logprobs, entropy = linear_selective_log_softmax_and_entropy(
+        hidden, weight, index, wanted, bias, temperature, softcap, with_entropy=True
+    )
+    loss, stats = ppo_loss.ppo_policy_loss(
+        logprobs, old_logprobs, advantages, wanted, clip_low, clip_high, dual_clip, reduction
+    )
+    assert entropy is not None
+    return loss, stats | {"entropy": ppo_loss.masked_mean(entropy.detach(), wanted)}
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, wanted: Tensor, bias: Tensor | None, temperature: float,
+    softcap: float | None, reduction: str,
+) -> Tensor:  # fmt: skip
+    """−Σ log p(label) over the rows that count, or the mean."""
+    logprobs, _ = linear_selective_log_softmax_and_entropy(
+        hidden, weight, labels, wanted, bias, temperature, softcap, with_entropy=False
+    )
+    loss = -logprobs.sum()
+    return loss / wanted.sum().clamp(min=1) if reduction == "mean" else loss
+
+
+def _logits(hidden: Tensor, weight: Tensor, wanted: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
+    # Rows that do not count are zeroed before the matmul, so that no NaN of theirs reaches the weight's gradient.
+    hidden = torch.where(wanted[..., None], upcast(hidden), 0.0)
+    logits = torch.nn.functional.linear(hidden, upcast(weight), None if bias is None else upcast(bias))
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)

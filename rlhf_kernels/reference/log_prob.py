@@ -1,0 +1,43 @@
+"""log p_i = l_i/τ − logsumexp(l/τ) and H = logsumexp(l/τ) − Σ p·l/τ."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels.reference import upcast
+
+
+def selective_log_softmax_and_entropy(
+    logits: Tensor, index: Tensor, wanted: Tensor, temperature: float, inplace_backward: bool, *, with_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probs and, when asked for, entropies of all rows; 0 for those not ``wanted``."""
+    if inplace_backward:
+        logits = _GradientOverLogits.apply(logits)
+    # Masked before anything is computed: whatever such a row holds, NaN included, it neither shows nor gets a gradient.
+    scaled = torch.where(wanted[..., None], upcast(logits), 0.0) / temperature
+    logprobs = scaled.log_softmax(-1)
+    safe_index = torch.where(wanted, index, 0).long()
+    chosen = torch.where(wanted, logprobs.gather(-1, safe_index[..., None]).squeeze(-1), 0.0)
+    return chosen, torch.where(wanted, entropy(logprobs), 0.0) if with_entropy else None
+
+
+def entropy(logprobs: Tensor) -> Tensor:
+    """−Σ p·log p over the last dimension, where a banned token (log p = −inf) adds nothing."""
+    finite = torch.where(logprobs == -torch.inf, 0.0, logprobs)
+    return -(logprobs.exp() * finite).sum(-1)
+
+
+class _GradientOverLogits(torch.autograd.Function):
+    """Identity whose backward puts the gradient into the logits' own storage and hands that on."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        ctx.logits = logits.detach()
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return ctx.logits.copy_(gradient)

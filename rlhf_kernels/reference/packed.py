@@ -1,0 +1,18 @@
+"""Between packed values, one sequence after another, and rows padded to the longest."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def slots_of(boundaries: Tensor) -> Tensor:
+    """(B, T) bool: which entries of the padded form the packed ones fill, in order."""
+    lengths = boundaries.diff()
+    longest = int(lengths.max()) if len(lengths) else 0
+    return torch.arange(longest, device=boundaries.device) < lengths[:, None]
+
+
+def pad(packed: Tensor, slots: Tensor) -> Tensor:
+    """The padded form of packed values, with zeros in between."""
+    return torch.zeros(slots.shape, dtype=packed.dtype, device=packed.device).masked_scatter(slots, packed)

@@ -1,0 +1,70 @@
+"""−min(ρ·A, clip(ρ)·A) and ½·max((V − R)², (clip(V) − R)²), over the positions that count."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels.reference import upcast
+
+
+def ppo_policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, wanted: Tensor, clip_low: float, clip_high: float,
+    dual_clip: float | None, reduction: str,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """The clipped surrogate loss and its statistics."""
+    log_ratio = torch.where(wanted, upcast(logprobs) - upcast(old_logprobs), 0.0)
+    advantages = torch.where(wanted, upcast(advantages), 0.0).detach()
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
+    loss = torch.maximum(-advantages * ratio, -advantages * clipped)
+    if dual_clip is not None:
+        loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+    with torch.no_grad():
+        outside = (ratio < 1 - clip_low) | (ratio > 1 + clip_high)
+        stats = {
+            "ratio_mean": masked_mean(ratio, wanted),
+            "ratio_max_deviation": _largest(torch.where(wanted, (ratio - 1).abs(), 0.0)),
+            "approx_kl": masked_mean(torch.expm1(log_ratio) - log_ratio, wanted),
+            "clip_fraction": masked_mean(outside.to(ratio.dtype), wanted),
+        }
+    return reduced(loss, wanted, reduction), stats
+
+
+def ppo_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, wanted: Tensor, clip_range: float | None, reduction: str
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped value loss and its statistics."""
+    values, old_values, returns = (torch.where(wanted, upcast(x), 0.0) for x in (values, old_values, returns))
+    old_values, returns = old_values.detach(), returns.detach()
+    error = (values - returns).square()
+    clipped_error = error
+    if clip_range is not None:
+        clipped_error = (values.clamp(old_values - clip_range, old_values + clip_range) - returns).square()
+    with torch.no_grad():
+        stats = {
+            "value_mean": masked_mean(values, wanted),
+            "return_mean": masked_mean(returns, wanted),
+            "clip_fraction": masked_mean((clipped_error > error).to(values.dtype), wanted),
+        }
+    return reduced(0.5 * torch.maximum(error, clipped_error), wanted, reduction), stats
+
+
+def reduced(loss: Tensor, wanted: Tensor, reduction: str) -> Tensor:
+    """The mean over positions, or over rows of their mean or sum."""
+    if reduction == "token-mean":
+        return masked_mean(loss, wanted)
+    counts = wanted.sum(1)
+    rows = torch.where(wanted, loss, 0.0).sum(1)
+    if reduction == "seq-mean-token-mean":
+        rows = rows / counts.clamp(min=1)
+    return masked_mean(rows, counts > 0)
+
+
+def masked_mean(value: Tensor, wanted: Tensor) -> Tensor:
+    """The mean over the positions that count; 0 when none does."""
+    return torch.where(wanted, value, 0.0).sum() / wanted.sum().clamp(min=1)
+
+
+def _largest(value: Tensor) -> Tensor:
+    return value.max() if value.numel() else value.sum()

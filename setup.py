@@ -1,0 +1,60 @@
+"""Builds the native module through CMake and Ninja. A failure to do so never breaks the install: it is said, once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class CMakeBuild(build_ext):
+    """Configures, builds and installs ``rlhf_kernels/_C`` where setuptools wants it."""
+
+    def run(self) -> None:
+        """Builds, or says why not and what is lost."""
+        try:
+            self.build_with_cmake()
+        except (subprocess.CalledProcessError, OSError, ImportError) as error:
+            reason = error.stderr.strip().splitlines()[-1] if getattr(error, "stderr", None) else str(error)
+            print(
+                f"rlhf-kernels: the native module was not built: {reason}\n"
+                "  The install goes on without it: ops run on the other backends, sequence packing in Python.\n"
+                "  To have it, install a C++17 compiler and `pip install cmake ninja pybind11`, then install again.",
+                file=sys.stderr,
+            )
+
+    def build_with_cmake(self) -> None:
+        """Raises CalledProcessError, OSError or ImportError when a tool fails or is missing."""
+        import pybind11
+
+        destination = Path(self.get_ext_fullpath("rlhf_kernels._C")).resolve().parent
+        build = Path(self.build_temp).resolve()
+        build.mkdir(parents=True, exist_ok=True)
+        configure = [
+            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja",
+            f"-DCMAKE_INSTALL_PREFIX={destination}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DRLHF_KERNELS_VERSION={self.distribution.get_version()}",
+        ]  # fmt: skip
+        # The venv's own cmake and ninja come before the system's, whether or not the venv is activated.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        for command in (configure, ["cmake", "--build", str(build), "--target", "install"]):
+            done = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+            if done.returncode:
+                lines = [line for line in (done.stdout + done.stderr).splitlines() if "error" in line.lower()]
+                done.stderr = (lines or [done.stderr])[0]
+                done.check_returncode()
+
+    def get_outputs(self) -> list[str]:
+        """What was built, if it was."""
+        return [path for path in super().get_outputs() if Path(path).exists()]
+
+
+setup(ext_modules=[Extension("rlhf_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
