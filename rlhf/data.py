@@ -1,24 +1,18 @@
-"""Records as token ids, and the order in which training visits them. :mod:`rlhf.records` reads the files.
+"""From records to token ids. The paper's limits (appendix C): prompts over 1k tokens are dropped, answers capped at 1k.
 
-Prompt and completion are tokenized separately and concatenated: at rollout the policy sees exactly the prompt tokens
-it was fine-tuned on. All three kinds of record go through the same limits:
-
-* a prompt longer than ``max_prompt_tokens`` is dropped, with a count (the paper drops prompts over 1k tokens);
-* a completion ends with EOS and has at most ``max_response_tokens`` tokens, that one included. One that is cut off, by
-  this limit or by the end of the context, gets no EOS: it did not end;
-* a prompt that fills the context of the model is an error, unless ``max_prompt_tokens`` says to drop its like.
+Prompt and completion are tokenized apart and then joined, because the policy will see exactly these prompt tokens when
+it writes its own completion. A completion ends with the end-of-sequence token, unless the cap cut it off: then it did
+not end.
 """
 
 from __future__ import annotations
 
 import logging
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -26,10 +20,8 @@ from rlhf.records import (
     Comparison,
     DataError,
     Demonstration,
+    Message,
     Prompt,
-    PromptRecord,
-    field_error,
-    first_line,
     read_comparisons,
     read_demonstrations,
     read_prompts,
@@ -37,11 +29,21 @@ from rlhf.records import (
 )
 
 logger = logging.getLogger(__name__)
+Kept = TypeVar("Kept", Demonstration, Comparison, Prompt)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long things may be, in tokens."""
+
+    max_prompt_tokens: int
+    max_response_tokens: int
+    context_length: int
 
 
 @dataclass(frozen=True)
 class Example:
-    """A demonstration as token ids."""
+    """A demonstration, or a chunk of pretraining text with its first token as the prompt."""
 
     prompt_ids: list[int]
     completion_ids: list[int]
@@ -49,7 +51,7 @@ class Example:
 
 @dataclass(frozen=True)
 class RankedExample:
-    """A comparison as token ids; 1 is the best rank."""
+    """A comparison: K completions of one prompt."""
 
     prompt_ids: list[int]
     completion_ids: list[list[int]]
@@ -58,177 +60,148 @@ class RankedExample:
 
 @dataclass(frozen=True)
 class PromptExample:
-    """A prompt as token ids."""
+    """A prompt, and its text as a judge would read it."""
 
     prompt_ids: list[int]
-    text: Prompt
-    """The prompt as its record has it."""
+    text: str
 
 
 def tokenize_demonstrations(
-    records: Sequence[Demonstration],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_prompt_tokens: int,
-    max_response_tokens: int,
-    context_length: int,
+    records: Sequence[Demonstration], tokenizer: PreTrainedTokenizerBase, limits: Limits
 ) -> list[Example]:
-    """The demonstrations within the limits, in order."""
-    completions = [[record.completion] for record in records]
-    kept = tokenize(records, completions, tokenizer, max_prompt_tokens, max_response_tokens, context_length)
-    return [Example(prompt_ids, completion_ids[0]) for _, prompt_ids, completion_ids in kept]
+    """Demonstrations whose prompt is not over the limit.
+
+    Raises:
+        DataError: a prompt does not fit the model's context, or none is left.
+    """
+    kept = _prompts(records, tokenizer, limits)
+    completions = _encode(tokenizer, [record.completion for record, _ in kept])
+    return [
+        Example(prompt, _completion(ids, prompt, tokenizer, limits, record.where, "completion"))
+        for (record, prompt), ids in zip(kept, completions, strict=True)
+    ]
 
 
 def tokenize_comparisons(
-    records: Sequence[Comparison],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_prompt_tokens: int,
-    max_response_tokens: int,
-    context_length: int,
+    records: Sequence[Comparison], tokenizer: PreTrainedTokenizerBase, limits: Limits
 ) -> list[RankedExample]:
-    """The comparisons within the limits, in order."""
-    completions = [record.completions for record in records]
-    kept = tokenize(records, completions, tokenizer, max_prompt_tokens, max_response_tokens, context_length)
-    return [RankedExample(prompt_ids, completion_ids, list(record.ranks)) for record, prompt_ids, completion_ids in kept]
+    """Comparisons whose prompt is not over the limit.
+
+    Raises:
+        DataError: a prompt does not fit the model's context, or none is left.
+    """
+    kept = _prompts(records, tokenizer, limits)
+    ids = iter(_encode(tokenizer, [completion for record, _ in kept for completion in record.completions]))
+    return [
+        RankedExample(
+            prompt,
+            [
+                _completion(next(ids), prompt, tokenizer, limits, record.where, f"completions[{i}]")
+                for i in range(len(record.completions))
+            ],
+            list(record.ranks),
+        )
+        for record, prompt in kept
+    ]
 
 
 def tokenize_prompts(
-    records: Sequence[PromptRecord],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    max_prompt_tokens: int,
-    max_response_tokens: int,
-    context_length: int,
+    records: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, limits: Limits
 ) -> list[PromptExample]:
-    """The prompts within the limits, in order: records with no completion yet."""
-    completions: list[list[str]] = [[] for _ in records]
-    kept = tokenize(records, completions, tokenizer, max_prompt_tokens, max_response_tokens, context_length)
-    return [PromptExample(prompt_ids, record.prompt) for record, prompt_ids, _ in kept]
+    """Prompts that are not over the limit and leave room for a whole answer in the context.
+
+    Raises:
+        DataError: a prompt and its answer do not fit the model's context, or none is left.
+    """
+    examples = []
+    for record, ids in _prompts(records, tokenizer, limits):
+        if len(ids) + limits.max_response_tokens > limits.context_length:
+            raise DataError(
+                f"{record.where}: field 'prompt': has {len(ids)} tokens, which with {limits.max_response_tokens} of an answer "
+                f"exceed the model's context of {limits.context_length}; lower lengths.max_response_tokens, or "
+                "lengths.max_prompt_tokens to drop such prompts"
+            )
+        text = record.prompt if isinstance(record.prompt, str) else _chat(tokenizer, record.prompt, record.where)
+        examples.append(PromptExample(ids, text))
+    return examples
 
 
 def tokenize_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, *, length: int) -> Tensor:
-    """Documents, each ended by EOS, joined and cut into chunks: ``(chunks, length)`` int64. The rest is dropped."""
-    eos = eos_token_id(tokenizer)
-    tokens = array("q")  # 8 bytes a token, where a list of Python integers takes 36
-    for start in range(0, len(texts), 1000):
-        for ids in encode(tokenizer, texts[start : start + 1000]):
-            tokens.extend(ids)
-            tokens.append(eos)
-    chunks = len(tokens) // length
+    """(chunks, length) int64: the documents one after another, each ended by EOS, cut into chunks; the rest is dropped.
+
+    Raises:
+        DataError: there is too little text for one chunk.
+    """
+    ids = [token for document in _encode(tokenizer, texts) for token in (*document, tokenizer.eos_token_id)]
+    chunks = len(ids) // length
     if not chunks:
-        raise DataError(f"pretraining text: has {len(tokens)} tokens, too few for one chunk of {length}")
-    return torch.frombuffer(tokens, dtype=torch.int64)[: chunks * length].view(chunks, length)
+        raise DataError(f"pretraining data: has {len(ids)} tokens in all, too few for one chunk of {length}")
+    return torch.tensor(ids[: chunks * length]).view(chunks, length)
 
 
-def batches(count: int, batch_size: int, *, seed: int, epoch: int) -> Iterator[list[int]]:
-    """The indices ``0 .. count - 1`` in batches, in the order of this seed and epoch; the last batch may be short."""
-    # One stream of permutations per seed, of which epoch e takes the e-th: no two (seed, epoch) share one by design.
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(epoch + 1):
-        order = torch.randperm(count, generator=generator)
-    return (batch.tolist() for batch in order.split(batch_size))
-
-
-def tokenize(
-    records: Sequence[Any],
-    completions: Sequence[Sequence[str]],
-    tokenizer: PreTrainedTokenizerBase,
-    max_prompt_tokens: int,
-    max_response_tokens: int,
-    context_length: int,
-) -> list[tuple[Any, list[int], list[list[int]]]]:
-    """The records within the limits, each with the ids of its prompt and of its completions."""
-    eos = eos_token_id(tokenizer)
-    prompts = encode_prompts(records, tokenizer)
-    flat = iter(encode(tokenizer, [text for texts in completions for text in texts]))
+def _prompts(
+    records: Sequence[Kept], tokenizer: PreTrainedTokenizerBase, limits: Limits
+) -> list[tuple[Kept, list[int]]]:
+    """The records whose prompt is short enough, with its tokens."""
+    texts = [
+        record.prompt if isinstance(record.prompt, str) else _chat(tokenizer, record.prompt, record.where)
+        for record in records
+    ]
+    # A chat template writes its own special tokens; plain text gets the tokenizer's, without an end, as it goes on.
+    plain = [isinstance(record.prompt, str) for record in records]
+    special = _encode(tokenizer, texts, add_special_tokens=True) if any(plain) else [[] for _ in records]
+    bare = _encode(tokenizer, texts) if not all(plain) else special
     kept = []
-    for record, prompt_ids, texts in zip(records, prompts, completions, strict=True):
-        completion_ids = [next(flat) for _ in texts]
-        if len(prompt_ids) > max_prompt_tokens and max_prompt_tokens <= context_length:
-            continue
-        room = min(max_response_tokens, context_length - len(prompt_ids))
-        if room <= 0:
-            raise field_error(
-                record.where,
-                record.fields[0],
-                f"has {len(prompt_ids)} tokens, which leaves no room for a completion in the model's context of "
-                f"{context_length}; a lower max_prompt_tokens drops such prompts",
+    for record, is_plain, with_special, without in zip(records, plain, special, bare, strict=True):
+        ids = with_special if is_plain else without
+        if is_plain and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id:
+            ids = ids[:-1]
+        ids = ids or [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
+        if len(ids) >= limits.context_length:
+            raise DataError(
+                f"{record.where}: field 'prompt': has {len(ids)} tokens, but the model's context is {limits.context_length}"
             )
-        for name, ids in zip(record.fields[1:], completion_ids, strict=False):
-            if not ids:
-                raise field_error(record.where, name, "the tokenizer makes no token of it")
-        kept.append((record, prompt_ids, [ended(ids, eos, room) for ids in completion_ids]))
-    if not kept:
-        raise DataError(f"all {len(records)} prompts are longer than max_prompt_tokens = {max_prompt_tokens}; none is left")
+        if len(ids) <= limits.max_prompt_tokens:
+            kept.append((record, ids))
     if len(kept) < len(records):
         dropped = len(records) - len(kept)
-        logger.warning("dropped %d of %d prompts: over %d tokens", dropped, len(records), max_prompt_tokens)
+        logger.info("dropped %d of %d prompts: over %d tokens", dropped, len(records), limits.max_prompt_tokens)
+    if not kept:
+        raise DataError(f"{records[0].where}: this prompt and all others are over lengths.max_prompt_tokens ({limits.max_prompt_tokens})")
     return kept
 
 
-def ended(ids: list[int], eos: int, room: int) -> list[int]:
-    """A completion with the EOS that it may already carry as text, cut to the room there is."""
-    return (ids if ids[-1] == eos else [*ids, eos])[:room]
+def _completion(
+    ids: list[int], prompt: list[int], tokenizer: PreTrainedTokenizerBase, limits: Limits, where: str, field: str
+) -> list[int]:
+    """A completion's tokens, ended or cut off."""
+    if not ids:
+        raise DataError(f"{where}: field {field!r}: has no tokens")
+    return [*ids, tokenizer.eos_token_id][: min(limits.max_response_tokens, limits.context_length - len(prompt))]
 
 
-def encode_prompts(records: Sequence[Any], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The ids of every prompt: at least one, since something must come before the first token to predict."""
-    first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    texts = iter(encode_openings(tokenizer, [record.prompt for record in records if isinstance(record.prompt, str)]))
-    chats = iter(encode(tokenizer, [render(record, tokenizer) for record in records if not isinstance(record.prompt, str)]))
-    return [next(texts if isinstance(record.prompt, str) else chats) or [first] for record in records]
-
-
-def encode_openings(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Ids with the special tokens that begin a text (BOS, CLS), without those that end one (EOS, SEP): it goes on."""
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, add_special_tokens: bool = False
+) -> list[list[int]]:
+    """Token ids of many texts at once. Long ones are our business, so the tokenizer is not to warn of them."""
     if not texts:
         return []
-    encoded = tokenizer(texts, return_attention_mask=False, return_special_tokens_mask=True, verbose=False)
-    closing = {tokenizer.eos_token_id, tokenizer.sep_token_id}
-    for ids, added in zip(encoded.input_ids, encoded.special_tokens_mask, strict=True):
-        while ids and added[len(ids) - 1] and ids[-1] in closing:
-            ids.pop()
-    return encoded.input_ids
+    return tokenizer(list(texts), add_special_tokens=add_special_tokens, verbose=False).input_ids
 
 
-def render(record: Any, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A conversation as the tokenizer's chat template writes it, up to where the assistant begins to answer."""
+def _chat(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str) -> str:
+    """A conversation as the model's chat template writes it, up to where the assistant speaks."""
     if not tokenizer.chat_template:
-        raise field_error(record.where, record.fields[0], "has messages, but the tokenizer has no chat template")
-    try:
-        return tokenizer.apply_chat_template(record.prompt, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
-        raise field_error(record.where, record.fields[0], f"the chat template refuses it: {first_line(error)}") from error
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of every text, with no special tokens added: in one call, which tokenizers run in parallel."""
-    if not texts:
-        return []
-    # verbose would warn of texts longer than the model's context, which are cut further on.
-    return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
-
-
-def eos_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends a completion or document."""
-    if tokenizer.eos_token_id is None:
-        raise DataError(
-            f"tokenizer {tokenizer.name_or_path!r}: has no EOS token, so no completion could end; "
-            "set its eos_token and save it again"
-        )
-    return tokenizer.eos_token_id
+        raise DataError(f"{where}: is a conversation, but the tokenizer has no chat template; give text prompts instead")
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 __all__ = [
-    "Comparison",
     "DataError",
-    "Demonstration",
     "Example",
+    "Limits",
     "PromptExample",
-    "PromptRecord",
     "RankedExample",
-    "batches",
     "read_comparisons",
     "read_demonstrations",
     "read_prompts",

@@ -22,7 +22,7 @@ import torch
 
 from rlhf.batch import lay_out, split
 from rlhf.config import ConfigError, EvaluateConfig, GenerateConfig
-from rlhf.data import PromptExample, read_prompts, read_texts, tokenize_prompts, tokenize_texts
+from rlhf.data import Limits, PromptExample, read_prompts, read_texts, tokenize_prompts, tokenize_texts
 from rlhf.models import (
     LanguageModel,
     ModelError,
@@ -123,21 +123,8 @@ def load_prompts(config: EvaluateConfig | GenerateConfig, tokenizer) -> list[Pro
     """Prompts as token ids, with their text, all leaving room for an answer in the context."""
     if not config.prompts:
         return []
-    context = context_length(load_config(config.model))
-    prompts = tokenize_prompts(
-        read_prompts(config.prompts),
-        tokenizer,
-        max_prompt_tokens=config.lengths.max_prompt_tokens,
-        max_response_tokens=config.lengths.max_response_tokens,
-        context_length=context,
-    )
-    longest = max(len(example.prompt_ids) for example in prompts)
-    if longest + config.lengths.max_response_tokens > context:
-        raise ConfigError(
-            f"lengths.max_response_tokens: is {config.lengths.max_response_tokens}, but the longest prompt has {longest} "
-            f"tokens and the model sees {context}; lower it to {context - longest}, or lengths.max_prompt_tokens"
-        )
-    return prompts
+    limits = Limits(**asdict(config.lengths), context_length=context_length(load_config(config.model)))
+    return tokenize_prompts(read_prompts(config.prompts), tokenizer, limits)
 
 
 def load_judge(config: EvaluateConfig, tokenizer) -> tuple[ScalarModel | None, Judge | None]:  # noqa: ANN001

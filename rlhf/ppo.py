@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from rlhf import report
 from rlhf.batch import lay_out, split
-from rlhf.config import ConfigError, PPOConfig, warmup_from_tenth
-from rlhf.data import Example, read_prompts, read_texts, tokenize_prompts, tokenize_texts
+from rlhf.config import PPOConfig, warmup_from_tenth
+from rlhf.data import Example, Limits, read_prompts, read_texts, tokenize_prompts, tokenize_texts
 from rlhf.models import (
     LanguageModel,
     ScalarModel,
@@ -72,7 +72,8 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
     tokenizer = load_tokenizer(config.policy)
     check_reward_config(config.reward_model)
     check_same_tokenizer(tokenizer, config.policy, config.reward_model)
-    prompts = load_prompts(config, tokenizer)
+    limits = Limits(**asdict(config.lengths), context_length=context_length(load_config(config.policy)))
+    prompts = [example.prompt_ids for example in tokenize_prompts(read_prompts(config.prompts), tokenizer, limits)]
     pretraining: list[Example] = []
     if config.gamma_ptx:
         chunks = tokenize_texts(read_texts(config.pretraining_data), tokenizer, length=config.pretraining_tokens)
@@ -151,26 +152,6 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
     path = run.save_model(average, tokenizer)
     run.close()
     return path
-
-
-def load_prompts(config: PPOConfig, tokenizer) -> list[list[int]]:  # noqa: ANN001
-    """Prompts as token ids, all short enough to leave room for an answer in the context."""
-    context = context_length(load_config(config.policy))
-    examples = tokenize_prompts(
-        read_prompts(config.prompts),
-        tokenizer,
-        max_prompt_tokens=config.lengths.max_prompt_tokens,
-        max_response_tokens=config.lengths.max_response_tokens,
-        context_length=context,
-    )
-    prompts = [example.prompt_ids for example in examples]
-    longest = max(map(len, prompts))
-    if longest + config.lengths.max_response_tokens > context:
-        raise ConfigError(
-            f"lengths.max_response_tokens: is {config.lengths.max_response_tokens}, but the longest prompt has {longest} "
-            f"tokens and the model sees {context}; lower it to {context - longest}, or lengths.max_prompt_tokens"
-        )
-    return prompts
 
 
 @torch.no_grad()

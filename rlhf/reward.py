@@ -12,6 +12,7 @@ constant is added to r, so after training a bias makes the demonstrations score 
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from rlhf import report
 from rlhf.batch import lay_out, split
 from rlhf.config import RewardConfig, cosine_to_tenth
 from rlhf.data import (
+    Limits,
     RankedExample,
     read_comparisons,
     read_demonstrations,
@@ -44,15 +46,11 @@ from rlhf_kernels import pairwise_ranking_loss
 def train(config: RewardConfig, *, resume: bool = False) -> Path:
     """Trains a reward model on ``config.data`` and returns the directory of the result."""
     tokenizer = load_tokenizer(config.model)
-    limits = {
-        "max_prompt_tokens": config.lengths.max_prompt_tokens,
-        "max_response_tokens": config.lengths.max_response_tokens,
-        "context_length": context_length(load_config(config.model)),
-    }
-    comparisons = tokenize_comparisons(read_comparisons(config.data), tokenizer, **limits)
+    limits = Limits(**asdict(config.lengths), context_length=context_length(load_config(config.model)))
+    comparisons = tokenize_comparisons(read_comparisons(config.data), tokenizer, limits)
     demonstrations = []
     if config.demonstrations:
-        demonstrations = tokenize_demonstrations(read_demonstrations(config.demonstrations), tokenizer, **limits)
+        demonstrations = tokenize_demonstrations(read_demonstrations(config.demonstrations), tokenizer, limits)
     training, held_out = hold_out(len(comparisons), config.held_out_fraction, config.seed)
 
     run = Run("reward", config, resume=resume)

@@ -11,6 +11,7 @@ from, the paper trains 2 epochs and mixes in 10 % pretraining text (C.3): ``pret
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from rlhf.batch import lay_out, split
 from rlhf.config import SFTConfig, cosine_to_tenth
 from rlhf.data import (
     Example,
+    Limits,
     read_demonstrations,
     read_texts,
     tokenize_demonstrations,
@@ -43,14 +45,8 @@ def train(config: SFTConfig, *, resume: bool = False) -> Path:
     """Fine-tunes ``config.model`` on ``config.data`` and returns the directory of the result."""
     # Everything that can be wrong with the data is found before any weights are read.
     tokenizer = load_tokenizer(config.model)
-    context = context_length(load_config(config.model))
-    examples = tokenize_demonstrations(
-        read_demonstrations(config.data),
-        tokenizer,
-        max_prompt_tokens=config.lengths.max_prompt_tokens,
-        max_response_tokens=config.lengths.max_response_tokens,
-        context_length=context,
-    )
+    limits = Limits(**asdict(config.lengths), context_length=context_length(load_config(config.model)))
+    examples = tokenize_demonstrations(read_demonstrations(config.data), tokenizer, limits)
     training, held_out = hold_out(len(examples), config.held_out_fraction, config.seed)
     pretraining = []
     if config.pretraining_fraction:

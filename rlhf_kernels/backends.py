@@ -7,16 +7,18 @@ install or this device does not have raises, and says why. Otherwise the device 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from rlhf_kernels import reference
+
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-# Why a backend is missing. A backend that exists is a package rlhf_kernels/<name> with one module per op family.
+# The backends this version has, each a package with one module per op family, and why the others are missing.
+_PACKAGES = {"reference": reference}
 _MISSING = {
     "cpu": "the native CPU kernels are not part of this version",
     "triton": "the Triton kernels are not part of this version",
@@ -75,14 +77,4 @@ def choose(device: torch.device) -> str:
 
 def dispatch(family: str, function: str, device: torch.device) -> Callable[..., Any]:
     """``function`` of ``rlhf_kernels/<backend>/<family>.py``."""
-    return _load(choose(device), family, function)
-
-
-def _load(backend: str, family: str, function: str) -> Callable[..., Any]:
-    key = backend, family, function
-    if key not in _loaded:
-        _loaded[key] = getattr(importlib.import_module(f"rlhf_kernels.{backend}.{family}"), function)
-    return _loaded[key]
-
-
-_loaded: dict[tuple[str, str, str], Callable[..., Any]] = {}
+    return getattr(getattr(_PACKAGES[choose(device)], family), function)

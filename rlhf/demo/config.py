@@ -15,11 +15,11 @@ class DemoConfig:
     """Everything goes here; report.md and report.json are the result."""
     seed: int = 0
     """Draws the world's facts, the labellers, the data and every model's initial weights."""
-    small_width: int = 64
+    small_width: int = 48
     """Width of the small model, the one that is aligned."""
     small_layers: int = 2
     """Its layers."""
-    large_width: int = 384
+    large_width: int = 336
     """Width of the large base model: at least 100 times the parameters."""
     large_layers: int = 6
     """Its layers."""

@@ -23,9 +23,8 @@ import torch
 import yaml
 
 from rlhf import ppo, reward, sft
-from rlhf.batch import split
 from rlhf.config import Adam, LengthConfig, PPOConfig, RewardConfig, SFTConfig
-from rlhf.data import read_comparisons, tokenize_comparisons, tokenize_texts
+from rlhf.data import Limits, read_comparisons, tokenize_comparisons, tokenize_texts
 from rlhf.demo import report
 from rlhf.demo.config import DemoConfig
 from rlhf.demo.labellers import Labeller, agreement, gold_utility, hire
@@ -68,7 +67,7 @@ def run(config: DemoConfig, *, resume: bool = False) -> dict:
     with clock.timing("base models"):
         small = pretrain(
             output / "base", tokenizer, data.documents, width=config.small_width, layers=config.small_layers,
-            steps=config.small_steps, learning_rate=3e-3, seed=config.seed, resume=True,
+            steps=config.small_steps, learning_rate=5e-3, seed=config.seed, resume=True,
         )  # fmt: skip
         large = pretrain(
             output / "large_base", tokenizer, data.documents, width=config.large_width, layers=config.large_layers,
@@ -315,9 +314,8 @@ def held_out_comparisons(output: Path, data: Data) -> list[tuple[Instruction, li
 def rm_accuracy(path: Path, comparisons: Path) -> float:
     """The reward model's accuracy on a file of rankings."""
     tokenizer, model = load_tokenizer(str(path)), ScalarModel.load(str(path)).eval()
-    examples = tokenize_comparisons(
-        read_comparisons([str(comparisons)]), tokenizer, context_length=CONTEXT, **asdict(LENGTHS)
-    )
+    limits = Limits(**asdict(LENGTHS), context_length=CONTEXT)
+    examples = tokenize_comparisons(read_comparisons([str(comparisons)]), tokenizer, limits)
     return reward.ranking_accuracy(model, examples, 8192)
 
 

@@ -18,7 +18,7 @@ from rlhf.training import Run, batch_indices, make_optimizer, optimizer_step
 
 CONTEXT = 256
 CHUNK = 128
-BATCH = 64
+BATCH = 32
 
 
 def make_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:

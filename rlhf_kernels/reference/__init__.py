@@ -4,10 +4,6 @@ Computes in float32, or in float64 when given float64. Autograd differentiates i
 its own but the in-place one of :mod:`rlhf_kernels.reference.log_prob`.
 """
 
-import torch
-from torch import Tensor
+from rlhf_kernels.reference import gae, kl_reward, linear_log_prob, log_prob, ppo_loss, ranking_loss
 
-
-def upcast(value: Tensor) -> Tensor:
-    """The dtype that is computed in: float32 at least."""
-    return value if value.dtype == torch.float64 else value.float()
+__all__ = ["gae", "kl_reward", "linear_log_prob", "log_prob", "ppo_loss", "ranking_loss"]

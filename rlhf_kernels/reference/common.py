@@ -1,4 +1,4 @@
-"""What several families share."""
+"""What the families share: the dtype computed in, and packed values as rows padded to the longest."""
 
 from __future__ import annotations
 
@@ -6,33 +6,18 @@ import torch
 from torch import Tensor
 
 
-def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """float64 where any input is float64, else float32."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+def upcast(value: Tensor) -> Tensor:
+    """The dtype that is computed in: float32 at least."""
+    return value if value.dtype == torch.float64 else value.float()
 
 
-def clean(tensor: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The tensor in the dtype to compute in, with 0 in place of whatever stands at masked positions.
-
-    Garbage has to go before the arithmetic and not after: the gradient of NaN times 0 is NaN.
-    """
-    tensor = tensor.to(dtype)
-    return tensor if mask is None else torch.where(mask, tensor, 0.0)
+def slots_of(boundaries: Tensor) -> Tensor:
+    """(B, T) bool: which entries of the padded form the packed ones fill, in order."""
+    lengths = boundaries.diff()
+    longest = int(lengths.max()) if len(lengths) else 0
+    return torch.arange(longest, device=boundaries.device) < lengths[:, None]
 
 
-def masked_mean(tensor: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean over unmasked positions; 0 where there is none."""
-    if mask is None:
-        return tensor.sum() / max(tensor.numel(), 1)
-    return torch.where(mask, tensor, 0.0).sum() / mask.sum().clamp(min=1)
-
-
-def unpack(offsets: Tensor, total: int) -> Tensor:
-    """Which cells of a (sequences, longest) rectangle the sequences laid end to end fill, as a bool tensor.
-
-    ``rectangle.masked_scatter(cells, flat)`` lays a flat tensor out, ``rectangle[cells]`` takes it back.
-    """
-    lengths = offsets.diff()
-    # The longest sequence is a value, and a compiler can't wait for one: there the bound on it has to do.
-    longest = total if torch.compiler.is_compiling() or len(lengths) == 0 else int(lengths.max())
-    return torch.arange(longest, device=offsets.device) < lengths[:, None]
+def pad(packed: Tensor, slots: Tensor) -> Tensor:
+    """The padded form of packed values, with zeros in between."""
+    return torch.zeros(slots.shape, dtype=packed.dtype, device=packed.device).masked_scatter(slots, packed)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_kernels.reference import kl_reward, upcast
-from rlhf_kernels.reference.packed import pad, slots_of
+from rlhf_kernels.reference import kl_reward
+from rlhf_kernels.reference.common import pad, slots_of, upcast
 
 VARIANCE_EPS = 1e-8
 

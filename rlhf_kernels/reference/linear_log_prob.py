@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_kernels.reference import log_prob, ppo_loss, upcast
+from rlhf_kernels.reference import log_prob, ppo_loss
+from rlhf_kernels.reference.common import upcast
 
 
 def linear_selective_log_softmax_and_entropy(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_kernels.reference import upcast
+from rlhf_kernels.reference.common import upcast
 
 
 def selective_log_softmax_and_entropy(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_kernels.reference import upcast
+from rlhf_kernels.reference.common import upcast
 
 
 def ppo_policy_loss(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_kernels.reference import upcast
-from rlhf_kernels.reference.packed import pad, slots_of
+from rlhf_kernels.reference.common import pad, slots_of, upcast
 from rlhf_kernels.reference.ppo_loss import masked_mean
 
 

@@ -1,0 +1,132 @@
+"""The ops once more, as loops over Python floats (which are float64), and strategies for their inputs.
+
+Independent of the package on purpose: no torch arithmetic, no code shared with any backend.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from hypothesis import strategies as st
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MASK_DTYPES = (torch.bool, torch.int64, torch.uint8, torch.float32)
+
+
+def log_softmax(logits: list[float], temperature: float) -> list[float]:
+    z = [logit / temperature for logit in logits]
+    top = max(z)
+    log_sum = top + math.log(math.fsum(math.exp(x - top) for x in z))
+    return [x - log_sum for x in z]
+
+
+def entropy(log_probs: list[float]) -> float:
+    return -math.fsum(math.exp(x) * x for x in log_probs if x != -math.inf)
+
+
+def kl(logprob: float, ref: float, estimator: str) -> float:
+    d = logprob - ref
+    return {"k1": d, "k2": d * d / 2, "k3": math.expm1(-d) + d, "abs": abs(d)}[estimator]
+
+
+def gae(rewards, values, mask, gamma, lam, bootstrap):
+    """One row, lists in and out: forward over the list of unmasked positions, each sum written out in full."""
+    steps = [t for t, m in enumerate(mask) if m]
+    following = [values[t] for t in steps[1:]] + [bootstrap]
+    deltas = [rewards[t] + gamma * nxt - values[t] for t, nxt in zip(steps, following, strict=True)] if steps else []
+    advantages, returns = [0.0] * len(mask), [0.0] * len(mask)
+    for i, t in enumerate(steps):
+        advantages[t] = math.fsum((gamma * lam) ** (j - i) * deltas[j] for j in range(i, len(steps)))
+        returns[t] = advantages[t] + values[t]
+    return advantages, returns
+
+
+def whiten(rows, masks):
+    """Lists of rows: zero mean and unit (biased) variance over all unmasked positions."""
+    flat = [a for row, mask in zip(rows, masks, strict=True) for a, m in zip(row, mask, strict=True) if m]
+    if not flat:
+        return rows
+    mean = math.fsum(flat) / len(flat)
+    variance = math.fsum((a - mean) ** 2 for a in flat) / len(flat)
+    return [
+        [(a - mean) / math.sqrt(variance + 1e-8) if m else 0.0 for a, m in zip(row, mask, strict=True)]
+        for row, mask in zip(rows, masks, strict=True)
+    ]
+
+
+def reduce(losses, mask, reduction):
+    """Lists of rows."""
+    rows = [
+        [x for x, m in zip(row, row_mask, strict=True) if m] for row, row_mask in zip(losses, mask, strict=True)
+    ]
+    rows = [row for row in rows if row]
+    if not rows:
+        return 0.0
+    if reduction == "token-mean":
+        return sum(map(sum, rows)) / sum(map(len, rows))
+    if reduction == "seq-mean-token-mean":
+        return sum(sum(row) / len(row) for row in rows) / len(rows)
+    return sum(map(sum, rows)) / len(rows)
+
+
+def policy_loss(logprob, old, advantage, low, high, dual_clip):
+    """One position: the loss, and whether clipping removes its gradient."""
+    ratio = math.exp(logprob - old)
+    kept = min(max(ratio, low), high)
+    objective = min(ratio * advantage, kept * advantage)
+    cut = kept * advantage < ratio * advantage
+    if dual_clip is not None and advantage < 0 and objective < dual_clip * advantage:
+        return -dual_clip * advantage, True
+    return -objective, cut
+
+
+def value_loss(value, old, target, clip_range):
+    error = (value - target) ** 2
+    if clip_range is None:
+        return error / 2, False
+    clipped = (old + min(max(value - old, -clip_range), clip_range) - target) ** 2
+    return max(error, clipped) / 2, clipped > error
+
+
+def ranking(scores, ranks, margin=0.0):
+    """One prompt: (loss, accuracy), or None without a pair."""
+    losses, right = [], []
+    for w, (score_w, rank_w) in enumerate(zip(scores, ranks, strict=True)):
+        for score_l, rank_l in list(zip(scores, ranks, strict=True))[:w] + list(zip(scores, ranks, strict=True))[w + 1 :]:
+            if rank_w < rank_l:
+                x = score_w - score_l - margin
+                losses.append(max(-x, 0.0) + math.log1p(math.exp(-abs(x))))
+                right.append(1.0 if score_w > score_l else 0.5 if score_w == score_l else 0.0)
+    return (sum(losses) / len(losses), sum(right) / len(right)) if losses else None
+
+
+# ---------------------------------------------------------------------------------------------------- strategies
+
+
+@st.composite
+def batches(draw, max_rows=4, max_length=7):
+    """(B, T) and a mask of any dtype, with holes, padding on either side, and rows that are masked whole."""
+    rows, length = draw(st.integers(0, max_rows)), draw(st.integers(0, max_length))
+    bits = draw(st.lists(st.lists(st.booleans(), min_size=length, max_size=length), min_size=rows, max_size=rows))
+    mask = torch.tensor(bits, dtype=torch.bool).reshape(rows, length)
+    return mask.to(draw(st.sampled_from(MASK_DTYPES)))
+
+
+def garbage(tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """NaN and infinities wherever the mask has 0."""
+    rubbish = torch.tensor([math.nan, math.inf, -math.inf])[torch.arange(tensor.numel()) % 3].reshape(tensor.shape)
+    return torch.where(mask.bool(), tensor, rubbish.to(tensor.dtype))
+
+
+@st.composite
+def layouts(draw, tensor: torch.Tensor):
+    """The same values under other strides: contiguous, a slice of something larger, or transposed in front."""
+    kind = draw(st.sampled_from(("contiguous", "slice", "transposed")))
+    if kind == "slice" and tensor.dim() >= 2:
+        larger = torch.full((*tensor.shape[:-2], tensor.shape[-2] + 1, tensor.shape[-1]), math.nan).to(tensor.dtype)
+        larger[..., :-1, :] = tensor
+        return larger[..., :-1, :]
+    if kind == "transposed" and tensor.dim() >= 3:
+        return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+    return tensor.clone()

@@ -1,0 +1,69 @@
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import rlhf_kernels
+from rlhf_kernels import available_backends, backends, kl_penalty, use_backend
+
+
+def run(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *arguments], env=os.environ | environment, capture_output=True, text=True, check=False
+    )
+
+
+def test_every_backend_is_there_or_says_why_not():
+    status = available_backends()
+    assert tuple(status) == ("reference", "cpu", "triton", "cuda") and status["reference"] is None
+    for name, reason in status.items():
+        if reason is None:
+            with use_backend(name):
+                assert backends._forced == name
+        else:
+            with pytest.raises(RuntimeError) as error:
+                use_backend(name)
+            assert name in str(error.value) and reason in str(error.value) and "reference" in str(error.value)
+
+
+def test_an_unknown_backend_is_refused():
+    with pytest.raises(ValueError, match="'gpu'; the backends are reference, cpu, triton, cuda"):
+        use_backend("gpu")
+
+
+def test_blocks_nest_and_restore_after_an_error(monkeypatch):
+    monkeypatch.setattr(backends, "_forced", None)
+    forced = use_backend("reference")
+    with pytest.raises(ZeroDivisionError), forced, forced:
+        raise ZeroDivisionError
+    assert backends._forced is None
+
+
+def test_the_environment_variable_forces_a_backend():
+    code = "import torch, rlhf_kernels as k; k.kl_penalty(torch.zeros(1), torch.zeros(1))"
+    assert run("-c", code, RLHF_KERNELS_BACKEND="reference").returncode == 0
+    refused = run("-c", code, RLHF_KERNELS_BACKEND="nonsense")
+    assert refused.returncode != 0 and "RuntimeError: backend 'nonsense' was asked for" in refused.stderr
+
+
+def test_the_module_runs_as_a_program():
+    report = run("-m", "rlhf_kernels")
+    assert report.returncode == 0, report.stderr
+    for line in (rlhf_kernels.__version__, torch.__version__, *backends.BACKENDS, "native module _C"):
+        assert line in report.stdout
+
+
+def test_importing_needs_torch_only():
+    code = (
+        "import sys, rlhf_kernels; "
+        "print(*{m.split('.')[0] for m in sys.modules} & {'transformers', 'datasets', 'accelerate', 'rlhf', 'yaml'})"
+    )
+    assert run("-c", code).stdout.strip() == ""
+
+
+def test_the_public_names_are_documented():
+    for name in rlhf_kernels.__all__:
+        assert name == "__version__" or getattr(rlhf_kernels, name).__doc__
+    assert kl_penalty(torch.ones(1), torch.zeros(1)) == 1

@@ -1,0 +1,108 @@
+"""Losses built of the ops trace whole (``fullgraph=True``) and give the same values and gradients."""
+
+import pytest
+import torch
+
+import rlhf_kernels as k
+
+B, T, D, V = 3, 5, 8, 11
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler():
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def rollout():
+    mask = torch.tensor([[1, 1, 1, 0, 0], [0, 1, 0, 1, 1], [0, 0, 0, 0, 0]])
+    return {
+        "hidden": torch.randn(B, T, D, requires_grad=True),
+        "weight": torch.randn(V, D, requires_grad=True),
+        "values": torch.randn(B, T, requires_grad=True),
+        "index": torch.randint(0, V, (B, T)),
+        "old": -2 + 0.1 * torch.randn(B, T),
+        "ref": -2 + 0.1 * torch.randn(B, T),
+        "scores": torch.randn(B),
+        "mask": mask,
+    }
+
+
+def ppo(hidden, weight, values, index, old, ref, scores, mask):
+    advantages, returns, rewards, kl = k.ppo_advantages(scores, old, ref, values, mask, beta=0.1)
+    logprobs, entropy = k.linear_selective_log_softmax_and_entropy(hidden, weight, index, row_mask=mask)
+    policy, stats = k.ppo_policy_loss(logprobs, old, advantages, mask)
+    fused, fused_stats = k.linear_ppo_policy_loss(hidden, weight, index, old, advantages, mask, dual_clip=3.0)
+    value, value_stats = k.ppo_value_loss(values, values.detach() + 0.1, returns, mask)
+    pretraining = k.linear_cross_entropy(hidden, weight, index)
+    total = policy + 2 * fused + 0.1 * value + pretraining - 0.01 * entropy.mean() + rewards.sum() + kl.sum()
+    return total, stats | fused_stats | {f"value_{name}": x for name, x in value_stats.items()}
+
+
+def ranking(scores, ranks, offsets):
+    return k.pairwise_ranking_loss(scores, ranks, offsets=offsets)
+
+
+def packed(rewards, values, cu_seqlens):
+    return k.masked_gae(rewards, values, None, whiten=True, cu_seqlens=cu_seqlens)
+
+
+def logits_loss(logits, index):
+    a, h = k.selective_log_softmax_and_entropy(logits * 1, index, temperature=0.7, inplace_backward=True)
+    return (k.kl_penalty(a, a.detach() - 1, estimator="k3") + h).sum()
+
+
+def test_a_ppo_loss(backend, rollout):
+    loss, stats = ppo(**rollout)
+    compiled_loss, compiled_stats = torch.compile(ppo, fullgraph=True, backend="aot_eager")(**rollout)
+    torch.testing.assert_close(compiled_loss, loss)
+    torch.testing.assert_close(compiled_stats, stats)
+    variables = [rollout[name] for name in ("hidden", "weight", "values")]
+    torch.testing.assert_close(torch.autograd.grad(compiled_loss, variables), torch.autograd.grad(loss, variables))
+
+
+def test_flat_ranking_packed_gae_and_logits(backend):
+    scores, ranks, offsets = torch.randn(7, requires_grad=True), torch.tensor([1, 2, 3, 1, 1, 2, 1]), torch.tensor([0, 3, 7])
+    compiled = torch.compile(ranking, fullgraph=True, backend="aot_eager")(scores, ranks, offsets)
+    plain = ranking(scores, ranks, offsets)
+    torch.testing.assert_close(compiled, plain)
+    torch.testing.assert_close(torch.autograd.grad(compiled[0], scores), torch.autograd.grad(plain[0], scores))
+
+    inputs = (*torch.randn(2, 7), offsets)
+    torch.testing.assert_close(torch.compile(packed, fullgraph=True, backend="aot_eager")(*inputs), packed(*inputs))
+
+    logits, index = torch.randn(7, 9, requires_grad=True), torch.arange(7)
+    compiled = torch.compile(logits_loss, fullgraph=True, backend="aot_eager")(logits, index)
+    plain = logits_loss(logits, index)
+    torch.testing.assert_close(compiled, plain)
+    torch.testing.assert_close(torch.autograd.grad(compiled, logits), torch.autograd.grad(plain, logits))
+
+
+def test_inductor(backend, rollout):
+    """The default compiler, on the part that is differentiated."""
+
+    def loss(logits, index, old, mask):
+        logprobs, entropy = k.selective_log_softmax_and_entropy(logits, index, row_mask=mask)
+        return k.ppo_policy_loss(logprobs, old, old, mask)[0] - entropy.mean()
+
+    logits = torch.randn(B, T, V, requires_grad=True)
+    inputs = (logits, rollout["index"], rollout["old"], rollout["mask"])
+    try:
+        compiled = torch.compile(loss, fullgraph=True)(*inputs)
+    except torch._inductor.exc.InductorError as error:
+        if "compiler" in str(error).lower():
+            pytest.skip("Inductor needs a C++ compiler on CPU")
+        raise
+    torch.testing.assert_close(compiled, loss(*inputs))
+    torch.testing.assert_close(torch.autograd.grad(compiled, logits), torch.autograd.grad(loss(*inputs), logits))
+
+
+def test_the_opaque_ops_are_registered_correctly():
+    from rlhf_kernels.reference import gae
+
+    mask = torch.rand(2, 5) < 0.6
+    rows, flat = torch.randn(2, 5), torch.randn(6)
+    torch.library.opcheck(gae._masked_gae, (rows, rows, mask, 0.9, 0.95, torch.randn(2), True, None))
+    torch.library.opcheck(gae._masked_gae, (flat, flat, None, 0.9, 0.95, None, False, torch.tensor([0, 2, 6])))
+    torch.library.opcheck(gae._rewards, (torch.randn(2), rows, rows, mask, 0.1, "k3", 1.0, None))
+    torch.library.opcheck(gae._rewards, (torch.randn(2), flat, flat, None, 0.1, "k1", None, torch.tensor([0, 2, 6])))

@@ -1,0 +1,95 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import oracles
+from rlhf_kernels import kl_penalty, kl_shaped_rewards
+
+ESTIMATORS = ("k1", "k2", "k3", "abs")
+
+
+@given(
+    st.lists(st.tuples(st.floats(-30, 0, width=16), st.floats(-30, 0, width=16)), max_size=6),
+    st.sampled_from(ESTIMATORS),
+    st.sampled_from(oracles.DTYPES),
+)
+def test_penalty_matches_float64(backend, pairs, estimator, dtype):
+    table = torch.tensor(pairs, dtype=torch.float32).reshape(-1, 2).to(dtype)
+    penalty = kl_penalty(table[:, 0], table[:, 1], estimator=estimator)
+    assert penalty.dtype == torch.float32
+    expected = [oracles.kl(a, b, estimator) for a, b in table.tolist()]
+    assert penalty.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_estimators_average_to_the_kl(backend):
+    """Σ p·k1 and Σ p·k3 are KL(p ‖ q) exactly, for distributions small enough to sum over."""
+    p, q = torch.softmax(torch.randn(2, 50, dtype=torch.float64), -1).float()
+    expected = math.fsum(a * math.log(a / b) for a, b in zip(p.tolist(), q.tolist(), strict=True))
+    for estimator in ("k1", "k3"):
+        mean = (p * kl_penalty(p.log(), q.log(), estimator=estimator)).sum().item()
+        assert mean == pytest.approx(expected, rel=1e-4)
+
+
+@given(oracles.batches(), st.sampled_from(ESTIMATORS), st.sampled_from([None, 0.5]), st.integers(0, 2**31))
+def test_rewards_match_loops(backend, mask, estimator, score_clip, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logprobs, ref = torch.randn(2, *mask.shape, generator=generator)
+    scores = torch.randn(mask.shape[0], generator=generator)
+    scores = oracles.garbage(scores, mask.bool().any(-1)).requires_grad_()
+    logprobs, ref = (oracles.garbage(x, mask).requires_grad_() for x in (logprobs, ref))
+    rewards, kl = kl_shaped_rewards(
+        scores, logprobs, ref, mask, beta=0.1, estimator=estimator, score_clip=score_clip
+    )
+    for b, row in enumerate(mask.tolist()):
+        steps = [t for t, m in enumerate(row) if m]
+        for t, m in enumerate(row):
+            if not m:
+                assert rewards[b, t] == 0 and kl[b, t] == 0
+                continue
+            penalty = oracles.kl(logprobs[b, t].item(), ref[b, t].item(), estimator)
+            score = scores[b].item()
+            score = score if score_clip is None else min(max(score, -score_clip), score_clip)
+            reward = -0.1 * penalty + (score if t == steps[-1] else 0)
+            assert (kl[b, t].item(), rewards[b, t].item()) == pytest.approx((penalty, reward), rel=1e-5, abs=1e-6)
+    (rewards.sum() + kl.sum()).backward()
+    assert all(torch.isfinite(x.grad).all() for x in (scores, logprobs, ref))
+    assert (logprobs.grad[~mask.bool()] == 0).all() and (scores.grad[~mask.bool().any(-1)] == 0).all()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_gradcheck(backend, estimator):
+    if backend != "reference":
+        pytest.skip("float64 is the reference's")
+    scores = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    logprobs, ref = (torch.randn(2, 3, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    mask = torch.tensor([[0, 1, 1], [1, 0, 0]])
+    assert torch.autograd.gradcheck(
+        lambda s, a, b: kl_shaped_rewards(s, a, b, mask, beta=0.3, estimator=estimator), (scores, logprobs, ref)
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"beta": -0.1}, ValueError, "beta is -0.1; it must be a finite number of at least 0"),
+        ({"estimator": "k4"}, ValueError, "estimator is 'k4'; it must be one of 'k1', 'k2', 'k3', 'abs'"),
+        ({"scores": torch.zeros(3)}, ValueError, r"scores has shape \(3,\); it must be \(2,\)"),
+        ({"ref_logprobs": torch.zeros(2, 3)}, ValueError, r"ref_logprobs has shape \(2, 3\); it must be \(2, 4\)"),
+        ({"mask": torch.full((2, 4), 2)}, ValueError, r"mask at position \(0, 0\) is 2"),
+        ({"mask": [[1]]}, TypeError, "mask is list"),
+        ({"score_clip": 0}, ValueError, "score_clip is 0"),
+    ],
+)
+def test_errors_name_the_argument(backend, arguments, error, message):
+    call = {
+        "scores": torch.zeros(2),
+        "logprobs": torch.zeros(2, 4),
+        "ref_logprobs": torch.zeros(2, 4),
+        "mask": None,
+        "beta": 0.1,
+    } | arguments
+    with pytest.raises(error, match=message):
+        kl_shaped_rewards(**call)

@@ -1,0 +1,180 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import oracles
+from rlhf_kernels import (
+    linear_cross_entropy,
+    linear_ppo_policy_loss,
+    linear_selective_log_softmax,
+    linear_selective_log_softmax_and_entropy,
+    ppo_policy_loss,
+)
+
+
+def loops(hidden, weight, bias, softcap, temperature):
+    """Log-softmax rows from lists."""
+    rows = []
+    for h in hidden:
+        logits = [math.fsum(x * y for x, y in zip(h, w, strict=True)) + b for w, b in zip(weight, bias, strict=True)]
+        if softcap is not None:
+            logits = [softcap * math.tanh(logit / softcap) for logit in logits]
+        rows.append(oracles.log_softmax(logits, temperature))
+    return rows
+
+
+@given(
+    st.integers(0, 4),
+    st.sampled_from([1, 2, 9]),
+    st.sampled_from(oracles.DTYPES),
+    st.sampled_from([None, 3.0]),
+    st.booleans(),
+    st.integers(0, 2**31),
+)
+def test_values_match_float64_loops(backend, rows, vocabulary, dtype, softcap, with_bias, seed):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, 2, 6, generator=generator).to(dtype)
+    weight = torch.randn(vocabulary, 6, generator=generator).to(dtype)
+    bias = torch.randn(vocabulary, generator=generator).to(dtype)
+    index = torch.randint(0, vocabulary, (rows, 2), generator=generator, dtype=torch.int32)
+    mask = torch.rand(rows, 2, generator=generator) < 0.7
+    hidden = oracles.garbage(hidden, mask[..., None].expand_as(hidden)).requires_grad_()
+    weight.requires_grad_()
+    logprobs, entropy = linear_selective_log_softmax_and_entropy(
+        hidden, weight, index, bias=bias if with_bias else None, temperature=0.7, softcap=softcap, row_mask=mask
+    )
+    alone = linear_selective_log_softmax(
+        hidden, weight, index, bias=bias if with_bias else None, temperature=0.7, softcap=softcap, row_mask=mask
+    )
+    assert torch.equal(alone, logprobs) and logprobs.dtype == torch.float32
+    expected = loops(
+        hidden.flatten(0, 1).tolist(),
+        weight.tolist(),
+        bias.tolist() if with_bias else [0.0] * vocabulary,
+        softcap,
+        0.7,
+    )
+    for i, keep in enumerate(mask.flatten().tolist()):
+        want = (expected[i][index.flatten()[i]], oracles.entropy(expected[i])) if keep else (0, 0)
+        assert (logprobs.flatten()[i].item(), entropy.flatten()[i].item()) == pytest.approx(want, rel=1e-5, abs=1e-5)
+    (logprobs + entropy).sum().backward()
+    assert torch.isfinite(weight.grad).all() and (hidden.grad[~mask] == 0).all()
+    assert hidden.grad.dtype == weight.grad.dtype == dtype
+
+
+def test_gradcheck(backend):
+    if backend != "reference":
+        pytest.skip("float64 is the reference's")
+    hidden, weight, bias = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((4, 3), (5, 3), (5,)))
+    index = torch.tensor([0, -100, 4, 2])
+
+    def both(h, w, b):
+        return linear_selective_log_softmax_and_entropy(h, w, index, bias=b, temperature=0.8, softcap=2.0)
+
+    assert torch.autograd.gradcheck(both, (hidden, weight, bias))
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: linear_cross_entropy(h, w, index, bias=b, softcap=2.0), (hidden, weight, bias)
+    )
+    old, advantages, mask = torch.full((4,), -1.5).double(), torch.randn(4).double(), torch.tensor([1, 0, 1, 1])
+    assert torch.autograd.gradcheck(
+        lambda h, w, b: linear_ppo_policy_loss(h, w, index, old, advantages, mask, bias=b, clip_range=0.9)[0],
+        (hidden, weight, bias),
+    )
+
+
+@pytest.mark.parametrize("reduction", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+def test_policy_loss_is_the_loss_of_the_log_probs(backend, reduction):
+    hidden, weight = torch.randn(3, 4, 6, requires_grad=True), torch.randn(9, 6, requires_grad=True)
+    mask = torch.tensor([[1, 1, 0, 1], [0, 0, 0, 0], [0, 1, 1, 1]])
+    index = torch.where(mask.bool(), torch.randint(0, 9, (3, 4)), -100)  # no token at masked positions
+    advantages = oracles.garbage(torch.randn(3, 4), mask)
+    options = {"clip_range": 0.1, "clip_range_high": 0.3, "dual_clip": 2.0, "reduction": reduction}
+    logprobs, entropy = linear_selective_log_softmax_and_entropy(hidden, weight, index, row_mask=mask)
+    old = oracles.garbage(logprobs.detach() + 0.3 * torch.randn(3, 4), mask)
+    expected, expected_stats = ppo_policy_loss(logprobs, old, advantages, mask, **options)
+    loss, stats = linear_ppo_policy_loss(hidden, weight, index, old, advantages, mask, **options)
+    torch.testing.assert_close(loss, expected)
+    assert stats.keys() == expected_stats.keys() | {"entropy"}
+    expected_stats["entropy"] = entropy.sum() / mask.sum()
+    for name, value in stats.items():
+        torch.testing.assert_close(value, expected_stats[name].detach())
+        assert not value.requires_grad
+    got, want = (torch.autograd.grad(x, (hidden, weight)) for x in (loss, expected))
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_cross_entropy(backend, reduction):
+    hidden, weight = torch.randn(2, 5, 6), torch.randn(9, 6)
+    labels = torch.randint(0, 9, (2, 5))
+    labels[0, :3] = -100
+    rows = loops(hidden.flatten(0, 1).tolist(), weight.tolist(), [0.0] * 9, None, 1.0)
+    terms = [-rows[i][label] for i, label in enumerate(labels.flatten().tolist()) if label != -100]
+    expected = sum(terms) / (len(terms) if reduction == "mean" else 1)
+    assert linear_cross_entropy(hidden, weight, labels, reduction=reduction).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3,), (0,), (2, 0)])
+def test_nothing_to_learn_from_is_zero_with_zero_gradient(backend, shape):
+    hidden, weight = torch.randn(*shape, 6, requires_grad=True), torch.randn(9, 6, requires_grad=True)
+    labels = torch.full(shape, -100)
+    zeros = torch.zeros(shape)
+    for loss in (
+        linear_cross_entropy(hidden, weight, labels),
+        linear_ppo_policy_loss(hidden, weight, labels, zeros, zeros, zeros)[0],
+    ):
+        gradients = torch.autograd.grad(loss, (hidden, weight))
+        assert loss == 0 and all((g == 0).all() for g in gradients)
+
+
+def test_one_hidden_state_without_a_leading_shape(backend):
+    hidden, weight = torch.randn(6), torch.randn(9, 6)
+    logprob = linear_selective_log_softmax(hidden, weight, torch.tensor(3))
+    expected = loops([hidden.tolist()], weight.tolist(), [0.0] * 9, None, 1.0)[0][3]
+    assert logprob.shape == () and logprob.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_bias_of_minus_infinity_bans_a_token(backend):
+    hidden, weight, bias = torch.randn(2, 6, requires_grad=True), torch.randn(4, 6), torch.zeros(4)
+    bias[1] = -math.inf
+    logprobs, entropy = linear_selective_log_softmax_and_entropy(hidden, weight, torch.tensor([0, 1]), bias=bias)
+    assert logprobs[1] == -math.inf and torch.isfinite(entropy).all()
+    (logprobs[0] + entropy.sum()).backward()
+    assert torch.isfinite(hidden.grad).all()
+
+
+def test_full_precision_under_autocast(backend):
+    hidden, weight, index = torch.randn(5, 6), torch.randn(9, 6), torch.arange(5)
+    expected = linear_selective_log_softmax(hidden, weight, index)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(linear_selective_log_softmax(hidden, weight, index), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"weight": torch.zeros(4, 7)}, ValueError, r"weight has shape \(4, 7\); it must be \(V, 6\)"),
+        ({"weight": torch.zeros(4, 6).long()}, TypeError, "weight has dtype int64"),
+        ({"bias": torch.zeros(5)}, ValueError, r"bias has shape \(5,\); it must be \(4,\)"),
+        ({"softcap": 0.0}, ValueError, "softcap is 0.0"),
+        ({"temperature": -1.0}, ValueError, "temperature is -1.0"),
+        ({"labels": torch.tensor([0, 4])}, IndexError, "labels at position 1 is 4"),
+        ({"labels": torch.tensor([0, 1, 2])}, ValueError, "labels has shape"),
+        ({"reduction": "none"}, ValueError, "reduction is 'none'; it must be one of 'mean', 'sum'"),
+    ],
+)
+def test_errors_name_the_argument(backend, arguments, error, message):
+    call = {"hidden": torch.zeros(2, 6), "weight": torch.zeros(4, 6), "labels": torch.tensor([0, 1])} | arguments
+    with pytest.raises(error, match=message):
+        linear_cross_entropy(**call)
+
+
+def test_policy_loss_takes_no_ignore_index(backend):
+    hidden, weight, zeros = torch.zeros(2, 6), torch.zeros(4, 6), torch.zeros(2)
+    with pytest.raises(IndexError, match="index at position 0 is -100"):
+        linear_ppo_policy_loss(hidden, weight, torch.tensor([-100, 0]), zeros, zeros, None)
+    with pytest.raises(ValueError, match="token-mean"):
+        linear_ppo_policy_loss(hidden, weight, torch.tensor([1, 0]), zeros, zeros, None, reduction="seq-mean-token-sum")

@@ -1,0 +1,175 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import oracles
+from rlhf_kernels import selective_log_softmax, selective_log_softmax_and_entropy
+
+LOGITS = st.one_of(
+    st.floats(-10, 10, width=16), st.sampled_from([1e4, -1e4, 0.0, -math.inf]), st.floats(-1e4, 1e4, width=16)
+)
+
+
+@st.composite
+def problems(draw):
+    rows, vocabulary = draw(st.integers(0, 4)), draw(st.sampled_from([1, 2, 5, 127]))
+    values = draw(st.lists(LOGITS, min_size=8, max_size=8))
+    values = (values * (rows * vocabulary))[: rows * vocabulary]
+    logits = torch.tensor(values, dtype=torch.float64).reshape(rows, 1, vocabulary).repeat(1, 2, 1)
+    logits = torch.where(torch.isinf(logits).all(-1, keepdim=True), 0.0, logits)  # a row needs a token to choose
+    index = draw(st.lists(st.integers(0, vocabulary - 1), min_size=2 * rows, max_size=2 * rows))
+    index = torch.tensor(index, dtype=torch.int64).reshape(rows, 2)
+    dtype = draw(st.sampled_from([*oracles.DTYPES, torch.float64]))
+    mask = torch.tensor(draw(st.lists(st.booleans(), min_size=2 * rows, max_size=2 * rows))).reshape(rows, 2).bool()
+    return (
+        draw(oracles.layouts(logits.to(dtype))),
+        index.to(draw(st.sampled_from([torch.int64, torch.int32]))),
+        mask.to(draw(st.sampled_from(oracles.MASK_DTYPES))),
+        draw(st.sampled_from([1.0, 0.7, 2.0])),
+    )
+
+
+@given(problems())
+def test_values_and_gradients_match_float64_loops(backend, problem):
+    logits, index, mask, temperature = problem
+    if logits.dtype == torch.float64 and backend != "reference":
+        logits = logits.float()
+    logits = oracles.garbage(logits.flatten(0, 1), mask.flatten()[:, None].expand(-1, logits.shape[-1])).view(
+        logits.shape
+    )
+    logits.requires_grad_()
+    logprobs, entropy = selective_log_softmax_and_entropy(logits, index, temperature=temperature, row_mask=mask)
+    alone = selective_log_softmax(logits, index, temperature=temperature, row_mask=mask)
+    assert torch.equal(alone, logprobs)
+    assert logprobs.dtype == entropy.dtype == (torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    finite = torch.where(torch.isinf(logprobs), 0.0, logprobs)
+    (2 * finite.sum() + 3 * entropy.sum()).backward()
+
+    exact = logits.dtype == torch.float64
+    for at in torch.cartesian_prod(torch.arange(index.shape[0]), torch.arange(index.shape[1])).tolist():
+        row, chosen = logits[tuple(at)].tolist(), int(index[tuple(at)])
+        gradient = logits.grad[tuple(at)]
+        if not mask[tuple(at)]:
+            assert logprobs[tuple(at)] == 0 and entropy[tuple(at)] == 0 and (gradient == 0).all()
+            continue
+        log_p = oracles.log_softmax(row, temperature)
+        h = oracles.entropy(log_p)
+        close = {"rel": 1e-9 if exact else 2e-6, "abs": 1e-9 if exact else 2e-6}
+        assert logprobs[tuple(at)].item() == pytest.approx(log_p[chosen], **close)
+        assert entropy[tuple(at)].item() == pytest.approx(h, rel=close["rel"], abs=close["abs"] * 10)
+        g = 0.0 if log_p[chosen] == -math.inf else 2.0
+        expected = [
+            (g * ((i == chosen) - math.exp(lp)) - 3 * math.exp(lp) * ((lp + h) if lp != -math.inf else 0)) / temperature
+            for i, lp in enumerate(log_p)
+        ]
+        rough = {torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float32: 2e-5, torch.float64: 1e-9}[logits.dtype]
+        assert gradient.tolist() == pytest.approx(expected, rel=rough, abs=rough)
+
+
+def test_gradcheck(backend):
+    if backend != "reference":
+        pytest.skip("float64 is the reference's")
+    logits = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    index, mask = torch.tensor([0, 4, 2]), torch.tensor([True, False, True])
+
+    def both(x):
+        return selective_log_softmax_and_entropy(x, index, temperature=0.8, row_mask=mask)
+
+    assert torch.autograd.gradcheck(both, logits)
+    assert torch.autograd.gradgradcheck(both, logits)
+
+
+def test_banned_tokens(backend):
+    logits = torch.tensor([[0.0, -math.inf, 1.0]], requires_grad=True)
+    logprobs, entropy = selective_log_softmax_and_entropy(logits, torch.tensor([1]))
+    assert logprobs.item() == -math.inf and math.isfinite(entropy.item())
+    (logprobs.sum() + entropy.sum()).backward()
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_entropy_of_large_logits_keeps_its_digits(backend):
+    small = torch.randn(4, 50)
+    index = torch.zeros(4, dtype=torch.long)
+    offset = (small + 1e4).double() - 1e4  # what float32 holds of the shifted logits
+    _, entropy = selective_log_softmax_and_entropy(small + 1e4, index)
+    expected = [oracles.entropy(oracles.log_softmax(row, 1.0)) for row in offset.tolist()]
+    assert entropy.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_vocabulary_of_one_and_no_rows(backend):
+    logprobs, entropy = selective_log_softmax_and_entropy(torch.tensor([[3.0], [-1e4]]), torch.tensor([0, 0]))
+    assert logprobs.tolist() == entropy.tolist() == [0, 0]
+    empty = torch.zeros(0, 7, requires_grad=True)
+    logprobs = selective_log_softmax(empty, torch.zeros(0, dtype=torch.long))
+    logprobs.sum().backward()
+    assert logprobs.shape == (0,) and empty.grad.shape == (0, 7)
+
+
+def test_ignored_rows_are_not_read(backend):
+    logits = torch.full((3, 4), math.nan)
+    logits[1] = torch.arange(4.0)
+    logits.requires_grad_()
+    logprobs, entropy = selective_log_softmax_and_entropy(logits, torch.tensor([-7, 2, -7]), ignore_index=-7)
+    (logprobs + entropy).sum().backward()
+    assert logprobs[[0, 2]].tolist() == entropy[[0, 2]].tolist() == [0, 0]
+    assert (logits.grad[[0, 2]] == 0).all() and (logits.grad[1] != 0).any()
+
+
+@pytest.mark.parametrize("dtype", oracles.DTYPES)
+def test_inplace_backward_writes_the_same_gradient_over_the_logits(backend, dtype):
+    base = torch.randn(2, 5, 11, dtype=dtype)
+    index = torch.randint(0, 11, (2, 4))
+    gradients = []
+    for inplace in (False, True):
+        leaf = base.clone().requires_grad_()
+        logits = (leaf * 1)[:, :-1]
+        logprobs, entropy = selective_log_softmax_and_entropy(logits, index, inplace_backward=inplace)
+        before = logits.detach().clone()
+        (logprobs * 2 + entropy).sum().backward()
+        assert torch.equal(logits.detach(), before) != inplace
+        gradients.append(leaf.grad)
+    assert torch.equal(gradients[1][:, :-1], logits.detach())
+    assert torch.equal(*gradients)
+
+
+def test_inplace_backward_refuses_a_second_pass(backend):
+    logits = torch.randn(3, 5, requires_grad=True) * 1
+    loss = selective_log_softmax(logits, torch.zeros(3, dtype=torch.long), inplace_backward=True).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"index": torch.tensor([0, 5])}, IndexError, r"index at position 1 is 5; it must be in \[0, 5\)"),
+        ({"index": torch.tensor([-1, 0])}, IndexError, r"index at position 0 is -1; .* ignore_index \(-100\)"),
+        ({"index": torch.tensor([0])}, ValueError, r"index has shape \(1,\); it must be \(2,\)"),
+        ({"index": torch.tensor([0.0, 1.0])}, TypeError, "index has dtype float32; it must be one of int64, int32"),
+        ({"index": [0, 1]}, TypeError, "index is list"),
+        ({"logits": torch.zeros(2, 5).int()}, TypeError, "logits has dtype int32"),
+        ({"logits": torch.zeros(2, 0)}, ValueError, "vocabulary"),
+        ({"logits": torch.tensor(1.0)}, ValueError, "logits has shape"),
+        ({"temperature": 0.0}, ValueError, "temperature is 0.0; it must be a finite number above 0"),
+        ({"temperature": math.nan}, ValueError, "temperature is nan"),
+        ({"temperature": "1"}, TypeError, "temperature is str"),
+        ({"row_mask": torch.ones(3)}, ValueError, r"row_mask has shape \(3,\)"),
+        ({"row_mask": torch.tensor([1.0, 0.5])}, ValueError, r"row_mask at position \(1,\) is 0.5"),
+        ({"ignore_index": None}, TypeError, "ignore_index is NoneType"),
+        ({"inplace_backward": 1}, TypeError, "inplace_backward is int"),
+        ({"logits": torch.zeros(1, 5).expand(2, 5), "inplace_backward": True}, ValueError, "expanded"),
+    ],
+)
+def test_errors_name_the_argument(backend, arguments, error, message):
+    call = {"logits": torch.zeros(2, 5), "index": torch.tensor([0, 1])} | arguments
+    with pytest.raises(error, match=message):
+        selective_log_softmax(call.pop("logits"), call.pop("index"), **call)
+
+
+def test_a_bad_index_in_a_masked_row_is_fine(backend):
+    logprobs = selective_log_softmax(torch.zeros(2, 4), torch.tensor([99, 1]), row_mask=torch.tensor([0, 1]))
+    assert logprobs.tolist() == pytest.approx([0, -math.log(4)])

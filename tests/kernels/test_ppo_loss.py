@@ -1,0 +1,173 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import oracles
+from rlhf_kernels import ppo_policy_loss, ppo_value_loss
+
+REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
+
+
+def table(function, mask, *tensors):
+    """A function of floats at every unmasked position; None elsewhere."""
+    return [
+        [function(*xs) if m else None for m, *xs in zip(*rows, strict=True)]
+        for rows in zip(mask.tolist(), *(x.tolist() for x in tensors), strict=True)
+    ]
+
+
+def mean(cells):
+    flat = [x for row in cells for x in row if x is not None]
+    return sum(flat) / len(flat) if flat else 0.0
+
+
+@given(
+    oracles.batches(),
+    st.sampled_from(REDUCTIONS),
+    st.sampled_from([(0.2, None), (0.1, 0.4)]),
+    st.sampled_from([None, 1.5]),
+    st.sampled_from(oracles.DTYPES),
+    st.integers(0, 2**31),
+)
+def test_policy_loss_matches_loops(backend, mask, reduction, clip, dual_clip, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    logprobs, old, advantages = torch.randn(3, *mask.shape, generator=generator).to(dtype)
+    low, high = 1 - clip[0], 1 + (clip[1] or clip[0])
+    cells = table(lambda *x: oracles.policy_loss(*x, low, high, dual_clip), mask, logprobs, old, advantages)
+    losses = [[None if c is None else c[0] for c in row] for row in cells]
+    ratios = table(lambda a, b: math.exp(a - b), mask, logprobs, old)
+    logprobs, old, advantages = (oracles.garbage(x, mask) for x in (logprobs, old, advantages))
+    logprobs.requires_grad_()
+    loss, stats = ppo_policy_loss(
+        logprobs,
+        old,
+        advantages,
+        mask,
+        clip_range=clip[0],
+        clip_range_high=clip[1],
+        dual_clip=dual_clip,
+        reduction=reduction,
+    )
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(oracles.reduce(losses, mask.tolist(), reduction), rel=1e-4, abs=1e-5)
+    assert stats["ratio_mean"].item() == pytest.approx(mean(ratios), rel=1e-4)
+    kl = [[None if r is None else r - 1 - math.log(r) for r in row] for row in ratios]
+    assert stats["approx_kl"].item() == pytest.approx(mean(kl), rel=1e-4, abs=1e-6)
+    cut = [[None if c is None else float(c[1]) for c in row] for row in cells]
+    assert stats["clip_fraction"].item() == pytest.approx(mean(cut), abs=1e-6)
+    deviation = max((abs(r - 1) for row in ratios for r in row if r is not None), default=0.0)
+    assert stats["ratio_max_deviation"].item() == pytest.approx(deviation, rel=1e-4, abs=1e-6)
+    assert not any(x.requires_grad for x in stats.values())
+
+    loss.backward()
+    if reduction == "token-mean":  # the gradient of a position is −A·r where nothing cuts it off, over the count
+        count = max(int(mask.sum()), 1)
+        for b, row in enumerate(cells):
+            for t, cell in enumerate(row):
+                want = 0.0 if cell is None or cell[1] else -advantages[b, t].item() * ratios[b][t] / count
+                assert logprobs.grad[b, t].item() == pytest.approx(want, rel=2e-2, abs=1e-3)
+    assert torch.isfinite(logprobs.grad).all() and (logprobs.grad[~mask.bool()] == 0).all()
+
+
+@given(
+    oracles.batches(), st.sampled_from(REDUCTIONS), st.sampled_from([None, 0.2, 0.0]), st.integers(0, 2**31)
+)
+def test_value_loss_matches_loops(backend, mask, reduction, clip_range, seed):
+    generator = torch.Generator().manual_seed(seed)
+    values, old, returns = torch.randn(3, *mask.shape, generator=generator)
+    cells = table(lambda *x: oracles.value_loss(*x, clip_range), mask, values, old, returns)
+    losses = [[None if c is None else c[0] for c in row] for row in cells]
+    errors = table(lambda v, _, r: (v - r) ** 2, mask, values, old, returns)
+    means = [mean(table(lambda x: x, mask, x)) for x in (values, returns)]
+    values, old, returns = (oracles.garbage(x, mask) for x in (values, old, returns))
+    values.requires_grad_()
+    loss, stats = ppo_value_loss(values, old, returns, mask, clip_range=clip_range, reduction=reduction)
+    assert loss.item() == pytest.approx(oracles.reduce(losses, mask.tolist(), reduction), rel=1e-4, abs=1e-6)
+    cut = [[None if c is None else float(c[1]) for c in row] for row in cells]
+    assert stats["clip_fraction"].item() == pytest.approx(mean(cut), abs=1e-6)
+    assert [stats[x].item() for x in ("value_mean", "return_mean")] == pytest.approx(means, rel=1e-4, abs=1e-6)
+    assert stats["squared_error"].item() == pytest.approx(mean(errors), rel=1e-4)
+    loss.backward()
+    assert torch.isfinite(values.grad).all() and (values.grad[~mask.bool()] == 0).all()
+
+
+def test_gradcheck(backend):
+    if backend != "reference":
+        pytest.skip("float64 is the reference's")
+    x, old, target = torch.randn(3, 4, 5, dtype=torch.float64)
+    x.requires_grad_()
+    mask = torch.rand(4, 5) < 0.7
+    for reduction in REDUCTIONS:
+        assert torch.autograd.gradcheck(
+            lambda p, r=reduction: ppo_policy_loss(p, old, target, mask, dual_clip=1.5, reduction=r)[0], x
+        )
+        assert torch.autograd.gradcheck(lambda v, r=reduction: ppo_value_loss(v, old, target, mask, reduction=r)[0], x)
+
+
+def test_equal_policies_have_a_ratio_of_one(backend):
+    logprobs = torch.randn(3, 4)
+    advantages = torch.randn(3, 4)
+    loss, stats = ppo_policy_loss(logprobs, logprobs, advantages, None)
+    assert loss.item() == pytest.approx(-advantages.double().mean().item(), rel=1e-5)
+    assert stats["ratio_mean"] == 1
+    assert stats["approx_kl"] == stats["clip_fraction"] == stats["ratio_max_deviation"] == 0
+
+
+@pytest.mark.parametrize("advantage", [1.0, 0.0])
+def test_a_ratio_that_overflows_is_clipped_without_nan(backend, advantage):
+    logprobs = torch.tensor([0.0, -1.0], requires_grad=True)
+    loss, _ = ppo_policy_loss(logprobs, torch.tensor([-2e4, -1.0]), torch.full((2,), advantage), None)
+    loss.backward()
+    assert loss.item() == pytest.approx(-advantage * (1.2 + 1) / 2)
+    assert logprobs.grad.tolist() == pytest.approx([0, -advantage / 2])
+
+
+def test_a_banned_token_has_ratio_zero(backend):
+    logprobs = torch.tensor([-math.inf, -1.0], requires_grad=True)
+    loss, stats = ppo_policy_loss(logprobs, torch.tensor([-3.0, -1.0]), torch.tensor([1.0, 1.0]), None)
+    loss.backward()
+    assert loss.item() == pytest.approx(-0.5) and stats["ratio_mean"] == 0.5
+    assert logprobs.grad.tolist() == pytest.approx([0, -0.5])
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (2, 3)])
+def test_nothing_unmasked_is_zero_with_zero_gradient(backend, reduction, shape):
+    x = torch.full(shape, math.nan, requires_grad=True)
+    for function in (ppo_policy_loss, ppo_value_loss):
+        loss, stats = function(x, x, x, torch.zeros(shape), reduction=reduction)
+        (gradient,) = torch.autograd.grad(loss, x)
+        assert loss == 0 and (gradient == 0).all() and all(s == 0 for s in stats.values())
+
+
+def test_targets_are_constants(backend):
+    x, old, target = (torch.randn(2, 3, requires_grad=True) for _ in range(3))
+    for function in (ppo_policy_loss, ppo_value_loss):
+        gradients = torch.autograd.grad(function(x, old, target, None)[0], (x, old, target), allow_unused=True)
+        assert gradients[0] is not None and gradients[1] is None and gradients[2] is None
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "error", "message"),
+    [
+        (ppo_policy_loss, {"clip_range": 1.5}, ValueError, "clip_range is 1.5"),
+        (ppo_policy_loss, {"clip_range_high": -0.1}, ValueError, "clip_range_high is -0.1"),
+        (ppo_policy_loss, {"dual_clip": 1.0}, ValueError, "dual_clip is 1.0; it must be a finite number above 1"),
+        (ppo_policy_loss, {"reduction": "mean"}, ValueError, "reduction is 'mean'"),
+        (ppo_policy_loss, {"reduction": "seq-mean-token-sum"}, ValueError, "one-dimensional"),
+        (ppo_policy_loss, {"mask": torch.zeros(3)}, ValueError, r"mask has shape \(3,\); it must be \(4,\)"),
+        (ppo_value_loss, {"clip_range": -1}, ValueError, "clip_range is -1"),
+        (ppo_value_loss, {"old_values": None}, TypeError, "old_values is NoneType"),
+        (ppo_value_loss, {"returns": torch.zeros(5)}, ValueError, r"returns has shape \(5,\)"),
+    ],
+)
+def test_errors_name_the_argument(backend, function, arguments, error, message):
+    names = ("logprobs", "old_logprobs", "advantages")
+    if function is ppo_value_loss:
+        names = ("values", "old_values", "returns")
+    call = {name: torch.zeros(4) for name in names} | {"mask": None} | arguments
+    with pytest.raises(error, match=message):
+        function(**call)
