@@ -19,7 +19,7 @@ settings.register_profile(
 settings.load_profile("rlhf")
 
 
-@pytest.fixture(params=[name for name, missing in rlhf_kernels.available_backends().items() if missing is None])
+@pytest.fixture(params=rlhf_kernels.available_backends())
 def backend(request):
     """Runs a test once on every backend that this install has."""
     with rlhf_kernels.use_backend(request.param):

@@ -74,13 +74,13 @@ def test_gradcheck(backend, estimator):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"beta": -0.1}, ValueError, "beta is -0.1; it must be a finite number of at least 0"),
-        ({"estimator": "k4"}, ValueError, "estimator is 'k4'; it must be one of 'k1', 'k2', 'k3', 'abs'"),
-        ({"scores": torch.zeros(3)}, ValueError, r"scores has shape \(3,\); it must be \(2,\)"),
-        ({"ref_logprobs": torch.zeros(2, 3)}, ValueError, r"ref_logprobs has shape \(2, 3\); it must be \(2, 4\)"),
-        ({"mask": torch.full((2, 4), 2)}, ValueError, r"mask at position \(0, 0\) is 2"),
-        ({"mask": [[1]]}, TypeError, "mask is list"),
-        ({"score_clip": 0}, ValueError, "score_clip is 0"),
+        ({"beta": -0.1}, ValueError, "beta"),
+        ({"estimator": "k4"}, ValueError, "estimator"),
+        ({"scores": torch.zeros(3)}, ValueError, "scores"),
+        ({"ref_logprobs": torch.zeros(2, 3)}, ValueError, "ref_logprobs"),
+        ({"mask": torch.full((2, 4), 2)}, ValueError, "mask"),
+        ({"mask": [[1]]}, TypeError, "mask"),
+        ({"score_clip": 0}, ValueError, "score_clip"),
     ],
 )
 def test_errors_name_the_argument(backend, arguments, error, message):

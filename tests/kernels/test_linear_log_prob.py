@@ -156,14 +156,14 @@ def test_full_precision_under_autocast(backend):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"weight": torch.zeros(4, 7)}, ValueError, r"weight has shape \(4, 7\); it must be \(V, 6\)"),
-        ({"weight": torch.zeros(4, 6).long()}, TypeError, "weight has dtype int64"),
-        ({"bias": torch.zeros(5)}, ValueError, r"bias has shape \(5,\); it must be \(4,\)"),
-        ({"softcap": 0.0}, ValueError, "softcap is 0.0"),
-        ({"temperature": -1.0}, ValueError, "temperature is -1.0"),
-        ({"labels": torch.tensor([0, 4])}, IndexError, "labels at position 1 is 4"),
-        ({"labels": torch.tensor([0, 1, 2])}, ValueError, "labels has shape"),
-        ({"reduction": "none"}, ValueError, "reduction is 'none'; it must be one of 'mean', 'sum'"),
+        ({"weight": torch.zeros(4, 7)}, ValueError, "weight"),
+        ({"weight": torch.zeros(4, 6).long()}, TypeError, "weight"),
+        ({"bias": torch.zeros(5)}, ValueError, "bias"),
+        ({"softcap": 0.0}, ValueError, "softcap"),
+        ({"temperature": -1.0}, ValueError, "temperature"),
+        ({"labels": torch.tensor([0, 4])}, IndexError, "labels"),
+        ({"labels": torch.tensor([0, 1, 2])}, ValueError, "labels"),
+        ({"reduction": "none"}, ValueError, "reduction"),
     ],
 )
 def test_errors_name_the_argument(backend, arguments, error, message):
@@ -174,7 +174,7 @@ def test_errors_name_the_argument(backend, arguments, error, message):
 
 def test_policy_loss_takes_no_ignore_index(backend):
     hidden, weight, zeros = torch.zeros(2, 6), torch.zeros(4, 6), torch.zeros(2)
-    with pytest.raises(IndexError, match="index at position 0 is -100"):
+    with pytest.raises(IndexError, match="index.*-100"):
         linear_ppo_policy_loss(hidden, weight, torch.tensor([-100, 0]), zeros, zeros, None)
     with pytest.raises(ValueError, match="token-mean"):
         linear_ppo_policy_loss(hidden, weight, torch.tensor([1, 0]), zeros, zeros, None, reduction="seq-mean-token-sum")
