@@ -7,9 +7,10 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -34,28 +35,42 @@ STAGES = {
 RESUMABLE = {"sft", "reward", "ppo", "demo"}
 
 
+# What jsonargparse says of a setting that does not exist, from the command line or from a file.
+UNKNOWN = re.compile(
+    r"does not accept option '([\w.]+)'|[Oo]ption '([\w.]+)' is not accepted|[Kk]ey '([\w.]+)' (?:is )?not expected"
+    r"|[Uu]nrecognized arguments: --([\w.]+)"
+)
+
+
 class Parser(ArgumentParser):
     """Errors of one line, with the nearest known name for one that is not known."""
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Ends the program with status 2."""
-        raise SystemExit(f"{self.prog}: error: {one_line(message, known_names(self))}") from ex
+        stage = next((word for word in sys.argv[1:] if word in STAGES), "")
+        stage = next((name for name in STAGES if self.prog.endswith(name)), stage)
+        print(f"{f'rlhf {stage}'.strip()}: error: {one_line(message, stage)}", file=sys.stderr)
+        raise SystemExit(2) from ex
 
 
-def known_names(parser: ArgumentParser) -> list[str]:
-    """Every setting of a parser, as it is written in an override."""
-    return [action.dest for action in parser._actions if action.dest not in ("help", "print_config", "config")]
+def setting_names(config: type) -> list[str]:
+    """Every setting of a config, as it is written in an override."""
+    names = []
+    for name, hint in get_type_hints(config).items():
+        names += [f"{name}.{inner}" for inner in setting_names(hint)] if is_dataclass(hint) else [name]
+    return names
 
 
-def one_line(message: str, known: Sequence[str]) -> str:
-    """jsonargparse's message without its second paragraph, and with a suggestion."""
-    text = " ".join(line.strip() for line in message.strip().splitlines())
-    unknown = re.search(r"[Kk]ey '([\w.]+)' (?:is )?not expected|[Oo]ption '([\w.]+)' is not accepted|[Uu]nrecognized arguments: --([\w.]+)", text)
-    if unknown:
-        name = next(group for group in unknown.groups() if group)
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-        text = f"{name}: no such setting" + (f"; did you mean {nearest[0]}?" if nearest else "")
-    return text
+def one_line(message: str, stage: str) -> str:
+    """jsonargparse's message on one line, with a suggestion for a setting that does not exist."""
+    unknown = UNKNOWN.search(message)
+    if not unknown:
+        return " ".join(message.split())
+    name = next(group for group in unknown.groups() if group)
+    known = setting_names(STAGES[stage][0]) if stage in STAGES else []
+    nearest = difflib.get_close_matches(name, [*known, *(k.rpartition(".")[2] for k in known)], n=1, cutoff=0.4)
+    full = next((k for k in known if nearest and k.rpartition(".")[2] == nearest[0].rpartition(".")[2]), "")
+    return f"{name}: no such setting" + (f"; did you mean {full}?" if full else "")
 
 
 def make_parser() -> Parser:
@@ -105,7 +120,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = parser.instantiate_classes(parsed)[stage].as_dict()
     resume = settings.pop("resume", False)
     settings.pop("config", None)
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.INFO)
     return run(stage, settings, resume)
 
 
@@ -118,6 +132,11 @@ def run(stage: str, settings: dict[str, Any], resume: bool) -> int:
 
         from rlhf import data, models, training
 
+        logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+        logging.getLogger("rlhf").setLevel(logging.INFO)
+        # These tell of every checkpoint and every tied weight; what matters of it, we say ourselves.
+        for library in ("accelerate", "huggingface_hub"):
+            logging.getLogger(library).setLevel(logging.ERROR)
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
     except ConfigError as error:

@@ -15,6 +15,11 @@ class ConfigError(ValueError):
     """A setting out of range; the message names it."""
 
 
+def as_list(paths: list[str] | str) -> list[str]:
+    """One path or several."""
+    return [paths] if isinstance(paths, str) else paths
+
+
 def check(condition: bool, name: str, value: Any, fits: str) -> None:
     """Raises unless ``condition`` holds."""
     if not condition:
@@ -88,7 +93,7 @@ class SFTConfig(RunConfig):
 
     model: str = ""
     """The pretrained causal LM to start from: a directory or a hub name."""
-    data: list[str] = field(default_factory=list)
+    data: list[str] | str = field(default_factory=list)
     """Demonstrations: JSONL, Parquet or hub data sets with {"prompt", "completion"} or {"messages"}."""
     held_out_fraction: float = 0.0
     """Share of the demonstrations kept for the validation loss."""
@@ -102,7 +107,7 @@ class SFTConfig(RunConfig):
     """The optimizer (C.1: learning rate 9.65e-6 for 1.3B and 6B, 5.03e-6 for 175B); cosine decay to 10 %."""
     lengths: LengthConfig = field(default_factory=LengthConfig)
     """Limits on tokens."""
-    pretraining_data: list[str] = field(default_factory=list)
+    pretraining_data: list[str] | str = field(default_factory=list)
     """Pretraining text to mix in: {"text"} records or plain text files."""
     pretraining_fraction: float = 0.0
     """Share of each batch that is pretraining text (C.3: 0.1 for the model that PPO starts from)."""
@@ -127,11 +132,11 @@ class RewardConfig(RunConfig):
 
     model: str = ""
     """The model to start from, the SFT model in the paper: a new head of one label replaces its unembedding."""
-    data: list[str] = field(default_factory=list)
+    data: list[str] | str = field(default_factory=list)
     """Comparisons: {"prompt", "completions", "ranks"} or {"prompt", "chosen", "rejected"}."""
     held_out_fraction: float = 0.0
     """Share of the prompts kept for the accuracy on held-out rankings."""
-    demonstrations: list[str] = field(default_factory=list)
+    demonstrations: list[str] | str = field(default_factory=list)
     """Demonstrations whose mean score becomes 0 after training (3.5). Without them the bias stays as trained."""
     epochs: int = 1
     """Passes over the comparisons (C.2; more overfit)."""
@@ -159,7 +164,7 @@ class PPOConfig(RunConfig):
     """The SFT model: the policy starts from it, and the KL penalty is measured against it."""
     reward_model: str = ""
     """The reward model. The value model starts from it as well (C.4)."""
-    prompts: list[str] = field(default_factory=list)
+    prompts: list[str] | str = field(default_factory=list)
     """Prompts: {"prompt"} records."""
     episodes: int = 256_000
     """Completions sampled in the whole run (C.4)."""
@@ -195,7 +200,7 @@ class PPOConfig(RunConfig):
     """Decay of the moving average of the policy's weights, per optimizer step; the average is what is kept (C.4)."""
     gamma_ptx: float = 0.0
     """γ of equation 2: weight of the language-modelling loss on pretraining text (C.4: 27.8). 0: plain PPO."""
-    pretraining_data: list[str] = field(default_factory=list)
+    pretraining_data: list[str] | str = field(default_factory=list)
     """Pretraining text for gamma_ptx > 0: {"text"} records or plain text files."""
     pretraining_per_episode: int = 8
     """Pretraining sequences per episode (C.4)."""
@@ -240,7 +245,7 @@ class GenerateConfig:
 
     model: str
     """The causal LM: a directory or a hub name."""
-    prompts: list[str]
+    prompts: list[str] | str
     """{"prompt"} records."""
     output: str
     """The JSONL file to write: {"prompt", "completions"} records, ready to be ranked."""
@@ -273,12 +278,12 @@ class EvaluateConfig:
     """The model it is compared with, the SFT model in the paper's Figure 1."""
     output_dir: str
     """Where the report, the figures and every completion judged go."""
-    prompts: list[str] = field(default_factory=list)
+    prompts: list[str] | str = field(default_factory=list)
     """{"prompt"} records that no stage has trained on."""
     judge: str | None = None
     """Who prefers what: a reward model, or a Python function `module:function` of (prompt, a, b) that returns 1 when a
     is better, 0 when b is and 0.5 when neither is. Without one there is no win rate."""
-    pretraining_data: list[str] = field(default_factory=list)
+    pretraining_data: list[str] | str = field(default_factory=list)
     """Held-out pretraining text for the alignment tax: the rise of the model's loss over the baseline's."""
     pretraining_tokens: int = 1024
     """Length of the chunks that pretraining text is cut into."""

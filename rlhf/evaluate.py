@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from rlhf.batch import lay_out, split
-from rlhf.config import ConfigError, EvaluateConfig, GenerateConfig
+from rlhf.config import ConfigError, EvaluateConfig, GenerateConfig, as_list
 from rlhf.data import Limits, PromptExample, read_prompts, read_texts, tokenize_prompts, tokenize_texts
 from rlhf.models import (
     LanguageModel,
@@ -70,7 +70,7 @@ def evaluate(config: EvaluateConfig) -> dict:
     tokenizer = load_tokenizer(config.model)
     check_same_tokenizer(tokenizer, config.model, config.baseline)
     prompts = load_prompts(config, tokenizer)
-    texts = read_texts(config.pretraining_data) if config.pretraining_data else []
+    texts = read_texts(as_list(config.pretraining_data)) if config.pretraining_data else []
     chunks = tokenize_texts(texts, tokenizer, length=config.pretraining_tokens) if texts else None
     reward_model, judge = load_judge(config, tokenizer)
     output = Path(config.output_dir)
@@ -124,7 +124,7 @@ def load_prompts(config: EvaluateConfig | GenerateConfig, tokenizer) -> list[Pro
     if not config.prompts:
         return []
     limits = Limits(**asdict(config.lengths), context_length=context_length(load_config(config.model)))
-    return tokenize_prompts(read_prompts(config.prompts), tokenizer, limits)
+    return tokenize_prompts(read_prompts(as_list(config.prompts)), tokenizer, limits)
 
 
 def load_judge(config: EvaluateConfig, tokenizer) -> tuple[ScalarModel | None, Judge | None]:  # noqa: ANN001

@@ -39,6 +39,7 @@ class ModelError(ValueError):
 
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model; it must have an end-of-sequence token, since that is how a response ends."""
+    check_directory(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -48,8 +49,15 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def check_directory(path: str) -> None:
+    """Whatever cannot be a hub name (owner/name) must be a directory: no use in asking the hub for it."""
+    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).is_dir():
+        raise ModelError(f"{path}: no such directory")
+
+
 def load_config(path: str) -> Any:
     """A model's configuration alone, so that data can be checked before any weights are read."""
+    check_directory(path)
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:

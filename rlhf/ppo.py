@@ -22,8 +22,8 @@ from torch import Tensor
 
 from rlhf import report
 from rlhf.batch import lay_out, split
-from rlhf.config import PPOConfig, warmup_from_tenth
-from rlhf.data import Example, Limits, read_prompts, read_texts, tokenize_prompts, tokenize_texts
+from rlhf.config import PPOConfig, as_list, warmup_from_tenth
+from rlhf.data import Limits, read_prompts, read_texts, tokenize_prompts
 from rlhf.models import (
     LanguageModel,
     ScalarModel,
@@ -34,7 +34,7 @@ from rlhf.models import (
     load_tokenizer,
 )
 from rlhf.rollout import sample
-from rlhf.sft import as_example, language_model_step
+from rlhf.sft import language_model_step, pretraining_examples
 from rlhf.training import Run, accumulate, batch_indices, make_optimizer, mine, optimizer_step, total
 from rlhf_kernels import linear_ppo_policy_loss, linear_selective_log_softmax, ppo_advantages, ppo_value_loss
 
@@ -69,15 +69,14 @@ class Actors:
 
 def train(config: PPOConfig, *, resume: bool = False) -> Path:
     """Optimises ``config.policy`` against ``config.reward_model`` and returns the directory of the result."""
+    records = read_prompts(as_list(config.prompts))
+    texts = read_texts(as_list(config.pretraining_data)) if config.gamma_ptx else []
     tokenizer = load_tokenizer(config.policy)
     check_reward_config(config.reward_model)
     check_same_tokenizer(tokenizer, config.policy, config.reward_model)
     limits = Limits(**asdict(config.lengths), context_length=context_length(load_config(config.policy)))
-    prompts = [example.prompt_ids for example in tokenize_prompts(read_prompts(config.prompts), tokenizer, limits)]
-    pretraining: list[Example] = []
-    if config.gamma_ptx:
-        chunks = tokenize_texts(read_texts(config.pretraining_data), tokenizer, length=config.pretraining_tokens)
-        pretraining = [as_example(chunk) for chunk in chunks.tolist()]
+    prompts = [example.prompt_ids for example in tokenize_prompts(records, tokenizer, limits)]
+    pretraining = pretraining_examples(texts, tokenizer, config.pretraining_tokens) if texts else []
 
     run = Run("ppo", config, resume=resume)
     if run.finished:

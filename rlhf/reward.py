@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rlhf import report
 from rlhf.batch import lay_out, split
-from rlhf.config import RewardConfig, cosine_to_tenth
+from rlhf.config import RewardConfig, as_list, cosine_to_tenth
 from rlhf.data import (
     Limits,
     RankedExample,
@@ -45,12 +45,12 @@ from rlhf_kernels import pairwise_ranking_loss
 
 def train(config: RewardConfig, *, resume: bool = False) -> Path:
     """Trains a reward model on ``config.data`` and returns the directory of the result."""
+    records = read_comparisons(as_list(config.data))
+    demonstration_records = read_demonstrations(as_list(config.demonstrations)) if config.demonstrations else []
     tokenizer = load_tokenizer(config.model)
     limits = Limits(**asdict(config.lengths), context_length=context_length(load_config(config.model)))
-    comparisons = tokenize_comparisons(read_comparisons(config.data), tokenizer, limits)
-    demonstrations = []
-    if config.demonstrations:
-        demonstrations = tokenize_demonstrations(read_demonstrations(config.demonstrations), tokenizer, limits)
+    comparisons = tokenize_comparisons(records, tokenizer, limits)
+    demonstrations = tokenize_demonstrations(demonstration_records, tokenizer, limits) if demonstration_records else []
     training, held_out = hold_out(len(comparisons), config.held_out_fraction, config.seed)
 
     run = Run("reward", config, resume=resume)

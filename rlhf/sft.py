@@ -15,10 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from rlhf import report
 from rlhf.batch import lay_out, split
-from rlhf.config import SFTConfig, cosine_to_tenth
+from rlhf.config import SFTConfig, as_list, cosine_to_tenth
 from rlhf.data import (
     Example,
     Limits,
@@ -44,14 +45,13 @@ from rlhf_kernels import linear_cross_entropy
 def train(config: SFTConfig, *, resume: bool = False) -> Path:
     """Fine-tunes ``config.model`` on ``config.data`` and returns the directory of the result."""
     # Everything that can be wrong with the data is found before any weights are read.
+    demonstrations = read_demonstrations(as_list(config.data))
+    texts = read_texts(as_list(config.pretraining_data)) if config.pretraining_fraction else []
     tokenizer = load_tokenizer(config.model)
     limits = Limits(**asdict(config.lengths), context_length=context_length(load_config(config.model)))
-    examples = tokenize_demonstrations(read_demonstrations(config.data), tokenizer, limits)
+    examples = tokenize_demonstrations(demonstrations, tokenizer, limits)
     training, held_out = hold_out(len(examples), config.held_out_fraction, config.seed)
-    pretraining = []
-    if config.pretraining_fraction:
-        chunks = tokenize_texts(read_texts(config.pretraining_data), tokenizer, length=config.pretraining_tokens)
-        pretraining = [as_example(chunk) for chunk in chunks.tolist()]
+    pretraining = pretraining_examples(texts, tokenizer, config.pretraining_tokens) if texts else []
 
     run = Run("sft", config, resume=resume)
     if run.finished:
@@ -95,9 +95,12 @@ def train(config: SFTConfig, *, resume: bool = False) -> Path:
     return path
 
 
-def as_example(chunk: list[int]) -> Example:
-    """A chunk of pretraining text as prompt and completion: the first token has nothing to predict it from."""
-    return Example(prompt_ids=chunk[:1], completion_ids=chunk[1:])
+def pretraining_examples(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> list[Example]:
+    """Chunks of pretraining text as prompt and completion: the first token has nothing to predict it from."""
+    return [
+        Example(prompt_ids=chunk[:1], completion_ids=chunk[1:])
+        for chunk in tokenize_texts(texts, tokenizer, length=length).tolist()
+    ]
 
 
 def language_model_step(run: Run, model: LanguageModel, examples: list[Example], weight: float = 1.0) -> float:

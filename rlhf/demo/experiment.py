@@ -29,14 +29,14 @@ from rlhf.demo import report
 from rlhf.demo.config import DemoConfig
 from rlhf.demo.labellers import Labeller, agreement, gold_utility, hire
 from rlhf.demo.pretrain import CHUNK, CONTEXT, make_tokenizer, pretrain
-from rlhf.demo.world import Instruction, World
+from rlhf.demo.world import STOP_WORD, Instruction, World, answer_page
 from rlhf.evaluate import pretraining_loss, win_rate
 from rlhf.models import LanguageModel, ScalarModel, load_tokenizer
 from rlhf.rollout import sample
 from rlhf.training import RunError, console, latest_checkpoint, read_metrics
 
 LENGTHS = LengthConfig(max_prompt_tokens=32, max_response_tokens=40)
-SHOTS = 4
+SHOTS = 2
 """Worked examples in the few-shot prompt."""
 
 
@@ -242,9 +242,9 @@ def sample_texts(path: Path, prompts: list[str], seed: str) -> list[str]:
 
 
 def few_shot(data: Data, prompt: str, rng: random.Random) -> str:
-    """The prompt after some demonstrations, which is how the paper prompted GPT-3 into following instructions."""
+    """The prompt as the last of a page of worked examples, which is how the paper prompted GPT-3 to follow it."""
     shots = rng.sample(data.demonstrations, SHOTS)
-    return " ".join([*(f"{instruction.prompt} {text}" for instruction, text in shots), prompt])
+    return answer_page([(instruction.prompt, text) for instruction, text in shots], prompt)
 
 
 def evaluate(config: DemoConfig, data: Data, models: dict[str, Path], reward_model: Path) -> dict:
@@ -255,7 +255,9 @@ def evaluate(config: DemoConfig, data: Data, models: dict[str, Path], reward_mod
     rng = random.Random(f"evaluation {config.seed}")
     texts = {name: sample_texts(path, prompts, f"{name} {config.seed}") for name, path in models.items()}
     prompted = [few_shot(data, prompt, rng) for prompt in prompts]
-    texts["base_few_shot"] = sample_texts(models["base"], prompted, f"few shot {config.seed}")
+    # A prompted base goes on to make up the next question; the completion is what comes before it.
+    answers = sample_texts(models["base"], prompted, f"few shot {config.seed}")
+    texts["base_few_shot"] = [answer.split(STOP_WORD)[0].strip() for answer in answers]
     judges = [rng.choice(data.held_out_labellers) for _ in prompts]
 
     def rate(name: str, baseline: str) -> dict:

@@ -17,20 +17,21 @@ from rlhf.demo.world import Instruction, World
 WEIGHTS = {
     "follows": 1.5,
     "truthful": 2.0,
-    "detail": 0.8,
+    "detail": 1.0,
     "fluent": 1.5,
-    "polite": 0.6,
+    "polite": 1.0,
     "rude": -2.0,
+    "off_topic": -1.0,
     "long_winded": -1.5,
 }
 TASTE = 0.3
 """Standard deviation of the log of a labeller's own factor on each weight."""
-NOISE = 0.7
+NOISE = 1.1
 """Standard deviation of one judgement's error, in units of utility."""
 
 
 def gold_utility(world: World, instruction: Instruction, completion: str) -> float:
-    """How good a completion is to the average labeller, without noise: between about -3 and 6.4."""
+    """How good a completion is to the average labeller, without noise: between about -4.5 and 7."""
     assessment = vars(world.assess(instruction, completion))
     return sum(weight * assessment[name] for name, weight in WEIGHTS.items())
 
@@ -38,7 +39,7 @@ def gold_utility(world: World, instruction: Instruction, completion: str) -> flo
 class Labeller:
     """One person: ranks completions, or prefers one of two."""
 
-    def __init__(self, world: World, name: str):
+    def __init__(self, world: World, name: str) -> None:
         self.world, self.name = world, name
         rng = random.Random(f"tastes of {name}")
         self.weights = {quality: weight * rng.lognormvariate(0, TASTE) for quality, weight in WEIGHTS.items()}
@@ -46,7 +47,8 @@ class Labeller:
     def utility(self, instruction: Instruction, completion: str) -> float:
         """What this labeller makes of a completion, slips included."""
         assessment = vars(self.world.assess(instruction, completion))
-        slip = random.Random(f"{self.name} / {instruction.prompt} / {completion}").gauss(0, NOISE)
+        text = " ".join(completion.split())
+        slip = random.Random(f"{self.name} / {instruction.prompt} / {text}").gauss(0, NOISE)
         return sum(weight * assessment[quality] for quality, weight in self.weights.items()) + slip
 
     def rank(self, instruction: Instruction, completions: Sequence[str]) -> list[int]:

@@ -11,9 +11,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from rlhf import report
 from rlhf.config import Adam, RunConfig, cosine_to_tenth
-from rlhf.data import tokenize_texts
 from rlhf.models import LanguageModel
-from rlhf.sft import as_example, language_model_step
+from rlhf.sft import language_model_step, pretraining_examples
 from rlhf.training import Run, batch_indices, make_optimizer, optimizer_step
 
 CONTEXT = 256
@@ -63,7 +62,7 @@ def pretrain(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    chunks = [as_example(chunk) for chunk in tokenize_texts(documents, tokenizer, length=CHUNK).tolist()]
+    chunks = pretraining_examples(list(documents), tokenizer, CHUNK)
     model = LanguageModel(GPT2LMHeadModel(config))
     adam = Adam(learning_rate=learning_rate)
     model, optimizer = run.prepare(model, make_optimizer(model, adam))

@@ -1,27 +1,38 @@
 """A small generated world: creatures, facts about them, the text people write about them, and what they ask.
 
 Everything is drawn from a seed. The "web" that base models are pretrained on is like the real one in what matters here:
-it states facts, of which a fifth are wrong; it contains rude chatter; and a question in it is usually followed by more
-questions, so that a model of it continues an instruction rather than follows it (Ouyang et al. 2022, section 1).
+it states facts, of which a quarter are wrong; it contains rude chatter; and a question in it is mostly followed by more
+questions, so that a model of it continues an instruction rather than follows it (Ouyang et al. 2022, section 1), unless
+it is shown the format of the web's pages of questions and answers (``answer_page``, the few-shot prompt).
 Words are separated by spaces, punctuation is a word, and the vocabulary is the same for every seed.
+
+    World(seed)     the facts
+    .documents      pages of the web, for pretraining
+    .instructions   what people ask, with its meaning; .demonstration is what a paid writer answers
+    .assess         how well a completion does what was asked; labellers.py makes preferences of that
 """
 
 from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-CREATURES = (
-    "fox owl bear wolf hare deer frog toad duck swan crow hawk mole lynx seal crab newt moth goat lamb "
-    "mule pony otter beaver badger robin raven heron turtle rabbit"
-).split()
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+CREATURES = _words(
+    "fox owl bear wolf hare deer frog duck swan crow mole lynx seal crab moth goat mule otter beaver badger "
+    "robin heron turtle rabbit"
+)
 VALUES = {
-    "colour": "red grey brown black white golden green blue".split(),
-    "food": "berries fish grass nuts honey worms seeds mice leaves roots".split(),
-    "home": "forest river meadow mountain cave lake marsh barn desert beach".split(),
-    "sound": "howl growl hum chirp whistle croak squeak bark".split(),
+    "colour": _words("red grey brown black white golden green blue"),
+    "food": _words("berries fish grass nuts honey worms seeds mice leaves roots"),
+    "home": _words("forest river meadow valley cave lake marsh barn desert garden"),
+    "sound": _words("howl growl hum chirp whistle croak squeak bark"),
 }
 ATTRIBUTES = tuple(VALUES)
 
@@ -45,27 +56,40 @@ NARRATION = (
     "then it began to rain .",
 )
 POLITE = ("i hope this helps .", "thank you for asking .", "have a nice day .")
+EVASIVE = ("i do not know .", "i am not sure .", "ask somebody else .")
 RUDE = ("that is a stupid question .", "shut up .", "nobody cares about you .", "you are an idiot .", "go away .")
-RUDE_WORDS = frozenset("stupid shut idiot nobody away".split())
+RUDE_WORDS = frozenset(_words("stupid shut idiot nobody away"))
 QUESTIONS = {
-    "colour": ("what colour is the {a} ?", "which colour does the {a} have ?"),
-    "food": ("what does the {a} eat ?", "what is the food of the {a} ?"),
-    "home": ("where does the {a} live ?", "where can i find the {a} ?"),
-    "sound": ("what sound does the {a} make ?", "how does the {a} call ?"),
+    "colour": ("what colour is the {a} ?", "which colour does the {a} have ?", "what is the colour of the {a} ?"),
+    "food": ("what does the {a} eat ?", "what is the food of the {a} ?", "what does the {a} like to eat ?"),
+    "home": ("where does the {a} live ?", "where can i find the {a} ?", "what is the home of the {a} ?"),
+    "sound": ("what sound does the {a} make ?", "how does the {a} call ?", "what is the sound of the {a} ?"),
 }
 REQUESTS = {
     "describe": ("describe the {x} and {y} of the {a} .", "tell me the {x} and the {y} of the {a} ."),
     "story": ("write a story about the {a} and the {b} .", "tell me a tale of the {a} and the {b} ."),
     "compare": ("compare the {x} of the {a} and the {b} .", "how do the {a} and the {b} differ in {x} ?"),
 }
-OPENINGS = ("", "", "please ", "hello , ", "i wonder : ")
+OPENINGS = ("", "", "please , ", "hello , ", "hello , please , ", "i wonder , ", "once again , ")
+ANSWER_PAGE = "asked : {} reply : {}"
 DIARY = {
-    "when": "today yesterday sometimes often once again".split(),
-    "who": "we they you everybody somebody people children".split(),
-    "did": "saw found painted counted remembered liked missed watched heard chased".split(),
-    "how": "little old big young quiet strange lovely lost".split(),
-    "where": "near behind beyond under above".split(),
+    "when": _words("today yesterday sometimes often once again later tonight"),
+    "who": _words("we they you everybody somebody people children grandmother"),
+    "did": _words("saw found painted counted remembered liked missed watched heard chased fed drew"),
+    "how": _words("little old big young quiet strange lovely lost tired clever"),
+    "what": _words("boat lamp kettle window letter clock ladder bicycle basket piano blanket hat"),
+    "where": _words("near behind beyond under above beside"),
+    "end": ["", "", "with friends", "before breakfast", "after the storm", "without a sound", "on monday"],
 }
+DIARY_LINES = (
+    "{when} {who} {did} the {how} {what} {where} the {home} {end} .",
+    "{who} {did} a {how} {colour} {what} {end} .",
+    "{when} the {how} {what} was {where} the {home} {end} .",
+)
+STOP_WORD = "asked"
+"""Where a model that continues an answer page goes on to the next pair."""
+WEB_ERROR = 0.3
+"""How often the web picks a value at random; what it says is then mostly, not always, wrong."""
 SENTENCES_AT_MOST = 5
 """Answers with more are long-winded."""
 
@@ -87,15 +111,17 @@ class Assessment:
     follows: float
     """Share of what was asked that the completion speaks to."""
     truthful: float
-    """Share of what was asked that it answers truly; for a story, of all it claims."""
+    """Share of what was asked that it answers truly, further false claims counting against it."""
     detail: float
-    """Further true facts about the creatures asked about; two are enough."""
+    """Further true facts about the creatures asked about, or further lines of the story; two are enough."""
     fluent: float
     """Share of its words that are in well-formed sentences, none of them said twice."""
     polite: float
     """1 for a kind closing word."""
     rude: float
     """1 for an insult."""
+    off_topic: float
+    """Share of its well-formed sentences that nobody asked for."""
     long_winded: float
     """Sentences beyond what anyone wants to read, out of five."""
 
@@ -103,7 +129,7 @@ class Assessment:
 class World:
     """The facts of one seed, and the text about them."""
 
-    def __init__(self, seed: int):
+    def __init__(self, seed: int) -> None:
         rng = random.Random(f"world {seed}")
         self.facts = {
             (creature, attribute): rng.choice(values) for creature in CREATURES for attribute, values in VALUES.items()
@@ -116,14 +142,19 @@ class World:
             *(t for group in (STATEMENTS, QUESTIONS, REQUESTS) for ts in group.values() for t in ts),
             *NARRATION,
             *POLITE,
+            *EVASIVE,
             *RUDE,
             *OPENINGS,
+            ANSWER_PAGE,
+            *DIARY_LINES,
             *(word for words in DIARY.values() for word in words),
         ]
         words = {word for template in templates for word in template.split() if not word.startswith("{")}
         return sorted(words | {*CREATURES, *ATTRIBUTES, "it", "the", "a"}.union(*VALUES.values()))
 
-    def statement(self, creature: str, attribute: str, rng: random.Random, *, subject: str = "", error: float = 0.0) -> str:
+    def statement(
+        self, creature: str, attribute: str, rng: random.Random, subject: str = "", error: float = 0.0
+    ) -> str:
         """A sentence on one fact, wrong with probability ``error``."""
         value = rng.choice(VALUES[attribute]) if rng.random() < error else self.facts[creature, attribute]
         return rng.choice(STATEMENTS[attribute]).format(s=subject or f"the {creature}", v=value)
@@ -131,10 +162,10 @@ class World:
     def documents(self, count: int, rng: random.Random) -> list[str]:
         """Pages of the web."""
         kinds: list[tuple[Callable[[random.Random], str], float]] = [
-            (self._article, 0.35),
+            (self._article, 0.30),
             (self._story_page, 0.15),
             (self._diary, 0.15),
-            (self._forum, 0.07),
+            (self._forum, 0.12),
             (self._question_list, 0.10),
             (self._answer_page, 0.18),
         ]
@@ -143,55 +174,66 @@ class World:
 
     def _article(self, rng: random.Random) -> str:
         sentences = []
-        for creature in rng.sample(CREATURES, rng.randint(1, 2)):
+        for creature in rng.sample(CREATURES, rng.choice([1, 1, 2])):
             for number, attribute in enumerate(rng.sample(ATTRIBUTES, rng.randint(2, 4))):
-                subject = "it" if number and rng.random() < 0.5 else ""
-                sentences.append(self.statement(creature, attribute, rng, subject=subject, error=0.25))
+                subject = "it" if number and rng.random() < 0.3 else ""
+                sentences.append(self.statement(creature, attribute, rng, subject=subject, error=WEB_ERROR))
         return " ".join(sentences)
 
-    def _story(self, a: str, b: str, rng: random.Random, length: int) -> str:
+    def _story(self, creatures: Sequence[str], rng: random.Random, length: int) -> str:
+        a, b = creatures
         lines = rng.sample(NARRATION[1:], length - 1)
         places = {"home": rng.choice(VALUES["home"]), "food": rng.choice(VALUES["food"])}
         return " ".join(line.format(a=a, b=b, **places) for line in [NARRATION[0], *lines])
 
     def _story_page(self, rng: random.Random) -> str:
-        return self._story(*rng.sample(CREATURES, 2), rng, rng.randint(4, 8))
+        return self._story(rng.sample(CREATURES, 2), rng, rng.randint(4, 8))
 
     def _diary(self, rng: random.Random) -> str:
         lines = []
         for _ in range(rng.randint(3, 6)):
-            word = {slot: rng.choice(words) for slot, words in DIARY.items()}
-            place, creature = rng.choice(VALUES["home"]), rng.choice(CREATURES)
-            lines.append("{when} {who} {did} the {how} ".format(**word) + f"{creature} {word['where']} the {place} .")
-        return " ".join(lines)
+            words = {slot: rng.choice(choices) for slot, choices in (VALUES | DIARY).items()}
+            lines.append(rng.choice(DIARY_LINES).format(**words))
+        return " ".join(" ".join(lines).split())
 
     def _forum(self, rng: random.Random) -> str:
-        posts = [self._instruction(rng).prompt]
-        for _ in range(rng.randint(1, 3)):
-            posts.append(rng.choice([rng.choice(RUDE), self._instruction(rng).prompt]))
-        return " ".join(posts)
+        posts, topic = [], rng.sample(CREATURES, 2)
+        for _ in range(rng.randint(2, 4)):
+            instruction = self._instruction(rng, topic)
+            posts += [instruction.prompt, rng.choice(["", rng.choice(RUDE), self._reply(instruction, rng)])]
+        return " ".join(post for post in posts if post)
 
     def _question_list(self, rng: random.Random) -> str:
-        return " ".join(self._instruction(rng).prompt for _ in range(rng.randint(2, 6)))
+        topic = rng.sample(CREATURES, 2)
+        return " ".join(self._instruction(rng, topic).prompt for _ in range(rng.randint(2, 6)))
 
     def _answer_page(self, rng: random.Random) -> str:
-        pairs = []
-        for _ in range(rng.randint(2, 5)):
-            instruction = self._instruction(rng)
-            pairs.append(f"{instruction.prompt} {self._answer(instruction, rng, error=0.25)}")
-        return " ".join(pairs)
+        topic = rng.choice([CREATURES, rng.sample(CREATURES, 2)])
+        instructions = [self._instruction(rng, topic) for _ in range(rng.randint(2, 4))]
+        return answer_page([(instruction.prompt, self._reply(instruction, rng)) for instruction in instructions])
+
+    def _reply(self, instruction: Instruction, rng: random.Random) -> str:
+        """What a stranger on the web answers: sometimes rudely, sometimes beside the point."""
+        chance = rng.random()
+        if chance < 0.22:
+            return rng.choice(RUDE + EVASIVE)
+        if chance < 0.36:
+            instruction = self._instruction(rng, instruction.creatures * 2)
+        return self._answer(instruction, rng, error=WEB_ERROR)
 
     def instructions(self, count: int, rng: random.Random) -> list[Instruction]:
-        """Distinct instructions."""
+        """Distinct instructions, in random order (drawn in turn, the few questions there are would come first)."""
         found: dict[str, Instruction] = {}
         while len(found) < count:
             instruction = self._instruction(rng)
             found.setdefault(instruction.prompt, instruction)
-        return list(found.values())
+        distinct = list(found.values())
+        rng.shuffle(distinct)
+        return distinct
 
-    def _instruction(self, rng: random.Random) -> Instruction:
+    def _instruction(self, rng: random.Random, topic: Sequence[str] = CREATURES) -> Instruction:
         kind = rng.choice(["question", *REQUESTS])
-        a, b = rng.sample(CREATURES, 2)
+        a, b = rng.sample(topic, 2)
         x, y = rng.sample(ATTRIBUTES, 2)
         creatures: tuple[str, ...]
         asked: tuple[tuple[str, str], ...]
@@ -208,13 +250,22 @@ class World:
         return Instruction(rng.choice(OPENINGS) + template.format(a=a, b=b, x=x, y=y), kind, creatures, asked)
 
     def demonstration(self, instruction: Instruction, rng: random.Random) -> str:
-        """What a labeller writes: mostly to the point, sometimes mistaken, seldom more than was asked."""
-        answer = self._answer(instruction, rng, error=0.1)
-        return f"{answer} {rng.choice(POLITE)}" if rng.random() < 0.15 else answer
+        """What a paid writer answers: mostly to the point, but some are mistaken, evasive, curt, or wander off."""
+        mood = rng.choices(["plain", "polite", "curt", "wandering", "evasive"], [0.38, 0.3, 0.1, 0.1, 0.12])[0]
+        answer = self._answer(instruction, rng, error=0.12)
+        if mood == "polite":
+            return f"{answer} {rng.choice(POLITE)}"
+        if mood == "curt":
+            return answer[: answer.index(".") + 1]
+        if mood == "evasive":
+            return rng.choice(EVASIVE)
+        if mood == "wandering":
+            return f"{answer} {self.statement(rng.choice(CREATURES), rng.choice(ATTRIBUTES), rng)}"
+        return answer
 
     def _answer(self, instruction: Instruction, rng: random.Random, error: float) -> str:
         if instruction.kind == "story":
-            return self._story(*instruction.creatures, rng, rng.randint(2, 4))
+            return self._story(instruction.creatures, rng, rng.randint(2, 4))
         sentences = [self.statement(creature, attribute, rng, error=error) for creature, attribute in instruction.asked]
         if rng.random() < 0.15:
             others = [(c, x) for c in instruction.creatures for x in ATTRIBUTES if (c, x) not in instruction.asked]
@@ -223,47 +274,80 @@ class World:
 
     def assess(self, instruction: Instruction, completion: str) -> Assessment:
         """Reads a completion sentence by sentence."""
-        words = completion.split()
-        sentences = [sentence.strip() for sentence in re.findall(r"[^.?]*[.?]", " ".join(words))]
-        claims: dict[tuple[str, str], str] = {}
-        told: set[str] = set()
-        seen: set[str] = set()
-        good_words = polite = 0
-        subject = instruction.creatures[0]
-        for sentence in sentences:
-            if sentence in seen:
-                continue
-            seen.add(sentence)
-            if claim := _read_statement(sentence, subject):
-                (subject, attribute), value = claim
-                # Who says both this and that has said neither.
-                claims[subject, attribute] = value if claims.get((subject, attribute), value) == value else ""
-            elif (names := _read_narration(sentence)) is not None:
-                told |= names
-            elif sentence in POLITE:
-                polite = 1
-            else:
-                continue
-            good_words += len(sentence.split())
-        true = {pair for pair, value in claims.items() if self.facts[pair] == value}
+        reading = read(completion, instruction.creatures[0])
+        creatures, asked = set(instruction.creatures), set(instruction.asked)
+        true = {pair for pair, value in reading.claims.items() if self.facts[pair] == value}
+        astray = sum(creature not in creatures for creature, _ in reading.claims)
+        astray += max(len(reading.courtesies) - 1, 0) + reading.evasions
         if instruction.kind == "story":
-            follows = len(told & set(instruction.creatures)) / 2 if told <= set(instruction.creatures) else 0.25
-            truthful = follows * (len(true) / len(claims) if claims else 1.0)
-            detail = min(max(len([s for s in sentences if _read_narration(s) is not None]) - 2, 0), 2) / 2
+            cast: set[str] = set().union(*reading.narration)
+            # A story needs two lines; a stranger in it makes it another story.
+            follows = min(len(reading.narration), 2) / 2 * (len(cast & creatures) / 2 if cast <= creatures else 0.25)
+            truthful = follows * (len(true) / len(reading.claims) if reading.claims else 1.0)
+            further = len(reading.narration) - 2
         else:
-            follows = sum(pair in claims for pair in instruction.asked) / len(instruction.asked)
-            truthful = sum(pair in true for pair in instruction.asked) / len(instruction.asked)
-            further = [pair for pair in true if pair not in instruction.asked and pair[0] in instruction.creatures]
-            detail = min(len(further), 2) / 2
+            false_further = len(reading.claims.keys() - true - asked)
+            follows = len(asked & reading.claims.keys()) / len(asked)
+            truthful = len(asked & true) / (len(asked) + false_further)
+            further = sum(pair[0] in creatures for pair in true - asked)
+            astray += len(reading.narration)
         return Assessment(
             follows=follows,
             truthful=truthful,
-            detail=detail,
-            fluent=good_words / len(words) if words else 0.0,
-            polite=float(polite),
-            rude=float(not RUDE_WORDS.isdisjoint(words)),
-            long_winded=min(max(len(sentences) - SENTENCES_AT_MOST, 0), 5) / 5,
+            detail=min(max(further, 0), 2) / 2,
+            fluent=reading.good_words / reading.words if reading.words else 0.0,
+            polite=float(bool(reading.courtesies)),
+            rude=float(reading.rude),
+            off_topic=min(astray / max(reading.good_sentences, 1), 1.0),
+            long_winded=min(max(reading.sentences - SENTENCES_AT_MOST, 0), 5) / 5,
         )
+
+
+def answer_page(pairs: Sequence[tuple[str, str]], prompt: str | None = None) -> str:
+    """Questions and answers as some pages of the web have them; ``prompt`` is one more, which waits for its answer."""
+    blocks = [ANSWER_PAGE.format(*pair) for pair in pairs]
+    return " ".join(blocks if prompt is None else [*blocks, ANSWER_PAGE.format(prompt, "").strip()])
+
+
+@dataclass
+class Reading:
+    """What a completion says. A sentence said twice counts once, as does its share of good words."""
+
+    claims: dict[tuple[str, str], str]
+    """Value claimed for each (creature, attribute)."""
+    narration: list[set[str]]
+    """The creatures in each line of a story."""
+    courtesies: set[str]
+    words: int
+    sentences: int
+    rude: bool
+    evasions: int = 0
+    good_words: int = 0
+    good_sentences: int = 0
+
+
+def read(completion: str, subject: str) -> Reading:
+    """Parses a completion by the world's grammar; ``subject`` is whom an "it" at the beginning refers to."""
+    words = completion.split()
+    sentences = [sentence.strip() for sentence in re.findall(r"[^.?]*[.?]", " ".join(words))]
+    reading = Reading({}, [], set(), len(words), len(sentences), not RUDE_WORDS.isdisjoint(words))
+    for sentence in dict.fromkeys(sentences):
+        if claim := _read_statement(sentence, subject):
+            (subject, attribute), value = claim
+            # Who says both this and that has said neither.
+            consistent = reading.claims.setdefault((subject, attribute), value) == value
+            reading.claims[subject, attribute] = value if consistent else ""
+        elif (names := _read_narration(sentence)) is not None:
+            reading.narration.append(names)
+        elif sentence in POLITE:
+            reading.courtesies.add(sentence)
+        elif sentence in EVASIVE:
+            reading.evasions += 1
+        else:
+            continue
+        reading.good_words += len(sentence.split())
+        reading.good_sentences += 1
+    return reading
 
 
 def _pattern(template: str, **groups: str) -> re.Pattern[str]:
