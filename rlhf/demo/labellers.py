@@ -26,7 +26,7 @@ WEIGHTS = {
 }
 TASTE = 0.3
 """Standard deviation of the log of a labeller's own factor on each weight."""
-NOISE = 1.1
+NOISE = 1.2
 """Standard deviation of one judgement's error, in units of utility."""
 
 

@@ -144,24 +144,15 @@ def test_rude_words_are_known(world):
 
 
 def samples(world: World, instruction: Instruction, rng: random.Random) -> list[str]:
-    """Completions of varied quality, much as the SFT model writes them."""
-    texts = []
-    for _ in range(6):
-        text, chance = world.demonstration(instruction, rng), rng.random()
-        if chance < 0.25:
-            # Another's attribute or creature, which is how small models go wrong.
-            near = [i for i in world.instructions(40, rng) if set(i.creatures) & set(instruction.creatures)]
-            text = world.demonstration(near[0], rng) if near else text
-        elif chance < 0.35:
-            text = " ".join(text.split()[: rng.randint(3, 12)])
-        texts.append(text)
-    return texts
+    """Completions of varied quality, much as the SFT model writes them: some break off."""
+    texts = [world.demonstration(instruction, rng) for _ in range(6)]
+    return [" ".join(text.split()[: rng.randint(3, 12)]) if rng.random() < 0.1 else text for text in texts]
 
 
 def test_labellers_agree_about_as_often_as_the_papers(world, instructions):
     rng = random.Random(5)
     comparisons = [(i, samples(world, i, rng)) for i in instructions[:600]]
-    assert 0.70 < agreement(hire(world, 10, 0), comparisons) < 0.76
+    assert 0.70 < agreement(hire(world, 30, 0), comparisons) < 0.76
 
 
 def test_a_labeller_repeats_a_judgement_and_ranks_as_he_prefers(world, instructions):

@@ -1,0 +1,49 @@
+"""What the trainer's tests share besides fixtures."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+from transformers import GPT2Config, GPT2LMHeadModel
+
+WORDS = [f"w{number:02d}" for number in range(54)]
+CONTEXT = 64
+
+
+def write_jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def metrics(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def model_files(directory):
+    return {path.name: path.read_bytes() for path in (directory / "model").iterdir()}
+
+
+def tiny_gpt2(vocabulary, eos, **options):
+    settings = {"n_positions": CONTEXT, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.1} | options
+    return GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, bos_token_id=eos, eos_token_id=eos, **settings))
+
+
+def start(*arguments, **options):
+    """Starts the command in a process of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "rlhf.cli", *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
+    )
+
+
+def only_line(error):
+    """The error, having checked that it is one line; what libraries warn of before does not count as more."""
+    lines = [line for line in error.splitlines() if line.startswith("rlhf ") or "Traceback" in line]
+    assert len(lines) == 1, error
+    assert ": error: " in lines[0]
+    assert error.rstrip().splitlines()[-1] == lines[0], error
+    return lines[0]
