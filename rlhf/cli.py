@@ -128,17 +128,11 @@ def run(stage: str, settings: dict[str, Any], resume: bool) -> int:
     try:
         config = STAGES[stage][0](**settings)
         # Imported here, so that --help and bad settings do not wait for torch and transformers.
-        import transformers
-
         from rlhf import data, models, training
 
         logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
         logging.getLogger("rlhf").setLevel(logging.INFO)
-        # These tell of every checkpoint and every tied weight; what matters of it, we say ourselves.
-        for library in ("accelerate", "huggingface_hub"):
-            logging.getLogger(library).setLevel(logging.ERROR)
-        transformers.utils.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
+        training.quiet_libraries()
     except ConfigError as error:
         print(f"rlhf {stage}: error: {error}", file=sys.stderr)
         return 2

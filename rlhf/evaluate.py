@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from rlhf.batch import lay_out, split
+from rlhf.batch import split
 from rlhf.config import ConfigError, EvaluateConfig, GenerateConfig, as_list
 from rlhf.data import Limits, PromptExample, read_prompts, read_texts, tokenize_prompts, tokenize_texts
 from rlhf.models import (
@@ -163,7 +163,7 @@ def kl_between(
     difference = 0.0
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
     for part in split(lengths, config.tokens_per_forward):
-        batch = lay_out([prompts[i] for i in part], [responses[i] for i in part], one_row=model.one_row).to(model.device)
+        batch = model.lay_out([prompts[i] for i in part], [responses[i] for i in part])
         logprobs = [m(batch, linear_selective_log_softmax, temperature=config.temperature) for m in (model, baseline)]
         difference += (logprobs[0] - logprobs[1]).sum().item()
     return difference / len(prompts)
@@ -175,7 +175,7 @@ def pretraining_loss(model: LanguageModel, chunks: torch.Tensor, tokens_per_forw
     loss = 0.0
     for part in chunks.split(max(1, tokens_per_forward // chunks.shape[1])):
         rows = part.tolist()
-        batch = lay_out([row[:1] for row in rows], [row[1:] for row in rows], one_row=model.one_row).to(model.device)
+        batch = model.lay_out([row[:1] for row in rows], [row[1:] for row in rows])
         loss += model(batch, linear_cross_entropy, reduction="sum").item()
     return loss / (chunks.shape[0] * (chunks.shape[1] - 1))
 

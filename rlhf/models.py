@@ -8,7 +8,7 @@ states that predict response tokens, with the output projection, to an op of ``r
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf.batch import Batch
+from rlhf.batch import Batch, lay_out
 
 logger = logging.getLogger(__name__)
 
@@ -115,6 +115,10 @@ class Backbone(nn.Module):
         """Whether attention takes sequence boundaries from a single packed row (flash-attn) or from a mask (SDPA)."""
         return "flash" in (self.model.config._attn_implementation or "")
 
+    def lay_out(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Batch:
+        """Prompts and responses as a batch on the model's device, in the layout its attention wants."""
+        return lay_out(prompts, responses, one_row=self.one_row).to(self.device)
+
     def hidden(self, batch: Batch, positions: Tensor) -> Tensor:
         """(len(positions), D) last hidden states at flat positions of the batch."""
         states = self.model.base_model(
@@ -126,6 +130,11 @@ class Backbone(nn.Module):
         """Writes weights (safetensors), configuration and tokenizer, as ``from_pretrained`` reads them."""
         self.model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+
+
+def unwrap(model: Any) -> Any:
+    """The model inside DDP's wrapper, or the model itself."""
+    return getattr(model, "module", model)
 
 
 class LanguageModel(Backbone):
@@ -175,10 +184,12 @@ class LanguageModel(Backbone):
             raise ModelError(f"{type(self.model).__name__} has no output embeddings; it is no causal language model")
         mode, _ = self.model.training, self.model.eval()
         ids = torch.arange(4, device=self.device)[None] % head.weight.shape[0]
-        logits = nn.functional.linear(self.model.base_model(ids).last_hidden_state, head.weight, getattr(head, "bias", None))
+        everything = torch.ones_like(ids)
+        states = self.model.base_model(ids, attention_mask=everything).last_hidden_state
+        logits = nn.functional.linear(states, head.weight, getattr(head, "bias", None))
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        expected = self.model(ids).logits.float()
+        expected = self.model(ids, attention_mask=everything).logits.float()
         self.model.train(mode)
         difference = (logits.float() / self.own_temperature - expected).abs().max().item()
         if difference > 0.05 * expected.abs().max().item() + 1e-6:

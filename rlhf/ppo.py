@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rlhf import report
-from rlhf.batch import lay_out, split
+from rlhf.batch import split
 from rlhf.config import PPOConfig, as_list, warmup_from_tenth
 from rlhf.data import Limits, read_prompts, read_texts, tokenize_prompts
 from rlhf.models import (
@@ -32,6 +32,7 @@ from rlhf.models import (
     context_length,
     load_config,
     load_tokenizer,
+    unwrap,
 )
 from rlhf.rollout import sample
 from rlhf.sft import language_model_step, pretraining_examples
@@ -171,7 +172,7 @@ def collect(
     responses = [completion.tokens for completion in completions]
     ref_logprobs, values, scores = [], [], []
     for part in split(token_counts(prompts, responses), config.tokens_per_forward):
-        batch = lay(actors.reference, [prompts[i] for i in part], [responses[i] for i in part])
+        batch = actors.reference.lay_out([prompts[i] for i in part], [responses[i] for i in part])
         with run.accelerator.autocast():
             ref_logprobs.append(
                 actors.reference(batch, linear_selective_log_softmax, temperature=config.temperature)
@@ -213,7 +214,7 @@ def policy_step(run: Run, policy: LanguageModel, episodes: list[Episode]) -> dic
     sums: dict[str, float] = {}
     deviation = 0.0
     for part in accumulate(run, policy, forward_parts(run, episodes)):
-        batch = lay(policy, [e.prompt for e in part], [e.response for e in part])
+        batch = unwrap(policy).lay_out([e.prompt for e in part], [e.response for e in part])
         with run.accelerator.autocast():
             loss, stats = policy(
                 batch,
@@ -239,7 +240,7 @@ def value_step(run: Run, value_model: ScalarModel, episodes: list[Episode]) -> f
     tokens = total(run, sum(len(episode.response) for episode in episodes)).item()
     loss_sum = 0.0
     for part in accumulate(run, value_model, forward_parts(run, episodes)):
-        batch = lay(value_model, [e.prompt for e in part], [e.response for e in part])
+        batch = unwrap(value_model).lay_out([e.prompt for e in part], [e.response for e in part])
         with run.accelerator.autocast():
             values = value_model(batch, batch.before)
         loss, _ = ppo_value_loss(
@@ -271,12 +272,6 @@ def check_ratio(iteration: int, deviation: float, mixed_precision: str) -> None:
 def update_average(average: LanguageModel, policy: LanguageModel, decay: float) -> None:
     """average ← decay · average + (1 − decay) · policy."""
     torch._foreach_lerp_(list(average.parameters()), list(policy.parameters()), 1 - decay)
-
-
-def lay(model: LanguageModel | ScalarModel, prompts: list[list[int]], responses: list[list[int]]):  # noqa: ANN201
-    """A batch on the model's device, in the layout its attention wants."""
-    inner = getattr(model, "module", model)
-    return lay_out(prompts, responses, one_row=inner.one_row).to(inner.device)
 
 
 def token_counts(prompts: list[list[int]], responses: list[list[int]]) -> list[int]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rlhf import report
-from rlhf.batch import lay_out, split
+from rlhf.batch import split
 from rlhf.config import RewardConfig, as_list, cosine_to_tenth
 from rlhf.data import (
     Limits,
@@ -29,7 +29,7 @@ from rlhf.data import (
     tokenize_comparisons,
     tokenize_demonstrations,
 )
-from rlhf.models import ScalarModel, context_length, load_config, load_tokenizer
+from rlhf.models import ScalarModel, context_length, load_config, load_tokenizer, unwrap
 from rlhf.training import (
     Run,
     accumulate,
@@ -124,8 +124,7 @@ def score(model: ScalarModel, prompts: list, responses: list, tokens_per_forward
 
 def forward_scores(model: ScalarModel, prompts: list, responses: list) -> Tensor:
     """(S,) scores at the last token of each sequence."""
-    inner = getattr(model, "module", model)
-    batch = lay_out(prompts, responses, one_row=inner.one_row).to(inner.device)
+    batch = unwrap(model).lay_out(prompts, responses)
     return model(batch, batch.last)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from rlhf.models import LanguageModel
+from rlhf.models import LanguageModel, unwrap
 from rlhf_kernels import selective_log_softmax
 
 
@@ -55,7 +55,7 @@ def sample_batch(
     model: LanguageModel, prompts: list[Sequence[int]], eos_token_id: int, max_new_tokens: int, temperature: float
 ) -> list[Completion]:
     """One batch: prefill over left-padded prompts, then a token at a time."""
-    inner = getattr(model, "module", model).model
+    inner = unwrap(model).model
     was_training = inner.training
     inner.eval()
     device, width = inner.device, max(map(len, prompts))

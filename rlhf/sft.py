@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf import report
-from rlhf.batch import lay_out, split
+from rlhf.batch import split
 from rlhf.config import SFTConfig, as_list, cosine_to_tenth
 from rlhf.data import (
     Example,
@@ -28,7 +28,7 @@ from rlhf.data import (
     tokenize_demonstrations,
     tokenize_texts,
 )
-from rlhf.models import LanguageModel, context_length, load_config, load_tokenizer
+from rlhf.models import LanguageModel, context_length, load_config, load_tokenizer, unwrap
 from rlhf.training import (
     Run,
     accumulate,
@@ -127,13 +127,9 @@ def mean_loss(run: Run, model: LanguageModel, examples: list[Example]) -> float:
 
 def token_loss(run: Run, model: LanguageModel, examples: list[Example]) -> torch.Tensor:
     """The summed loss of all completion tokens, in one forward pass."""
-    batch = lay_out(
-        [example.prompt_ids for example in examples],
-        [example.completion_ids for example in examples],
-        one_row=run.accelerator.unwrap_model(model).one_row,
-    )
+    batch = unwrap(model).lay_out([e.prompt_ids for e in examples], [e.completion_ids for e in examples])
     with run.accelerator.autocast():
-        return model(batch.to(run.device), linear_cross_entropy, reduction="sum")
+        return model(batch, linear_cross_entropy, reduction="sum")
 
 
 def forward_parts(run: Run, examples: list[Example]) -> list[list[Example]]:

@@ -28,6 +28,7 @@ from typing import Any
 
 import accelerate
 import torch
+import transformers
 import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -71,8 +72,8 @@ class Run:
                 raise RunError(f"{self.directory}: holds a run already; go on with --resume, or choose another output_dir")
             stored = yaml.safe_load(config_file.read_text())
             before = {"stage": stored.pop("stage", None), **flatten_mapping(stored)}
-            for name in settings.keys() - FREE_ON_RESUME:
-                if settings[name] != before.get(name):
+            for name in settings:
+                if name not in FREE_ON_RESUME and settings[name] != before.get(name):
                     raise RunError(
                         f"{self.directory}: {name} was {before.get(name)!r} and is now {settings[name]!r}; "
                         "a resumed run must keep its settings"
@@ -227,6 +228,14 @@ def describing(what: str, half_written: Path | None = None) -> Iterator[None]:
             shutil.rmtree(half_written, ignore_errors=True)
         reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else first_line(error)
         raise RunError(f"{what}: {reason}") from error
+
+
+def quiet_libraries() -> None:
+    """Libraries report every file and every tied weight; what matters of it, we say ourselves."""
+    for library in ("accelerate", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def flush(path: Path) -> None:

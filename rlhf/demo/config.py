@@ -15,28 +15,22 @@ class DemoConfig:
     """Everything goes here; report.md and report.json are the result."""
     seed: int = 0
     """Draws the world's facts, the labellers, the data and every model's initial weights."""
-    small_width: int = 48
-    """Width of the small model, the one that is aligned."""
-    small_layers: int = 2
-    """Its layers."""
-    large_width: int = 336
-    """Width of the large base model: at least 100 times the parameters."""
-    large_layers: int = 6
-    """Its layers."""
     documents: int = 40_000
-    """Pretraining documents."""
-    small_steps: int = 1_500
-    """Pretraining steps of the small model, of 64 × 128 tokens."""
-    large_steps: int = 200
-    """Pretraining steps of the large model, likewise."""
+    """Pretraining documents: about two million tokens."""
+    small_steps: int = 1_800
+    """Pretraining steps of the small model, of 32 × 128 tokens: enough to learn to take names from the prompt."""
+    large_width: int = 336
+    """Width of the large base model, which has 6 layers: 100 times the parameters of the small one (48 wide, 2 layers)."""
+    large_steps: int = 800
+    """Pretraining steps of the large model, of 8 × 128 tokens."""
     demonstrations: int = 500
     """Demonstrations written by (fallible) labellers."""
-    ranked_prompts: int = 1_500
+    ranked_prompts: int = 4_000
     """Prompts whose K = 4 to 9 completions were ranked."""
-    ppo_prompts: int = 8_000
-    """Prompts PPO samples from."""
-    ppo_iterations: int = 60
-    """Iterations of 512 episodes."""
+    ppo_prompts: int = 3_000
+    """Prompts that PPO samples from."""
+    ppo_iterations: int = 40
+    """PPO iterations, of 512 episodes."""
     evaluation_prompts: int = 1_000
     """Prompts of the win rates; no stage has seen them."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -17,7 +19,19 @@ from rlhf.training import Run, batch_indices, make_optimizer, optimizer_step
 
 CONTEXT = 256
 CHUNK = 128
-BATCH = 32
+
+
+@dataclass(frozen=True)
+class Size:
+    """A base model's shape, and how it is pretrained."""
+
+    width: int
+    layers: int
+    heads: int
+    batch_size: int
+    steps: int
+    learning_rate: float
+    mixed_precision: Literal["no", "bf16"] = "no"
 
 
 def make_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
@@ -31,30 +45,22 @@ def make_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def pretrain(
-    output_dir: Path,
-    tokenizer: PreTrainedTokenizerFast,
-    documents: Sequence[str],
-    *,
-    width: int,
-    layers: int,
-    steps: int,
-    learning_rate: float,
-    seed: int,
-    resume: bool,
+    output_dir: Path, tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], size: Size, *, seed: int, resume: bool
 ) -> Path:
     """Trains a GPT-2 of the given size on the documents and returns the directory of the result."""
-    run = Run("pretrain", RunConfig(output_dir=str(output_dir), seed=seed, checkpoint_every=200), resume=resume)
+    settings = RunConfig(str(output_dir), seed=seed, checkpoint_every=200, mixed_precision=size.mixed_precision)
+    run = Run("pretrain", settings, resume=resume)
     if run.finished:
         return run.directory / "model"
     torch.manual_seed(seed)
     config = GPT2Config(
         vocab_size=len(tokenizer),
         n_positions=CONTEXT,
-        n_embd=width,
-        n_layer=layers,
-        n_head=width // 16,
+        n_embd=size.width,
+        n_layer=size.layers,
+        n_head=size.heads,
         # Small widths need larger weights than GPT-2's 0.02 to learn to copy a name from the prompt.
-        initializer_range=0.7 * width**-0.5,
+        initializer_range=0.7 * size.width**-0.5,
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -64,16 +70,16 @@ def pretrain(
     )
     chunks = pretraining_examples(list(documents), tokenizer, CHUNK)
     model = LanguageModel(GPT2LMHeadModel(config))
-    adam = Adam(learning_rate=learning_rate)
+    adam = Adam(learning_rate=size.learning_rate)
     model, optimizer = run.prepare(model, make_optimizer(model, adam))
-    for step in run.steps(steps):
-        batch = [chunks[i] for i in batch_indices(len(chunks), BATCH, step, seed=seed)]
+    for step in run.steps(size.steps):
+        batch = [chunks[i] for i in batch_indices(len(chunks), size.batch_size, step, seed=seed)]
         loss = language_model_step(run, model, batch)
         warmup = min(1.0, (step + 1) / 50)
-        optimizer_step(run, model, optimizer, adam, warmup * cosine_to_tenth(step, steps))
+        optimizer_step(run, model, optimizer, adam, warmup * cosine_to_tenth(step, size.steps))
         run.log(step, {"loss": loss}, show=["loss"])
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    report.write(run, "Pretraining", {"parameters": parameters, "tokens": steps * BATCH * CHUNK}, [["loss"]])
+    report.write(run, "Pretraining", {"parameters": parameters, "tokens": size.steps * size.batch_size * CHUNK}, [["loss"]])
     path = run.save_model(run.accelerator.unwrap_model(model), tokenizer)
     run.close()
     return path
