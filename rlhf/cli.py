@@ -117,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     parsed = parser.parse_args(argv)
     stage = parsed.subcommand
-    settings = parser.instantiate_classes(parsed)[stage].as_dict()
+    settings = parser.instantiate(parsed)[stage].as_dict()
     resume = settings.pop("resume", False)
     settings.pop("config", None)
     return run(stage, settings, resume)

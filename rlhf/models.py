@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -255,5 +256,5 @@ def load(auto: Any, path: str, config: Any, attention: str, **options: Any) -> P
     """``auto.from_pretrained`` with one-line errors."""
     try:
         return auto.from_pretrained(path, config=config, dtype=torch.float32, attn_implementation=attention, **options)
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{path}: could not be loaded as {auto.__name__}: {first_line(error)}") from error

@@ -60,8 +60,10 @@ class Run:
             mixed_precision=config.mixed_precision, cpu=config.device == "cpu", step_scheduler_with_optimizer=False
         )
         self.checkpoint = latest_checkpoint(self.directory) if resume else None
-        with describing(f"{self.directory}: cannot be used for output"):
-            self._open_directory(resume)
+        if self.is_main:
+            with describing(f"{self.directory}: cannot be used for output"):
+                self._open_directory(resume)
+        self.accelerator.wait_for_everyone()
 
     def _open_directory(self, resume: bool) -> None:
         """Makes the directory, or checks that the run in it is this one."""
@@ -78,12 +80,10 @@ class Run:
                         f"{self.directory}: {name} was {before.get(name)!r} and is now {settings[name]!r}; "
                         "a resumed run must keep its settings"
                     )
-        if self.is_main:
-            self.directory.mkdir(parents=True, exist_ok=True)
-            for leftover in self.directory.glob("*.tmp"):
-                shutil.rmtree(leftover)
-            config_file.write_text(yaml.safe_dump({"stage": self.stage, **asdict(self.config)}, sort_keys=False))
-        self.accelerator.wait_for_everyone()
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for leftover in self.directory.glob("*.tmp"):
+            shutil.rmtree(leftover)
+        config_file.write_text(yaml.safe_dump({"stage": self.stage, **asdict(self.config)}, sort_keys=False))
 
     @property
     def device(self) -> torch.device:
@@ -174,7 +174,7 @@ class Run:
         progress.update(task, metrics="  ".join(f"{name} {metrics[name]:.3g}" for name in show if name in metrics))
 
     def save_checkpoint(self, step: int) -> None:
-        """Writes ``checkpoint-<step>`` whole, then removes the one before it."""
+        """Writes ``checkpoint-<step>`` whole, then removes those before it."""
         target = self.directory / f"checkpoint-{step:06d}"
         temporary = target.with_suffix(".tmp")
         previous = latest_checkpoint(self.directory)
@@ -182,18 +182,18 @@ class Run:
         with describing(f"{target}: could not be written; {safe}; free some space and go on with --resume", temporary):
             self.accelerator.save_state(str(temporary))
             self._publish(temporary, target)
-        if self.is_main and previous and previous != target:
-            shutil.rmtree(previous)
+        if self.is_main:
+            for older in set(self.directory.glob("checkpoint-*")) - {target}:
+                shutil.rmtree(older)
 
     def save_model(self, model: Backbone, tokenizer: PreTrainedTokenizerBase, name: str = "model") -> Path:
         """Writes a model under ``name``, whole or not at all, and returns where."""
         target = self.directory / name
         temporary = target.with_name(target.name + ".tmp")
-        if self.is_main:
-            with describing(f"{target}: could not be written; checkpoints are intact; free some space and --resume", temporary):
+        with describing(f"{target}: could not be written; checkpoints are intact; free some space and --resume", temporary):
+            if self.is_main:
                 model.save(temporary, tokenizer)
-                self._publish(temporary, target)
-        self.accelerator.wait_for_everyone()
+            self._publish(temporary, target)
         return target
 
     def _publish(self, temporary: Path, target: Path) -> None:
