@@ -53,7 +53,7 @@ class Parser(ArgumentParser):
         raise SystemExit(2) from ex
 
 
-def setting_names(config: type) -> list[str]:
+def setting_names(config: Any) -> list[str]:
     """Every setting of a config, as it is written in an override."""
     names = []
     for name, hint in get_type_hints(config).items():
@@ -62,7 +62,7 @@ def setting_names(config: type) -> list[str]:
 
 
 def one_line(message: str, stage: str) -> str:
-    """jsonargparse's message on one line, with a suggestion for a setting that does not exist."""
+    """Jsonargparse's message on one line, with a suggestion for a setting that does not exist."""
     unknown = UNKNOWN.search(message)
     if not unknown:
         return " ".join(message.split())

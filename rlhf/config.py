@@ -123,7 +123,9 @@ class SFTConfig(RunConfig):
         check(self.batch_size > 0, "batch_size", self.batch_size, "at least 1")
         check(0 <= self.residual_dropout < 1, "residual_dropout", self.residual_dropout, "in [0, 1)")
         check(0 <= self.pretraining_fraction < 1, "pretraining_fraction", self.pretraining_fraction, "in [0, 1)")
-        check_pretraining(self.pretraining_fraction, "pretraining_fraction", self.pretraining_data, self.pretraining_tokens)
+        check_pretraining(
+            self.pretraining_fraction, "pretraining_fraction", self.pretraining_data, self.pretraining_tokens
+        )
 
 
 @dataclass
@@ -306,7 +308,7 @@ class EvaluateConfig:
         check(self.temperature > 0, "temperature", self.temperature, "above 0")
 
 
-def check_pretraining(weight: float, name: str, data: list[str], tokens: int) -> None:
+def check_pretraining(weight: float, name: str, data: list[str] | str, tokens: int) -> None:
     """A pretraining mix needs text, in chunks with something to predict."""
     if weight > 0:
         check(bool(data), "pretraining_data", data, f"at least one file or data set when {name} is {weight}")

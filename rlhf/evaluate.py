@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -81,7 +82,7 @@ def evaluate(config: EvaluateConfig) -> dict:
     models = {name: LanguageModel.load(path).eval().to(device) for name, path in sides(config)}
     figures: dict = {"model": config.model, "baseline": config.baseline, "judge": config.judge, "seed": config.seed}
     figures["prompts"] = len(prompts)
-    records = [{"prompt": example.text} for example in prompts]
+    records: list[dict[str, Any]] = [{"prompt": example.text} for example in prompts]
     if prompts:
         ids = [example.prompt_ids for example in prompts]
         samples = {}
@@ -92,9 +93,14 @@ def evaluate(config: EvaluateConfig) -> dict:
                 record[name] = tokenizer.decode(response, skip_special_tokens=True)
         figures["kl"] = kl_between(models["model"], models["baseline"], ids, samples["model"], config)
         if reward_model:
-            scores = {name: score(reward_model.to(device), ids, samples[name], config.tokens_per_forward) for name in samples}
+            scores = {
+                name: score(reward_model.to(device), ids, samples[name], config.tokens_per_forward) for name in samples
+            }
             figures["reward"] = {name: values.mean().item() for name, values in scores.items()}
-            outcomes = [0.5 + 0.5 * math.copysign(a != b, a - b) for a, b in zip(*map(torch.Tensor.tolist, scores.values()), strict=True)]
+            outcomes = [
+                0.5 + 0.5 * math.copysign(a != b, a - b)
+                for a, b in zip(*map(torch.Tensor.tolist, scores.values()), strict=True)
+            ]
         elif judge:
             outcomes = [judge(record["prompt"], record["model"], record["baseline"]) for record in records]
         if judge or reward_model:
@@ -107,7 +113,9 @@ def evaluate(config: EvaluateConfig) -> dict:
         figures["alignment_tax"] = losses["model"] - losses["baseline"]
 
     with describing(f"{output}: results could not be written"):
-        (output / "completions.jsonl").write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        (output / "completions.jsonl").write_text(
+            "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        )
         (output / "results.json").write_text(json.dumps(figures, indent=2) + "\n")
         (output / "report.md").write_text(describe(figures))
     console.print(f"evaluate: [bold]{output / 'report.md'}[/]")
@@ -157,7 +165,11 @@ def sample_all(model: LanguageModel, ids: list[list[int]], eos_token_id: int, co
 
 @torch.no_grad()
 def kl_between(
-    model: LanguageModel, baseline: LanguageModel, prompts: list[list[int]], responses: list[list[int]], config: EvaluateConfig
+    model: LanguageModel,
+    baseline: LanguageModel,
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    config: EvaluateConfig,
 ) -> float:
     """Mean over the model's own completions of log π_model − log π_baseline, in nats per completion."""
     difference = 0.0
@@ -191,13 +203,19 @@ def generate(config: GenerateConfig) -> Path:
     model = LanguageModel.load(config.model).eval().to(device)
     torch.manual_seed(config.seed)
     repeated = [example.prompt_ids for example in prompts for _ in range(config.samples)]
-    responses = [tokenizer.decode(ids, skip_special_tokens=True) for ids in sample_all(model, repeated, tokenizer.eos_token_id, config)]
+    responses = [
+        tokenizer.decode(ids, skip_special_tokens=True)
+        for ids in sample_all(model, repeated, tokenizer.eos_token_id, config)
+    ]
     temporary = output.with_name(output.name + ".tmp")
     with describing(f"{output}: could not be written"):
         output.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("w") as file:
             for i, example in enumerate(prompts):
-                record = {"prompt": example.text, "completions": responses[i * config.samples : (i + 1) * config.samples]}
+                record = {
+                    "prompt": example.text,
+                    "completions": responses[i * config.samples : (i + 1) * config.samples],
+                }
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
         temporary.rename(output)
     console.print(f"generate: {len(prompts)} prompts × {config.samples} completions in [bold]{output}[/]")
@@ -214,10 +232,14 @@ def describe(figures: dict) -> str:
     if "kl" in figures:
         rows.append(["KL to the baseline (nats per completion)", number(figures["kl"])])
     if "alignment_tax" in figures:
-        rows += [[f"pretraining loss of the {name}", number(value)] for name, value in figures["pretraining_loss"].items()]
+        rows += [
+            [f"pretraining loss of the {name}", number(value)] for name, value in figures["pretraining_loss"].items()
+        ]
         rows.append(["alignment tax (nats per token)", number(figures["alignment_tax"])])
     title = f"# {figures['model']} against {figures['baseline']}"
-    return "\n".join([title, "", markdown_table(["", ""], rows), "", "Every completion judged: `completions.jsonl`.", ""])
+    return "\n".join(
+        [title, "", markdown_table(["", ""], rows), "", "Every completion judged: `completions.jsonl`.", ""]
+    )
 
 
 __all__ = ["ModelError", "Rate", "evaluate", "generate", "win_rate"]

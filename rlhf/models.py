@@ -76,7 +76,9 @@ def check_same_tokenizer(first: PreTrainedTokenizerBase, first_path: str, other_
     if first.get_vocab() == other.get_vocab() and first.eos_token_id == other.eos_token_id:
         return
     differing = set(first.get_vocab().items()) ^ set(other.get_vocab().items())
-    example = f", for example {min(differing)[0]!r}" if differing else f": eos is {first.eos_token!r} / {other.eos_token!r}"
+    example = (
+        f", for example {min(differing)[0]!r}" if differing else f": eos is {first.eos_token!r} / {other.eos_token!r}"
+    )
     raise ModelError(
         f"the tokenizers of {first_path} and {other_path} differ ({len(first)} and {len(other)} tokens{example}); "
         "policy, reference, reward and value model must share one"
@@ -88,7 +90,9 @@ def check_reward_config(path: str) -> Any:
     config = load_config(path)
     architectures = config.architectures or []
     if not any("SequenceClassification" in name for name in architectures):
-        raise ModelError(f"{path}: {architectures or 'an unnamed model'} is not a reward model; train one with `rlhf reward`")
+        raise ModelError(
+            f"{path}: {architectures or 'an unnamed model'} is not a reward model; train one with `rlhf reward`"
+        )
     if config.num_labels != 1:
         raise ModelError(f"{path}: has {config.num_labels} labels, but a reward model has one")
     return config
@@ -146,24 +150,30 @@ class LanguageModel(Backbone):
         config = model.config.get_text_config()
         self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
         # Cohere multiplies its logits by a constant, Granite divides: either way a temperature of the model's own.
-        self.own_temperature: float = getattr(config, "logits_scaling", 1.0) / (getattr(config, "logit_scale", None) or 1.0)
+        self.own_temperature: float = getattr(config, "logits_scaling", 1.0) / (
+            getattr(config, "logit_scale", None) or 1.0
+        )
         self._check_projection()
 
     @classmethod
-    def load(cls, path: str, *, residual_dropout: float = 0.0, attention: str = "sdpa", **options: Any) -> LanguageModel:
+    def load(
+        cls, path: str, *, residual_dropout: float = 0.0, attention: str = "sdpa", **options: Any
+    ) -> LanguageModel:
         """Loads ``path`` (a directory or a hub name) in float32 with every dropout at zero but the residual one."""
         config = load_config(path)
         for name in OTHER_DROPOUT:
             if hasattr(config, name):
                 setattr(config, name, 0.0)
-        name = next((name for name in RESIDUAL_DROPOUT if hasattr(config, name)), None)
-        if name:
-            setattr(config, name, residual_dropout)
+        residual = next((name for name in RESIDUAL_DROPOUT if hasattr(config, name)), None)
+        if residual:
+            setattr(config, residual, residual_dropout)
         elif residual_dropout:
             logger.warning("%s: %s models have no residual dropout; trained without", path, config.model_type)
         return cls(load(AutoModelForCausalLM, path, config, attention, **options))
 
-    def forward(self, batch: Batch, op: Callable[..., Any], *args: Any, temperature: float = 1.0, **options: Any) -> Any:
+    def forward(
+        self, batch: Batch, op: Callable[..., Any], *args: Any, temperature: float = 1.0, **options: Any
+    ) -> Any:
         """``op(hidden, weight, targets, *args, ...)`` with this model's projection: one of the ``linear_*`` ops."""
         head = self.model.get_output_embeddings()
         return op(
@@ -224,7 +234,8 @@ class ScalarModel(Backbone):
                 setattr(config, name, 0.0)
         scalar = cls(load(AutoModelForSequenceClassification, path, config, attention, **options))
         if fresh:
-            nn.init.zeros_(scalar.head.weight)
+            for parameter in scalar.head.parameters():
+                nn.init.zeros_(parameter)
         return scalar
 
     @property

@@ -16,6 +16,7 @@ import copy
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,8 +85,12 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
         return run.directory / "model"
     policy = LanguageModel.load(config.policy, attention=config.attention).eval()  # no dropout: ratios start at 1
     value = ScalarModel.load(config.reward_model, attention=config.attention).eval()
-    reference = LanguageModel.load(config.policy, attention=config.attention).eval().requires_grad_(False).to(run.device)
-    reward = ScalarModel.load(config.reward_model, attention=config.attention).eval().requires_grad_(False).to(run.device)
+    reference = (
+        LanguageModel.load(config.policy, attention=config.attention).eval().requires_grad_(False).to(run.device)
+    )
+    reward = (
+        ScalarModel.load(config.reward_model, attention=config.attention).eval().requires_grad_(False).to(run.device)
+    )
     average = copy.deepcopy(policy).requires_grad_(False).to(run.device)
     policy, value, policy_optimizer, value_optimizer = run.prepare(
         policy,
@@ -112,7 +117,7 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
                 metrics["ratio_max_deviation"] = stats["ratio_max_deviation"]
                 check_ratio(iteration, stats["ratio_max_deviation"], config.mixed_precision)
             if config.gamma_ptx:
-                texts = batch_indices(
+                chunks = batch_indices(
                     len(pretraining),
                     config.minibatch_size * config.pretraining_per_episode,
                     iteration * minibatches + number,
@@ -120,7 +125,7 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
                 )
                 # Its gradient adds to the policy loss's before the one optimizer step (C.4).
                 stats["pretraining_loss"] = language_model_step(
-                    run, policy, mine(run, [pretraining[i] for i in texts]), weight=config.gamma_ptx
+                    run, policy, mine(run, [pretraining[i] for i in chunks]), weight=config.gamma_ptx
                 )
             stats["gradient_norm"] = optimizer_step(run, policy, policy_optimizer, config.adam, factor)
             update_average(average, run.accelerator.unwrap_model(policy), config.ema_decay)
@@ -174,9 +179,7 @@ def collect(
     for part in split(token_counts(prompts, responses), config.tokens_per_forward):
         batch = actors.reference.lay_out([prompts[i] for i in part], [responses[i] for i in part])
         with run.accelerator.autocast():
-            ref_logprobs.append(
-                actors.reference(batch, linear_selective_log_softmax, temperature=config.temperature)
-            )
+            ref_logprobs.append(actors.reference(batch, linear_selective_log_softmax, temperature=config.temperature))
             values.append(actors.value(batch, batch.before))
             scores.append(actors.reward(batch, batch.last))
 
@@ -203,7 +206,7 @@ def collect(
 
     count = total(run, len(prompts))
     ended = sum(response[-1] == eos_token_id for response in responses)
-    sums = {"reward": score.sum(), "kl": kl.sum(), "response_tokens": lengths.sum(), "ended": ended}
+    sums: dict[str, Any] = {"reward": score.sum(), "kl": kl.sum(), "response_tokens": lengths.sum(), "ended": ended}
     return episodes, {name: (total(run, value) / count).item() for name, value in sums.items()}
 
 
@@ -270,7 +273,7 @@ def check_ratio(iteration: int, deviation: float, mixed_precision: str) -> None:
 
 @torch.no_grad()
 def update_average(average: LanguageModel, policy: LanguageModel, decay: float) -> None:
-    """average ← decay · average + (1 − decay) · policy."""
+    """Average ← decay · average + (1 − decay) · policy."""
     torch._foreach_lerp_(list(average.parameters()), list(policy.parameters()), 1 - decay)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import matplotlib
 
 matplotlib.use("Agg")  # no display is needed to write a file
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 if TYPE_CHECKING:
     from rlhf.training import Run
@@ -21,7 +21,12 @@ def write(run: Run, title: str, rows: Mapping[str, Any], curves: Sequence[Sequen
         return
     plot_history(run.history, curves, run.directory / "curves.png")
     text = [f"# {title}", "", markdown_table(["", ""], [[name, number(value)] for name, value in rows.items()])]
-    text += ["", "![curves](curves.png)", "", f"Settings: `config.yaml`. Every step: `metrics.jsonl`. Seed {run.config.seed}."]
+    text += [
+        "",
+        "![curves](curves.png)",
+        "",
+        f"Settings: `config.yaml`. Every step: `metrics.jsonl`. Seed {run.config.seed}.",
+    ]
     (run.directory / "report.md").write_text("\n".join(text) + "\n")
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +73,11 @@ def train(config: RewardConfig, *, resume: bool = False) -> Path:
         run.log(step, metrics, show=["loss", "accuracy"])
 
     reward_model = run.accelerator.unwrap_model(model)
-    rows = {"prompts": len(training), "pairs": sum(pair_count(comparisons[i]) for i in training), "steps": steps}
+    rows: dict[str, float] = {
+        "prompts": len(training),
+        "pairs": sum(pair_count(comparisons[i]) for i in training),
+        "steps": steps,
+    }
     if held_out:
         rows["held-out prompts"] = len(held_out)
         rows["held-out accuracy"] = ranking_accuracy(
@@ -134,7 +139,7 @@ def flatten(comparisons: list[RankedExample]) -> tuple[list, list]:
     return [prompt for prompt, _ in pairs], [completion for _, completion in pairs]
 
 
-def rank_arguments(comparisons: list[RankedExample], device: torch.device) -> dict[str, Tensor]:
+def rank_arguments(comparisons: list[RankedExample], device: torch.device) -> dict[str, Any]:
     """``ranks`` and ``offsets`` of the ranking loss, for completions laid out by :func:`flatten`."""
     sizes = torch.tensor([0, *(len(example.ranks) for example in comparisons)])
     ranks = torch.tensor([rank for example in comparisons for rank in example.ranks])

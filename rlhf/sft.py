@@ -82,7 +82,7 @@ def train(config: SFTConfig, *, resume: bool = False) -> Path:
             metrics["held_out_loss"] = mean_loss(run, model, validation)
         run.log(step, metrics, show=["loss", "held_out_loss"])
 
-    rows = {"demonstrations": len(training), "epochs": config.epochs, "steps": steps}
+    rows: dict[str, float] = {"demonstrations": len(training), "epochs": config.epochs, "steps": steps}
     if validation:
         rows |= {
             "held-out loss before (nats per token)": first_loss,

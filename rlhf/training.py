@@ -54,7 +54,8 @@ class Run:
     """One run of one stage. Use as ``for step in run.steps(total): ...`` between ``prepare`` and ``finish``."""
 
     def __init__(self, stage: str, config: RunConfig, *, resume: bool = False):
-        self.stage, self.config = stage, config
+        self.stage = stage
+        self.config: Any = config  # of the stage's own class, for its functions
         self.directory = Path(config.output_dir)
         self.accelerator = accelerate.Accelerator(
             mixed_precision=config.mixed_precision, cpu=config.device == "cpu", step_scheduler_with_optimizer=False
@@ -71,7 +72,9 @@ class Run:
         config_file = self.directory / "config.yaml"
         if config_file.exists():
             if not resume:
-                raise RunError(f"{self.directory}: holds a run already; go on with --resume, or choose another output_dir")
+                raise RunError(
+                    f"{self.directory}: holds a run already; go on with --resume, or choose another output_dir"
+                )
             stored = yaml.safe_load(config_file.read_text())
             before = {"stage": stored.pop("stage", None), **flatten_mapping(stored)}
             for name in settings:
@@ -178,7 +181,9 @@ class Run:
         target = self.directory / f"checkpoint-{step:06d}"
         temporary = target.with_suffix(".tmp")
         previous = latest_checkpoint(self.directory)
-        safe = f"the checkpoint of step {previous.name[-6:]} is intact" if previous else "there is no earlier checkpoint"
+        safe = (
+            f"the checkpoint of step {previous.name[-6:]} is intact" if previous else "there is no earlier checkpoint"
+        )
         with describing(f"{target}: could not be written; {safe}; free some space and go on with --resume", temporary):
             self.accelerator.save_state(str(temporary))
             self._publish(temporary, target)
@@ -190,7 +195,9 @@ class Run:
         """Writes a model under ``name``, whole or not at all, and returns where."""
         target = self.directory / name
         temporary = target.with_name(target.name + ".tmp")
-        with describing(f"{target}: could not be written; checkpoints are intact; free some space and --resume", temporary):
+        with describing(
+            f"{target}: could not be written; checkpoints are intact; free some space and --resume", temporary
+        ):
             if self.is_main:
                 model.save(temporary, tokenizer)
             self._publish(temporary, target)
@@ -213,7 +220,9 @@ class Run:
         if self.is_main:
             self._metrics.close()
             self._tensorboard.close()
-            console.print(f"{self.stage}: [bold]{self.directory / 'model'}[/], report in {self.directory / 'report.md'}")
+            console.print(
+                f"{self.stage}: [bold]{self.directory / 'model'}[/], report in {self.directory / 'report.md'}"
+            )
 
 
 @contextlib.contextmanager
@@ -302,7 +311,9 @@ def batch_indices(count: int, batch_size: int, step: int, *, seed: int, epochs: 
     batch may be short.
     """
     stop = (step + 1) * batch_size if epochs is None else min((step + 1) * batch_size, epochs * count)
-    return [permutation(count, seed, position // count)[position % count] for position in range(step * batch_size, stop)]
+    return [
+        permutation(count, seed, position // count)[position % count] for position in range(step * batch_size, stop)
+    ]
 
 
 def hold_out(count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:

@@ -41,7 +41,9 @@ class Background:
             progress.update(bar, completed=steps)
         self.process.join()
         if self.process.exitcode:
-            raise RunError(f"{metrics.parent}: its process ended with status {self.process.exitcode}; go on with --resume")
+            raise RunError(
+                f"{metrics.parent}: its process ended with status {self.process.exitcode}; go on with --resume"
+            )
 
 
 def _run(parent: int, function: Callable[..., Any], args: tuple, options: dict) -> None:

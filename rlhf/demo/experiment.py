@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -77,7 +78,9 @@ def run(config: DemoConfig, *, resume: bool = False) -> dict:
     )  # fmt: skip
     # One core each: the models that are aligned are too small to keep two busy, so the large base has the other.
     torch.set_num_threads(1)
-    large = Background(pretrain, output / "large_base", tokenizer, data.documents, large_size, seed=config.seed, resume=True)
+    large = Background(
+        pretrain, output / "large_base", tokenizer, data.documents, large_size, seed=config.seed, resume=True
+    )
     with clock.timing("base"):
         small = pretrain(output / "base", tokenizer, data.documents, small_size, seed=config.seed, resume=True)
     with clock.timing("sft"):
@@ -86,12 +89,13 @@ def run(config: DemoConfig, *, resume: bool = False) -> dict:
         make_rankings(output / "data", data, sft_model, config.seed)
     with clock.timing("reward"):
         reward_model = train_reward(config, sft_model)
-    policies = {}
-    for name, options in {
+    policies: dict[str, Path] = {}
+    variants: dict[str, dict[str, Any]] = {
         "ppo": {},
         "ppo_ptx": {"gamma_ptx": GAMMA_PTX, "pretraining_data": [str(output / "data/documents.jsonl")]},
         "ppo_free": {"kl_coefficient": 0.0},
-    }.items():
+    }
+    for name, options in variants.items():
         with clock.timing(name):
             policies[name] = train_ppo(config, name, sft_model, reward_model, **options)
     with clock.timing("waiting for the large base"):
@@ -116,7 +120,9 @@ def open_directory(output: Path, config: DemoConfig, resume: bool) -> None:
             output.rename(aside)
             console.print(f"{output} held an experiment with other settings; it is now {aside}")
         elif not resume:
-            raise RunError(f"{output}: holds this experiment already; go on with --resume, or choose another output_dir")
+            raise RunError(
+                f"{output}: holds this experiment already; go on with --resume, or choose another output_dir"
+            )
     try:
         (output / "data").mkdir(parents=True, exist_ok=True)
         settings.write_text(yaml.safe_dump(wanted, sort_keys=False))
@@ -128,7 +134,13 @@ def make_data(config: DemoConfig) -> Data:
     """Draws everything from the seed, and writes what the trainer reads."""
     world, rng = World(config.seed), random.Random(f"data {config.seed}")
     held_out_prompts = max(config.ranked_prompts // 5, 1)
-    sizes = [config.demonstrations, config.ranked_prompts, held_out_prompts, config.ppo_prompts, config.evaluation_prompts]
+    sizes = [
+        config.demonstrations,
+        config.ranked_prompts,
+        held_out_prompts,
+        config.ppo_prompts,
+        config.evaluation_prompts,
+    ]
     instructions = world.instructions(sum(sizes), rng)
     parts = [[instructions.pop() for _ in range(size)] for size in sizes]
     staff = hire(world, 30, config.seed)
@@ -146,7 +158,9 @@ def make_data(config: DemoConfig) -> Data:
     )
     folder = Path(config.output_dir) / "data"
     write_records(folder / "documents.jsonl", [{"text": text} for text in data.documents])
-    write_records(folder / "demonstrations.jsonl", [{"prompt": i.prompt, "completion": text} for i, text in data.demonstrations])
+    write_records(
+        folder / "demonstrations.jsonl", [{"prompt": i.prompt, "completion": text} for i, text in data.demonstrations]
+    )
     write_records(folder / "prompts.jsonl", [{"prompt": i.prompt} for i in data.ppo])
     return data
 

@@ -45,7 +45,13 @@ def make_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
 
 
 def pretrain(
-    output_dir: Path, tokenizer: PreTrainedTokenizerFast, documents: Sequence[str], size: Size, *, seed: int, resume: bool
+    output_dir: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    documents: Sequence[str],
+    size: Size,
+    *,
+    seed: int,
+    resume: bool,
 ) -> Path:
     """Trains a GPT-2 of the given size on the documents and returns the directory of the result."""
     settings = RunConfig(str(output_dir), seed=seed, checkpoint_every=200, mixed_precision=size.mixed_precision)
@@ -79,7 +85,9 @@ def pretrain(
         optimizer_step(run, model, optimizer, adam, warmup * cosine_to_tenth(step, size.steps))
         run.log(step, {"loss": loss}, show=["loss"])
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    report.write(run, "Pretraining", {"parameters": parameters, "tokens": size.steps * size.batch_size * CHUNK}, [["loss"]])
+    report.write(
+        run, "Pretraining", {"parameters": parameters, "tokens": size.steps * size.batch_size * CHUNK}, [["loss"]]
+    )
     path = run.save_model(run.accelerator.unwrap_model(model), tokenizer)
     run.close()
     return path

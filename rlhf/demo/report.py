@@ -9,11 +9,11 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")  # no display is needed to write a file
-import matplotlib.pyplot as plt  # noqa: E402
-from rich.table import Table  # noqa: E402
+import matplotlib.pyplot as plt
+from rich.table import Table
 
-from rlhf.report import markdown_table  # noqa: E402
-from rlhf.training import console  # noqa: E402
+from rlhf.report import markdown_table
+from rlhf.training import console
 
 NAMES = {
     "base": "base",
@@ -39,7 +39,9 @@ def write(output: Path, figures: dict[str, Any]) -> None:
     for row in rows:
         shown.add_row(*row)
     console.print(shown)
-    console.print(f"report: [bold]{output / 'report.md'}[/] and {output / 'report.json'}; {figures['seconds']:.0f} s in all")
+    console.print(
+        f"report: [bold]{output / 'report.md'}[/] and {output / 'report.json'}; {figures['seconds']:.0f} s in all"
+    )
 
 
 def table(figures: dict[str, Any]) -> list[list[str]]:
@@ -69,7 +71,13 @@ def table(figures: dict[str, Any]) -> list[list[str]]:
         ]
     )
     for name, tax in figures["alignment_tax"].items():
-        rows.append([f"alignment tax: {NAMES[name]} (nats per token)", f"{tax:+.3f}", {"ppo_ptx": "mostly gone (4.2)"}.get(name, "")])
+        rows.append(
+            [
+                f"alignment tax: {NAMES[name]} (nats per token)",
+                f"{tax:+.3f}",
+                {"ppo_ptx": "mostly gone (4.2)"}.get(name, ""),
+            ]
+        )
     return rows
 
 
@@ -141,11 +149,17 @@ def plot_tax(path: Path, figures: dict[str, Any]) -> None:
 def plot_course(path: Path, figures: dict[str, Any]) -> None:
     """Reward, KL and what the labellers value, over training: with β = 0 the reward is bought with what it stands for."""
     figure, panels = plt.subplots(1, 3, figsize=(12, 3.3))
-    labels = ["reward model's score", "KL to the SFT model (nats per completion)", "gold score (labellers, without noise)"]
+    labels = [
+        "reward model's score",
+        "KL to the SFT model (nats per completion)",
+        "gold score (labellers, without noise)",
+    ]
     for panel, key, label in zip(panels, ("reward", "kl", "gold"), labels, strict=True):
         for name, points in figures["course"].items():
             known = [(point["iteration"], point[key]) for point in points if key in point]
-            panel.plot(*zip(*known, strict=True), color=COLOURS[name], label=NAMES[name], marker="o" if key == "gold" else None)
+            panel.plot(
+                *zip(*known, strict=True), color=COLOURS[name], label=NAMES[name], marker="o" if key == "gold" else None
+            )
         panel.set_title(label, fontsize=10)
         panel.set_xlabel("iteration")
         panel.grid(alpha=0.3)
