@@ -3,7 +3,7 @@
 * win rate: how often a judge prefers the model's completion to the baseline's, ties counted half (Figure 1);
 * reward: the mean score of both under a reward model, where that is the judge;
 * KL: E_y~model [ log π_model(y|x) − log π_baseline(y|x) ], in nats per completion (Figure 38's axis);
-* alignment tax: how much the model's loss on pretraining text rose over the baseline's, in nats per token (section 4.2).
+* alignment tax: the rise of the model's loss on pretraining text over the baseline's, in nats per token (section 4.2).
 
     rlhf evaluate --model runs/ppo/model --baseline runs/sft/model --judge runs/reward/model \\
         --prompts held_out.jsonl --output_dir runs/evaluation
@@ -183,7 +183,7 @@ def kl_between(
 
 @torch.no_grad()
 def pretraining_loss(model: LanguageModel, chunks: torch.Tensor, tokens_per_forward: int) -> float:
-    """Mean loss per token on (chunks, length) pretraining text, in nats; the first token of a chunk is not predicted."""
+    """Mean loss per token on (chunks, length) pretraining text, in nats. A chunk's first token is not predicted."""
     loss = 0.0
     for part in chunks.split(max(1, tokens_per_forward // chunks.shape[1])):
         rows = part.tolist()

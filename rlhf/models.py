@@ -253,7 +253,7 @@ class ScalarModel(Backbone):
         self.model.config.reward_bias = value
 
     def forward(self, batch: Batch, positions: Tensor) -> Tensor:
-        """(len(positions),) float32 scores at flat positions: ``batch.last`` for rewards, ``batch.before`` for values."""
+        """(len(positions),) float32 scores at flat positions: ``batch.last`` for rewards, ``before`` for values."""
         return self.head(self.hidden(batch, positions)).squeeze(-1).float() + self.bias
 
     def save(self, directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -104,7 +104,7 @@ def pretraining_examples(texts: list[str], tokenizer: PreTrainedTokenizerBase, l
 
 
 def language_model_step(run: Run, model: LanguageModel, examples: list[Example], weight: float = 1.0) -> float:
-    """Accumulates the gradient of ``weight`` times the mean loss per completion token. Returns that mean, unweighted."""
+    """Accumulates the gradient of ``weight`` times the mean loss per completion token. Returns the mean itself."""
     tokens = total(run, sum(len(example.completion_ids) for example in examples)).item()
     loss_sum = 0.0
     for part in accumulate(run, model, forward_parts(run, examples)):

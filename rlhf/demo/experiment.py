@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import random
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -43,8 +44,8 @@ LENGTHS = LengthConfig(max_prompt_tokens=32, max_response_tokens=40)
 SHOTS = 2
 """Worked examples in the few-shot prompt."""
 GAMMA_PTX = 1.0
-"""The paper's 27.8 weighs its losses, whose normalisation it does not give; with the mean over tokens for both, 27.8 leaves
-no room for the reward at this size."""
+"""The paper's 27.8 weighs losses whose normalisation it does not give; with the mean over tokens for both, 27.8 leaves
+the reward no room at this size."""
 
 
 @dataclass(frozen=True)
@@ -201,7 +202,7 @@ def make_rankings(folder: Path, data: Data, sft_model: Path, seed: int) -> None:
         sizes = [rng.randint(4, 9) for _ in instructions]
         prompts = [i.prompt for i, size in zip(instructions, sizes, strict=True) for _ in range(size)]
         samples = iter(sample_texts(sft_model, prompts, f"{name} {seed}"))
-        records = []
+        records: list[dict[str, Any]] = []
         for instruction, size in zip(instructions, sizes, strict=True):
             completions = [next(samples) for _ in range(size)]
             ranks = rng.choice(labellers).rank(instruction, completions)
@@ -308,12 +309,12 @@ def evaluate(config: DemoConfig, data: Data, models: dict[str, Path], reward_mod
         "pretraining_loss": losses,
         "alignment_tax": {name: losses[name] - losses["base"] for name in ("sft", "ppo", "ppo_ptx")},
         "gold": {
-            name: sum(gold_utility(data.world, i, text) for i, text in zip(data.evaluation, answers, strict=True)) / len(prompts)
-            for name, answers in texts.items()
+            name: mean_gold(data, data.evaluation, answers) for name, answers in texts.items()
         },
         "course": {name: course(output / name, data, config) for name in ("ppo", "ppo_ptx", "ppo_free")},
         "samples": [
-            {"prompt": prompt, **{name: answers[i] for name, answers in texts.items()}} for i, prompt in enumerate(prompts[:8])
+            {"prompt": prompt, **{name: answers[i] for name, answers in texts.items()}}
+            for i, prompt in enumerate(prompts[:8])
         ],
     }  # fmt: skip
     return figures
@@ -327,15 +328,20 @@ def course(directory: Path, data: Data, config: DemoConfig) -> list[dict]:
     for path in sorted(directory.glob("iteration-*")):
         texts = sample_texts(path, [instruction.prompt for instruction in some], path.name)
         point = next(point for point in points if point["iteration"] == int(path.name[-6:]))
-        point["gold"] = sum(gold_utility(data.world, i, text) for i, text in zip(some, texts, strict=True)) / len(some)
+        point["gold"] = mean_gold(data, some, texts)
     return points
+
+
+def mean_gold(data: Data, instructions: list[Instruction], texts: list[str]) -> float:
+    """What the labellers would make of the answers on average, without their noise."""
+    return statistics.fmean(gold_utility(data.world, i, text) for i, text in zip(instructions, texts, strict=True))
 
 
 def held_out_comparisons(output: Path, data: Data) -> list[tuple[Instruction, list[str]]]:
     """The held-out prompts with the completions that were ranked."""
     by_prompt = {instruction.prompt: instruction for instruction in data.ranked_held_out}
     records = read_comparisons([str(output / "data/held_out_rankings.jsonl")])
-    return [(by_prompt[record.prompt], list(record.completions)) for record in records]
+    return [(by_prompt[str(record.prompt)], list(record.completions)) for record in records]
 
 
 def rm_accuracy(path: Path, comparisons: Path) -> float:

@@ -48,8 +48,11 @@ def table(figures: dict[str, Any]) -> list[list[str]]:
     """What came out, beside what the paper has. The paper's win rates are against its 175B SFT model."""
     parameters, accuracy = figures["parameters"], figures["rm_accuracy"]
     ratio = parameters["large"] / parameters["small"]
+    sizes = f"{parameters['small']:,} and {parameters['large']:,} ({ratio:.0f}×)"
+    losses = figures["pretraining_loss"]
     rows = [
-        ["parameters, aligned model and large base", f"{parameters['small']:,} and {parameters['large']:,} ({ratio:.0f}×)", "1.3B and 175B (135×)"],
+        ["parameters, aligned model and large base", sizes, "1.3B and 175B (135×)"],
+        ["pretraining loss of both (nats per token)", f"{losses['base']:.3f} and {losses['large_base']:.3f}", ""],
         ["agreement between labellers", f"{figures['labeller_agreement']:.1%}", "72.6 ± 1.5 %"],
         ["RM accuracy, held-out rankings", f"{accuracy['held_out_rankings']:.1%}", "72.4 ± 0.4 %"],
         ["RM accuracy, held-out labellers", f"{accuracy['held_out_labellers']:.1%}", "69.6 ± 0.9 %"],
@@ -91,7 +94,7 @@ def page(figures: dict[str, Any], rows: list[list[str]]) -> str:
     lines = [
         "# InstructGPT in miniature",
         "",
-        f"Seed {figures['seed']}, {figures['seconds']:.0f} seconds. Judged by labellers who ranked nothing for the reward model.",
+        f"Seed {figures['seed']}, {figures['seconds']:.0f} seconds. The judges ranked nothing for the reward model.",
         "",
         markdown_table(["figure", "here", "Ouyang et al. 2022"], rows),
         "",
@@ -125,7 +128,7 @@ def plot_win_rates(path: Path, figures: dict[str, Any]) -> None:
         axes.plot([rate["low"], rate["high"]], [y, y], color="black", linewidth=2)
         axes.text(max(rate["high"], 0.02) + 0.01, y, f"{rate['rate']:.0%}", va="center", fontsize=9)
     axes.axvline(0.5, color="black", linestyle="--", linewidth=1)
-    axes.text(0.5, len(order) - 0.35, "SFT", ha="center", fontsize=9)
+    axes.text(0.51, len(order) - 0.45, "SFT", fontsize=9)
     axes.set_yticks(range(len(order)), [NAMES[name] for name in order])
     axes.set_xlim(0, 1)
     axes.set_ylim(-0.6, len(order) - 0.1)
@@ -147,7 +150,7 @@ def plot_tax(path: Path, figures: dict[str, Any]) -> None:
 
 
 def plot_course(path: Path, figures: dict[str, Any]) -> None:
-    """Reward, KL and what the labellers value, over training: with β = 0 the reward is bought with what it stands for."""
+    """Reward, KL and what the labellers value, over training: with β = 0 the first rises at the last's cost."""
     figure, panels = plt.subplots(1, 3, figsize=(12, 3.3))
     labels = [
         "reward model's score",
