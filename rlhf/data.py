@@ -136,7 +136,7 @@ def tokenize(
     kept = []
     for record, prompt_ids, texts in zip(records, prompts, completions, strict=True):
         completion_ids = [next(flat) for _ in texts]
-        if len(prompt_ids) > limits.max_prompt_tokens and limits.max_prompt_tokens <= limits.context_length:
+        if len(prompt_ids) > limits.max_prompt_tokens and limits.max_prompt_tokens < limits.context_length:
             continue
         room = min(limits.max_response_tokens, limits.context_length - len(prompt_ids))
         if room <= 0:
