@@ -117,7 +117,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser()
     parsed = parser.parse_args(argv)
     stage = parsed.subcommand
-    settings = parser.instantiate(parsed)[stage].as_dict()
+    try:
+        settings = parser.instantiate(parsed)[stage].as_dict()
+    except ConfigError as error:  # of a nested group; the stage's own come in `run`
+        print(f"rlhf {stage}: error: {error}", file=sys.stderr)
+        return 2
     resume = settings.pop("resume", False)
     settings.pop("config", None)
     return run(stage, settings, resume)
