@@ -27,13 +27,7 @@ _MISSING = {
 
 
 def missing(name: str) -> str | None:
-    """Why this install does not have backend ``name``; None if it has it.
-
-    Raises:
-        ValueError: ``name`` is no backend.
-    """
-    if name not in BACKENDS:
-        raise ValueError(f"backend: is {name!r}, must be one of {', '.join(BACKENDS)}")
+    """Why this install does not have backend ``name``, one of :data:`BACKENDS`; None if it has it."""
     return _MISSING.get(name)
 
 
@@ -43,9 +37,13 @@ def available_backends() -> list[str]:
 
 
 def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: is {name!r}, must be one of {', '.join(BACKENDS)}")
     reason = missing(name)
     if reason:
-        raise RuntimeError(f"{source} asks for backend {name!r}, but {reason}; available: {', '.join(available_backends())}")
+        raise RuntimeError(
+            f"{source} asks for backend {name!r}, but {reason}; available: {', '.join(available_backends())}"
+        )
     return name
 
 

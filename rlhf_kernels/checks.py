@@ -38,7 +38,9 @@ def shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> 
         raise ValueError(f"{name}: has shape {tuple(value.shape)}, must be {tuple(expected)}, {meaning}")
 
 
-def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, exclusive_low: bool = False) -> None:
+def number(
+    name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, exclusive_low: bool = False
+) -> None:
     """A finite number in a range.
 
     Raises:
@@ -51,6 +53,26 @@ def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf
     if too_low or value > high or not math.isfinite(value):
         bracket = "(" if exclusive_low else "["
         raise ValueError(f"{name}: is {value}, must be finite and in {bracket}{low}, {high}]")
+
+
+def integer(name: str, value: Any) -> None:
+    """An int, which a bool is not.
+
+    Raises:
+        TypeError: something else.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: is {value!r} of type {type(value).__name__}, must be an int")
+
+
+def boolean(name: str, value: Any) -> None:
+    """True or False.
+
+    Raises:
+        TypeError: something else.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: is {value!r} of type {type(value).__name__}, must be True or False")
 
 
 def choice(name: str, value: Any, options: tuple[str, ...]) -> None:
@@ -66,6 +88,25 @@ def choice(name: str, value: Any, options: tuple[str, ...]) -> None:
 def values_can_be_read(value: Tensor) -> bool:
     """Whether looking at a tensor's values costs no synchronisation and breaks no graph."""
     return value.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def mask(name: str, value: Tensor | None, like: Tensor, expected: tuple[int, ...]) -> Tensor:
+    """A mask as bool: which positions count. None means all of them.
+
+    Raises:
+        TypeError: not a tensor of bool, integers or floats.
+        ValueError: another shape or device, or (looked at on the CPU only) a value besides 0 and 1.
+    """
+    if value is None:
+        return torch.ones(expected, dtype=torch.bool, device=like.device)
+    tensor(name, value, MASKS, like)
+    shape(name, value, expected, "one entry per position")
+    if value.dtype != torch.bool and values_can_be_read(value):
+        bad = (value != 0) & (value != 1)
+        if bad.any():
+            position = tuple(bad.nonzero()[0].tolist())
+            raise ValueError(f"{name}: is {value[position].item()} at position {position}, must be 0 or 1")
+    return value != 0
 
 
 def index_range(name: str, index: Tensor, size: int, wanted: Tensor) -> None:

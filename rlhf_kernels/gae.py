@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from rlhf_kernels import checks
 from rlhf_kernels.backends import dispatch
 from rlhf_kernels.kl_reward import ESTIMATORS, check_shaping
-from rlhf_kernels.ppo_loss import check_mask
 
 
 def masked_gae(
@@ -22,15 +20,16 @@ def masked_gae(
     whiten: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A_t = δ_t + γλ·A_{t+1} with δ_t = r_t + γ·V_{t+1} − V_t, over the unmasked positions (Schulman et al. 2016, eq. 16).
+    """A_t = δ_t + γλ·A_{t+1} with δ_t = r_t + γ·V_{t+1} − V_t, over the unmasked positions.
 
-    Masked positions are skipped: the value and advantage after a hole are carried over it. Advantages and returns are
-    targets: no gradient flows through them.
+    Schulman et al. 2016, equations 11, 12 and 16. Masked positions are skipped: the value and advantage after a hole
+    are carried over it. Advantages and returns are targets: no gradient flows through them.
 
     Args:
         rewards: (B, T) floating point; or packed (N,), with ``cu_seqlens``.
         values: the same shape: V(s_t), the value model's estimate before token t.
-        mask: the same shape, bool or {0, 1}; padding on either side, holes allowed. May be None when packed.
+        mask: the same shape, bool or {0, 1}; padding on either side, holes allowed.
+            None: every position counts.
         gamma: γ in [0, 1].
         lam: λ in [0, 1].
         bootstrap: (B,) values after the last position, for completions that were cut off; 0 by default.
@@ -43,9 +42,10 @@ def masked_gae(
 
     Raises:
         TypeError: an argument is not a tensor of a dtype above.
-        ValueError: shapes or devices differ, or an option is out of range.
+        ValueError: shapes or devices differ, an option is out of range, or (looked at on the CPU only) a mask holds
+            something besides 0 and 1.
     """
-    wanted, count = _check(rewards, values, mask, gamma, lam, bootstrap, cu_seqlens, "rewards")
+    wanted, _ = _check(rewards, values, mask, gamma, lam, bootstrap, whiten, cu_seqlens, "rewards")
     op = dispatch("gae", "masked_gae", rewards.device)
     return op(rewards, values, wanted, gamma, lam, bootstrap, whiten, cu_seqlens)
 
@@ -73,7 +73,7 @@ def ppo_advantages(
         logprobs: (B, T) floating point; or packed (N,), with ``cu_seqlens``: log-probs under the policy, in nats.
         ref_logprobs: the same shape: log-probs under the reference.
         values: the same shape: the value model's.
-        mask: the same shape, bool or {0, 1}. May be None when packed.
+        mask: the same shape, bool or {0, 1}; None: every position counts.
         beta: β ≥ 0, the price of a nat of KL.
         gamma: as for :func:`masked_gae`.
         lam: likewise.
@@ -89,22 +89,24 @@ def ppo_advantages(
 
     Raises:
         TypeError: an argument is not a tensor of a dtype above.
-        ValueError: shapes or devices differ, or an option is out of range.
+        ValueError: shapes or devices differ, an option is out of range, or (looked at on the CPU only) a mask holds
+            something besides 0 and 1.
     """
     checks.choice("estimator", estimator, ESTIMATORS)
-    wanted, count = _check(logprobs, values, mask, gamma, lam, bootstrap, cu_seqlens, "logprobs")
+    wanted, count = _check(logprobs, values, mask, gamma, lam, bootstrap, whiten, cu_seqlens, "logprobs")
     checks.tensor("ref_logprobs", ref_logprobs, checks.FLOATS, logprobs)
     checks.shape("ref_logprobs", ref_logprobs, logprobs.shape, "the shape of logprobs")
     check_shaping(scores, logprobs, count, beta, score_clip)
     op = dispatch("gae", "ppo_advantages", logprobs.device)
     return op(
-        scores, logprobs, ref_logprobs, values, wanted, beta, gamma, lam, whiten, bootstrap, estimator, score_clip, cu_seqlens
+        scores, logprobs, ref_logprobs, values, wanted, beta, gamma, lam, whiten, bootstrap, estimator, score_clip,
+        cu_seqlens,
     )  # fmt: skip
 
 
 def _check(
     first: Tensor, values: Tensor, mask: Tensor | None, gamma: float, lam: float, bootstrap: Tensor | None,
-    cu_seqlens: Tensor | None, name: str,
+    whiten: bool, cu_seqlens: Tensor | None, name: str,
 ) -> tuple[Tensor, int]:  # fmt: skip
     """Checks what both functions share; returns which positions count, and the number of sequences."""
     checks.tensor(name, first, checks.FLOATS)
@@ -119,14 +121,10 @@ def _check(
         count = cu_seqlens.shape[0] - 1
     else:
         count = first.shape[0]
-    if mask is None:
-        if cu_seqlens is None:
-            raise TypeError("mask: is None, must be a tensor unless cu_seqlens is given")
-        wanted = torch.ones(first.shape, dtype=torch.bool, device=first.device)
-    else:
-        wanted = check_mask(mask, first, first.shape)
+    wanted = checks.mask("mask", mask, first, first.shape)
     checks.number("gamma", gamma, 0.0, 1.0)
     checks.number("lam", lam, 0.0, 1.0)
+    checks.boolean("whiten", whiten)
     if bootstrap is not None:
         checks.tensor("bootstrap", bootstrap, checks.FLOATS, first)
         checks.shape("bootstrap", bootstrap, (count,), "one per sequence")

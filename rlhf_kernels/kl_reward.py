@@ -6,7 +6,6 @@ from torch import Tensor
 
 from rlhf_kernels import checks
 from rlhf_kernels.backends import dispatch
-from rlhf_kernels.ppo_loss import check_mask
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 
@@ -37,7 +36,7 @@ def kl_shaped_rewards(
     scores: Tensor,
     logprobs: Tensor,
     ref_logprobs: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     *,
     beta: float,
     estimator: str = "k1",
@@ -52,10 +51,11 @@ def kl_shaped_rewards(
         scores: (B,) floating point: the reward model's, one per completion.
         logprobs: (B, T) floating point: log-probs of the sampled tokens under the policy.
         ref_logprobs: (B, T) the same under the reference.
-        mask: (B, T) bool or {0, 1}: which positions are response tokens; padding on either side, holes allowed.
+        mask: (B, T) bool or {0, 1}: which positions are response tokens; padding on either side, holes
+            allowed. None: all of them.
         beta: β ≥ 0, in units of reward per nat.
         estimator: as for :func:`kl_penalty`.
-        score_clip: limits scores to [−score_clip, score_clip].
+        score_clip: c > 0 limits scores to [−c, c].
 
     Returns:
         Two (B, T) float32 (float64 for float64 inputs) tensors, 0 where masked: the rewards, and k(t) in nats. The
@@ -63,12 +63,13 @@ def kl_shaped_rewards(
 
     Raises:
         TypeError: an argument is not a tensor of a dtype above.
-        ValueError: shapes or devices differ, or an option is out of range.
+        ValueError: shapes or devices differ, an option is out of range, or (looked at on the CPU only) a mask holds
+            something besides 0 and 1.
     """
     _check(logprobs, ref_logprobs, estimator)
     if logprobs.dim() != 2:
         raise ValueError(f"logprobs: has shape {tuple(logprobs.shape)}, must be (B, T)")
-    wanted = check_mask(mask, logprobs, logprobs.shape)
+    wanted = checks.mask("mask", mask, logprobs, logprobs.shape)
     check_shaping(scores, logprobs, logprobs.shape[0], beta, score_clip)
     op = dispatch("kl_reward", "kl_shaped_rewards", logprobs.device)
     return op(scores, logprobs, ref_logprobs, wanted, beta, estimator, score_clip)
@@ -87,4 +88,4 @@ def check_shaping(scores: Tensor, like: Tensor, count: int, beta: float, score_c
     checks.shape("scores", scores, (count,), "one per completion")
     checks.number("beta", beta, 0.0)
     if score_clip is not None:
-        checks.number("score_clip", score_clip, 0.0)
+        checks.number("score_clip", score_clip, 0.0, exclusive_low=True)

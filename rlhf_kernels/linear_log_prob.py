@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_kernels import checks
 from rlhf_kernels.backends import dispatch
 from rlhf_kernels.log_prob import wanted_rows
-from rlhf_kernels.ppo_loss import check_clipping, check_mask, check_reduction
+from rlhf_kernels.ppo_loss import check_clipping, check_reduction
 
 
 def linear_selective_log_softmax(
@@ -36,7 +36,8 @@ def linear_selective_log_softmax(
         bias: (V,), dtype of ``hidden``.
         temperature: τ > 0.
         softcap: > 0, or None.
-        row_mask: (...) bool or {0, 1}; rows of 0 are dropped before the matmul, give 0 and zero gradient.
+        row_mask: (...) bool or {0, 1}; rows of 0 are dropped before the matmul, give 0 and zero gradient. None: every
+            row counts.
         ignore_index: rows with this index are treated as masked.
 
     Returns:
@@ -44,7 +45,8 @@ def linear_selective_log_softmax(
 
     Raises:
         TypeError: an argument is not a tensor, or has a dtype not listed above.
-        ValueError: shapes or devices differ, or an option is out of range.
+        ValueError: shapes or devices differ, an option is out of range, or (looked at on the CPU only) a mask holds
+            something besides 0 and 1.
         IndexError: an index out of range (on the CPU; on a GPU its row gives NaN).
     """
     _check_linear(hidden, weight, bias, temperature, softcap)
@@ -83,7 +85,7 @@ def linear_ppo_policy_loss(
     index: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
@@ -104,7 +106,7 @@ def linear_ppo_policy_loss(
         index: (...) int64 or int32: the sampled tokens, in [0, V) where ``mask`` is not 0.
         old_logprobs: (...) floating point: log-probs under the policy that sampled the tokens.
         advantages: (...) floating point.
-        mask: (...) bool or {0, 1}: which positions are response tokens.
+        mask: (...) bool or {0, 1}: which positions are response tokens. None: all of them.
         bias: (V,).
         temperature: τ > 0, the one the tokens were sampled at.
         softcap: > 0, or None.
@@ -119,7 +121,8 @@ def linear_ppo_policy_loss(
 
     Raises:
         TypeError: an argument is not a tensor, or has a dtype not listed above.
-        ValueError: shapes or devices differ, or an option is out of range.
+        ValueError: shapes or devices differ, an option is out of range, or (looked at on the CPU only) a mask holds
+            something besides 0 and 1.
         IndexError: an index out of range (on the CPU; on a GPU the loss is NaN).
     """
     _check_linear(hidden, weight, bias, temperature, softcap)
@@ -127,8 +130,10 @@ def linear_ppo_policy_loss(
     for name, value in (("old_logprobs", old_logprobs), ("advantages", advantages)):
         checks.tensor(name, value, checks.FLOATS, hidden)
         checks.shape(name, value, rows, "one entry per row of hidden")
-    wanted = check_mask(mask, hidden, rows)
-    wanted_rows(index, hidden, rows, weight.shape[0], wanted, ignore_index=weight.shape[0])
+    wanted = checks.mask("mask", mask, hidden, rows)
+    checks.tensor("index", index, checks.INDICES, hidden)
+    checks.shape("index", index, rows, "one entry per row of hidden")
+    checks.index_range("index", index, weight.shape[0], wanted)
     check_clipping(clip_range, clip_range_high, dual_clip)
     check_reduction(reduction, len(rows))
     op = dispatch("linear_log_prob", "linear_ppo_policy_loss", hidden.device)
@@ -176,6 +181,7 @@ def linear_cross_entropy(
     checks.choice("reduction", reduction, ("mean", "sum"))
     checks.tensor("labels", labels, checks.INDICES, hidden)
     checks.shape("labels", labels, hidden.shape[:-1], "one entry per row of hidden")
+    checks.integer("ignore_index", ignore_index)
     wanted = labels != ignore_index
     checks.index_range("labels", labels, weight.shape[0], wanted)
     op = dispatch("linear_log_prob", "linear_cross_entropy", hidden.device)

@@ -14,36 +14,40 @@ def ppo_policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     *,
     clip_range: float = 0.2,
     clip_range_high: float | None = None,
     dual_clip: float | None = None,
     reduction: str = "token-mean",
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """−min(ρ·A, clip(ρ, 1−ε, 1+ε_high)·A) with ρ = π/π_old, reduced over unmasked positions (Schulman et al. 2017, eq. 7).
+    """−min(ρ·A, clip(ρ, 1−ε, 1+ε_high)·A) with ρ = π/π_old, reduced over unmasked positions.
 
-    Differentiable in ``logprobs``. At masked positions any value, NaN included, leaves loss and gradient untouched.
+    Schulman et al. 2017, equation 7. Differentiable in ``logprobs`` alone. At masked positions any value, NaN
+    included, leaves loss and gradient untouched.
 
     Args:
         logprobs: (B, T) or (N,) floating point: log-probs of the sampled tokens under the policy.
         old_logprobs: the same shape: under the policy that sampled them.
         advantages: the same shape.
-        mask: the same shape, bool or {0, 1}: which positions are response tokens.
+        mask: the same shape, bool or {0, 1}: which positions are response tokens. None: all of them.
         clip_range: ε in (0, 1).
         clip_range_high: ε_high > 0, when it differs from ε (Yu et al. 2025, arXiv 2503.14476, "clip-higher").
         dual_clip: c > 1: where A < 0 the loss is at most −c·A (Ye et al. 2020, arXiv 1912.09729, eq. 5).
-        reduction: "token-mean": over all unmasked positions; "seq-mean-token-mean" and "seq-mean-token-sum": mean or sum
-            within each row, then the mean over rows that have an unmasked position. Only the first for (N,).
+        reduction: "token-mean": over all unmasked positions; "seq-mean-token-mean" and "seq-mean-token-sum": mean or
+            sum within each row, then the mean over rows that have an unmasked position. Only the first for (N,).
 
     Returns:
         The scalar loss (0 when nothing is unmasked), and scalar statistics over unmasked positions, without gradient:
         ``ratio_mean``; ``ratio_max_deviation``, the largest |ρ − 1|; ``approx_kl``, the mean of (ρ − 1) − log ρ, an
-        estimate of KL(π_old ‖ π) in nats; ``clip_fraction``, the share of ρ outside the clip range.
+        estimate of KL(π_old ‖ π) in nats; ``clip_fraction``, the share of positions where −clip(ρ)·A is the larger
+        loss, so the one chosen: a ρ outside the range on the side where clipping doesn't bind is not counted (nor is
+        ``dual_clip``). TRL and verl count it so.
 
     Raises:
         TypeError: an argument is not a tensor of a dtype above.
-        ValueError: shapes or devices differ, or an option is out of range.
+        ValueError: shapes or devices differ, an option is out of range, or (looked at on the CPU only) a mask holds
+            something besides 0 and 1.
     """
     wanted = _check_tokens(("logprobs", logprobs), ("old_logprobs", old_logprobs), ("advantages", advantages), mask)
     check_clipping(clip_range, clip_range_high, dual_clip)
@@ -57,20 +61,20 @@ def ppo_value_loss(
     values: Tensor,
     old_values: Tensor,
     returns: Tensor,
-    mask: Tensor,
+    mask: Tensor | None,
     *,
     clip_range: float | None = 0.2,
     reduction: str = "token-mean",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """½·max((V − R)², (clip(V, V_old ± ε) − R)²), reduced over unmasked positions.
 
-    The value loss of the PPO of Stiennon et al. 2020 and its predecessors. Differentiable in ``values``.
+    The value loss of the PPO of Stiennon et al. 2020 and its predecessors. Differentiable in ``values`` alone.
 
     Args:
         values: (B, T) or (N,) floating point: the value model's estimates.
         old_values: the same shape: its estimates when the batch was sampled.
         returns: the same shape: the targets R.
-        mask: the same shape, bool or {0, 1}.
+        mask: the same shape, bool or {0, 1}; None: every position counts.
         clip_range: ε > 0, in units of value; None for the plain squared error.
         reduction: as for :func:`ppo_policy_loss`.
 
@@ -80,7 +84,8 @@ def ppo_value_loss(
 
     Raises:
         TypeError: an argument is not a tensor of a dtype above.
-        ValueError: shapes or devices differ, or an option is out of range.
+        ValueError: shapes or devices differ, an option is out of range, or (looked at on the CPU only) a mask holds
+            something besides 0 and 1.
     """
     wanted = _check_tokens(("values", values), ("old_values", old_values), ("returns", returns), mask)
     if clip_range is not None:
@@ -91,7 +96,7 @@ def ppo_value_loss(
 
 
 def _check_tokens(
-    first: tuple[str, Tensor], second: tuple[str, Tensor], third: tuple[str, Tensor], mask: Tensor
+    first: tuple[str, Tensor], second: tuple[str, Tensor], third: tuple[str, Tensor], mask: Tensor | None
 ) -> Tensor:
     name, like = first
     checks.tensor(name, like, checks.FLOATS)
@@ -100,14 +105,7 @@ def _check_tokens(
     for other, value in (second, third):
         checks.tensor(other, value, checks.FLOATS, like)
         checks.shape(other, value, like.shape, f"the shape of {name}")
-    return check_mask(mask, like, like.shape)
-
-
-def check_mask(mask: Tensor, like: Tensor, expected: tuple[int, ...]) -> Tensor:
-    """Checks a mask and returns it as bool: which positions count."""
-    checks.tensor("mask", mask, checks.MASKS, like)
-    checks.shape("mask", mask, expected, "one entry per position")
-    return mask != 0
+    return checks.mask("mask", mask, like, like.shape)
 
 
 def check_clipping(clip_range: float, clip_range_high: float | None, dual_clip: float | None) -> None:

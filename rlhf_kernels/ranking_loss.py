@@ -6,7 +6,6 @@ from torch import Tensor
 
 from rlhf_kernels import checks
 from rlhf_kernels.backends import dispatch
-from rlhf_kernels.ppo_loss import check_mask
 
 
 def pairwise_ranking_loss(
@@ -17,16 +16,18 @@ def pairwise_ranking_loss(
     mask: Tensor | None = None,
     margin: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """−1/|pairs| Σ log σ(r_w − r_l) over the pairs of each prompt, then the mean over prompts (Ouyang et al. 2022, eq. 1).
+    """−1/|pairs| Σ log σ(r_w − r_l) over the pairs of each prompt, then the mean over prompts.
 
-    A pair is two completions of one prompt of which the first is ranked better: |pairs| is C(K, 2) without ties, and
-    ties are no pair. A prompt without a pair counts for nothing, in the mean neither. Differentiable in ``scores``.
+    Ouyang et al. 2022, equation 1. A pair is two completions of one prompt of which the first is ranked better: |pairs|
+    is C(K, 2) without ties, and ties are no pair. A prompt without a pair counts for nothing, in the mean neither.
+    Differentiable in ``scores``.
 
     Args:
         scores: (B, K) floating point, one row per prompt; or (N,) flat, with ``offsets``.
         ranks: the same shape, int64 or int32: 1 is best; only the order matters.
         offsets: (B+1,) int64 or int32: where each prompt's completions begin and end among the N.
-        mask: (B, K) bool or {0, 1}: which entries are completions, where prompts have fewer than K. Not with ``offsets``.
+        mask: (B, K) bool or {0, 1}: which entries are completions, where prompts have fewer than K;
+            None: all of them. Not with ``offsets``.
         margin: m ≥ 0 in log σ(r_w − r_l − m), in units of score; 0 by default.
 
     Returns:
@@ -35,7 +36,8 @@ def pairwise_ranking_loss(
 
     Raises:
         TypeError: an argument is not a tensor of a dtype above.
-        ValueError: shapes or devices differ, an option is out of range, or both ``offsets`` and ``mask`` are given.
+        ValueError: shapes or devices differ, an option is out of range, both ``offsets`` and ``mask`` are given, or
+            (looked at on the CPU only) ``mask`` holds something besides 0 and 1.
 
     Example:
         >>> pairwise_ranking_loss(torch.tensor([[2.0, 0.5]]), torch.tensor([[1, 2]]))[0]
@@ -47,13 +49,11 @@ def pairwise_ranking_loss(
     dims, form = (2, "(B, K)") if offsets is None else (1, "(N,), since offsets is given")
     if scores.dim() != dims:
         raise ValueError(f"scores: has shape {tuple(scores.shape)}, must be {form}")
-    wanted = None
     if offsets is not None:
         if mask is not None:
-            raise ValueError("mask: is given with offsets; flat scores have no padding to mask")
+            raise ValueError("mask: is given with offsets, must be None; flat scores have no padding to mask")
         checks.boundaries("offsets", offsets, scores.shape[0], scores)
-    elif mask is not None:
-        wanted = check_mask(mask, scores, scores.shape)
+    wanted = checks.mask("mask", mask, scores, scores.shape)
     if margin is not None:
         checks.number("margin", margin, 0.0)
     op = dispatch("ranking_loss", "pairwise_ranking_loss", scores.device)

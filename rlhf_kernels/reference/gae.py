@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,18 +13,61 @@ from rlhf_kernels.reference.common import pad, slots_of, upcast
 VARIANCE_EPS = 1e-8
 
 
-@torch.no_grad()
-def masked_gae(
+# The ops that a compiler sees: it traces neither the loop over positions nor a size that the data decide.
+@torch.library.custom_op("rlhf_kernels::reference_masked_gae", mutates_args=())
+def _masked_gae(
     rewards: Tensor, values: Tensor, wanted: Tensor, gamma: float, lam: float, bootstrap: Tensor | None, whiten: bool,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Advantages and returns, 0 where masked."""
+    if cu_seqlens is None:
+        return _rows(rewards, values, wanted, gamma, lam, bootstrap, whiten)
+    slots = slots_of(cu_seqlens)
+    padded = _rows(pad(rewards, slots), pad(values, slots), pad(wanted, slots), gamma, lam, bootstrap, whiten)
+    return padded[0][slots], padded[1][slots]
+
+
+@torch.library.custom_op("rlhf_kernels::reference_ppo_advantages", mutates_args=())
+def _ppo_advantages(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, wanted: Tensor, beta: float, gamma: float,
+    lam: float, whiten: bool, bootstrap: Tensor | None, estimator: str, score_clip: float | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if cu_seqlens is not None:
         slots = slots_of(cu_seqlens)
-        padded = masked_gae(
-            pad(rewards, slots), pad(values, slots), pad(wanted, slots), gamma, lam, bootstrap, whiten, None
-        )
-        return padded[0][slots], padded[1][slots]
+        logprobs, ref_logprobs, values, wanted = (pad(x, slots) for x in (logprobs, ref_logprobs, values, wanted))
+    rewards, kl = kl_reward.kl_shaped_rewards(scores, logprobs, ref_logprobs, wanted, beta, estimator, score_clip)
+    advantages, returns = _rows(rewards, values, wanted, gamma, lam, bootstrap, whiten)
+    if cu_seqlens is not None:
+        return advantages[slots], returns[slots], rewards[slots], kl[slots]
+    return advantages, returns, rewards, kl
+
+
+@_masked_gae.register_fake
+def _(rewards: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(upcast(rewards).new_empty(rewards.shape) for _ in range(2))
+
+
+@_ppo_advantages.register_fake
+def _(scores: Tensor, logprobs: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(upcast(logprobs).new_empty(logprobs.shape) for _ in range(4))
+
+
+@torch.no_grad()
+def masked_gae(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Advantages and returns, 0 where masked."""
+    return _masked_gae(*arguments)
+
+
+@torch.no_grad()
+def ppo_advantages(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Advantages, returns, rewards and KL, 0 where masked."""
+    return _ppo_advantages(*arguments)
+
+
+def _rows(
+    rewards: Tensor, values: Tensor, wanted: Tensor, gamma: float, lam: float, bootstrap: Tensor | None, whiten: bool
+) -> tuple[Tensor, Tensor]:
+    """The recursion, for all rows at once."""
     # Garbage at masked positions must not survive: 0·NaN would.
     rewards = torch.where(wanted, upcast(rewards), 0.0)
     values = torch.where(wanted, upcast(values), 0.0)
@@ -36,23 +81,6 @@ def masked_gae(
         advantages[:, t] = torch.where(wanted[:, t], advantage, 0.0)
     returns = torch.where(wanted, advantages + values, 0.0)
     return (whitened(advantages, wanted) if whiten else advantages), returns
-
-
-@torch.no_grad()
-def ppo_advantages(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, wanted: Tensor, beta: float, gamma: float,
-    lam: float, whiten: bool, bootstrap: Tensor | None, estimator: str, score_clip: float | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Advantages, returns, rewards and KL, 0 where masked."""
-    if cu_seqlens is not None:
-        slots = slots_of(cu_seqlens)
-        logprobs, ref_logprobs, values, wanted = (pad(x, slots) for x in (logprobs, ref_logprobs, values, wanted))
-    rewards, kl = kl_reward.kl_shaped_rewards(scores, logprobs, ref_logprobs, wanted, beta, estimator, score_clip)
-    advantages, returns = masked_gae(rewards, values, wanted, gamma, lam, bootstrap, whiten, None)
-    if cu_seqlens is not None:
-        return advantages[slots], returns[slots], rewards[slots], kl[slots]
-    return advantages, returns, rewards, kl
 
 
 def whitened(advantages: Tensor, wanted: Tensor) -> Tensor:

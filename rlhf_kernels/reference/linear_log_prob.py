@@ -15,7 +15,9 @@ def linear_selective_log_softmax_and_entropy(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Log-probs and, when asked for, entropies of all rows; 0 for those not ``wanted``."""
     logits = _logits(hidden, weight, wanted, bias, softcap)
-    return log_prob.selective_log_softmax_and_entropy(logits, index, wanted, temperature, False, with_entropy=with_entropy)
+    return log_prob.selective_log_softmax_and_entropy(
+        logits, index, wanted, temperature, False, with_entropy=with_entropy
+    )
 
 
 def linear_ppo_policy_loss(
@@ -49,5 +51,6 @@ def linear_cross_entropy(
 def _logits(hidden: Tensor, weight: Tensor, wanted: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
     # Rows that do not count are zeroed before the matmul, so that no NaN of theirs reaches the weight's gradient.
     hidden = torch.where(wanted[..., None], upcast(hidden), 0.0)
-    logits = torch.nn.functional.linear(hidden, upcast(weight), None if bias is None else upcast(bias))
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = torch.nn.functional.linear(hidden, upcast(weight), None if bias is None else upcast(bias))
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)

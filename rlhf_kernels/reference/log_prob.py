@@ -19,8 +19,10 @@ def selective_log_softmax_and_entropy(
     # Masked before anything is computed: whatever such a row holds, NaN included, it neither shows nor gets a gradient.
     scaled = torch.where(wanted[..., None], upcast(logits), 0.0) / temperature
     logprobs = scaled.log_softmax(-1)
-    safe_index = torch.where(wanted, index, 0).long()
-    chosen = torch.where(wanted, logprobs.gather(-1, safe_index[..., None]).squeeze(-1), 0.0)
+    # A bad index is an IndexError on the CPU already; where values can't be looked at, it gives NaN, and reads nothing.
+    valid = (index >= 0) & (index < logits.shape[-1])
+    chosen = logprobs.gather(-1, torch.where(wanted & valid, index, 0).long()[..., None]).squeeze(-1)
+    chosen = torch.where(wanted, torch.where(valid, chosen, torch.nan), 0.0)
     return chosen, torch.where(wanted, entropy(logprobs), 0.0) if with_entropy else None
 
 
@@ -36,8 +38,14 @@ class _GradientOverLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor) -> Tensor:
         ctx.logits = logits.detach()
+        ctx.written = False
         return logits.view_as(logits)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        if ctx.written:
+            raise RuntimeError(
+                "inplace_backward: its gradient was written over the logits already; one backward pass only"
+            )
+        ctx.written = True
         return ctx.logits.copy_(gradient)

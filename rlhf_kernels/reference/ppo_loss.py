@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,20 +15,22 @@ def ppo_policy_loss(
     dual_clip: float | None, reduction: str,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The clipped surrogate loss and its statistics."""
-    log_ratio = torch.where(wanted, upcast(logprobs) - upcast(old_logprobs), 0.0)
+    log_ratio = torch.where(wanted, upcast(logprobs) - upcast(old_logprobs).detach(), 0.0)
     advantages = torch.where(wanted, upcast(advantages), 0.0).detach()
+    # The exponential stays finite: a clipped ratio takes its gradient out by a factor 0, and 0 · inf is NaN.
+    log_ratio = log_ratio.clamp(max=math.floor(math.log(torch.finfo(log_ratio.dtype).max)))
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    loss = torch.maximum(-advantages * ratio, -advantages * clipped)
+    unclipped_loss, clipped_loss = -advantages * ratio, -advantages * clipped
+    loss = torch.maximum(unclipped_loss, clipped_loss)
     if dual_clip is not None:
         loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
     with torch.no_grad():
-        outside = (ratio < 1 - clip_low) | (ratio > 1 + clip_high)
         stats = {
             "ratio_mean": masked_mean(ratio, wanted),
             "ratio_max_deviation": _largest(torch.where(wanted, (ratio - 1).abs(), 0.0)),
             "approx_kl": masked_mean(torch.expm1(log_ratio) - log_ratio, wanted),
-            "clip_fraction": masked_mean(outside.to(ratio.dtype), wanted),
+            "clip_fraction": masked_mean((clipped_loss > unclipped_loss).to(ratio.dtype), wanted),
         }
     return reduced(loss, wanted, reduction), stats
 

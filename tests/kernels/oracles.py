@@ -57,9 +57,7 @@ def whiten(rows, masks):
 
 def reduce(losses, mask, reduction):
     """Lists of rows."""
-    rows = [
-        [x for x, m in zip(row, row_mask, strict=True) if m] for row, row_mask in zip(losses, mask, strict=True)
-    ]
+    rows = [[x for x, m in zip(row, row_mask, strict=True) if m] for row, row_mask in zip(losses, mask, strict=True)]
     rows = [row for row in rows if row]
     if not rows:
         return 0.0
@@ -71,14 +69,14 @@ def reduce(losses, mask, reduction):
 
 
 def policy_loss(logprob, old, advantage, low, high, dual_clip):
-    """One position: the loss, and whether clipping removes its gradient."""
+    """One position: the loss, whether the clipped term is the one chosen, and whether the gradient is gone."""
     ratio = math.exp(logprob - old)
     kept = min(max(ratio, low), high)
     objective = min(ratio * advantage, kept * advantage)
     cut = kept * advantage < ratio * advantage
     if dual_clip is not None and advantage < 0 and objective < dual_clip * advantage:
-        return -dual_clip * advantage, True
-    return -objective, cut
+        return -dual_clip * advantage, cut, True
+    return -objective, cut, cut
 
 
 def value_loss(value, old, target, clip_range):
@@ -93,7 +91,9 @@ def ranking(scores, ranks, margin=0.0):
     """One prompt: (loss, accuracy), or None without a pair."""
     losses, right = [], []
     for w, (score_w, rank_w) in enumerate(zip(scores, ranks, strict=True)):
-        for score_l, rank_l in list(zip(scores, ranks, strict=True))[:w] + list(zip(scores, ranks, strict=True))[w + 1 :]:
+        for score_l, rank_l in (
+            list(zip(scores, ranks, strict=True))[:w] + list(zip(scores, ranks, strict=True))[w + 1 :]
+        ):
             if rank_w < rank_l:
                 x = score_w - score_l - margin
                 losses.append(max(-x, 0.0) + math.log1p(math.exp(-abs(x))))

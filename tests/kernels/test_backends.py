@@ -16,27 +16,33 @@ def run(*arguments, **environment):
 
 
 def test_every_backend_is_there_or_says_why_not():
-    status = available_backends()
-    assert tuple(status) == ("reference", "cpu", "triton", "cuda") and status["reference"] is None
-    for name, reason in status.items():
+    assert backends.BACKENDS == ("reference", "cpu", "triton", "cuda")
+    assert "reference" in available_backends()
+    for name in backends.BACKENDS:
+        reason = backends.missing(name)
+        assert (reason is None) == (name in available_backends())
         if reason is None:
             with use_backend(name):
                 assert backends._forced == name
         else:
-            with pytest.raises(RuntimeError) as error:
-                use_backend(name)
-            assert name in str(error.value) and reason in str(error.value) and "reference" in str(error.value)
+            with pytest.raises(RuntimeError) as error, use_backend(name):
+                pass
+            assert f"'{name}'" in str(error.value)
+            assert reason in str(error.value)
+            assert "reference" in str(error.value)
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match="'gpu'; the backends are reference, cpu, triton, cuda"):
-        use_backend("gpu")
+    with (
+        pytest.raises(ValueError, match="use_backend: is 'gpu', must be one of reference, cpu, triton, cuda"),
+        use_backend("gpu"),
+    ):
+        pass
 
 
 def test_blocks_nest_and_restore_after_an_error(monkeypatch):
     monkeypatch.setattr(backends, "_forced", None)
-    forced = use_backend("reference")
-    with pytest.raises(ZeroDivisionError), forced, forced:
+    with pytest.raises(ZeroDivisionError), use_backend("reference"), use_backend("reference"):
         raise ZeroDivisionError
     assert backends._forced is None
 
@@ -45,13 +51,14 @@ def test_the_environment_variable_forces_a_backend():
     code = "import torch, rlhf_kernels as k; k.kl_penalty(torch.zeros(1), torch.zeros(1))"
     assert run("-c", code, RLHF_KERNELS_BACKEND="reference").returncode == 0
     refused = run("-c", code, RLHF_KERNELS_BACKEND="nonsense")
-    assert refused.returncode != 0 and "RuntimeError: backend 'nonsense' was asked for" in refused.stderr
+    assert refused.returncode != 0
+    assert "ValueError: RLHF_KERNELS_BACKEND: is 'nonsense', must be" in refused.stderr
 
 
 def test_the_module_runs_as_a_program():
     report = run("-m", "rlhf_kernels")
     assert report.returncode == 0, report.stderr
-    for line in (rlhf_kernels.__version__, torch.__version__, *backends.BACKENDS, "native module _C"):
+    for line in (rlhf_kernels.__version__, torch.__version__, *backends.BACKENDS, "native module"):
         assert line in report.stdout
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import rlhf_kernels as k
+from rlhf_kernels.reference import gae, ranking_loss
 
 B, T, D, V = 3, 5, 8, 11
 
@@ -47,6 +48,10 @@ def packed(rewards, values, cu_seqlens):
     return k.masked_gae(rewards, values, None, whiten=True, cu_seqlens=cu_seqlens)
 
 
+def packed_advantages(scores, logprobs, ref, values, cu_seqlens):
+    return k.ppo_advantages(scores, logprobs, ref, values, None, beta=0.1, cu_seqlens=cu_seqlens)
+
+
 def logits_loss(logits, index):
     a, h = k.selective_log_softmax_and_entropy(logits * 1, index, temperature=0.7, inplace_backward=True)
     return (k.kl_penalty(a, a.detach() - 1, estimator="k3") + h).sum()
@@ -62,7 +67,11 @@ def test_a_ppo_loss(backend, rollout):
 
 
 def test_flat_ranking_packed_gae_and_logits(backend):
-    scores, ranks, offsets = torch.randn(7, requires_grad=True), torch.tensor([1, 2, 3, 1, 1, 2, 1]), torch.tensor([0, 3, 7])
+    scores, ranks, offsets = (
+        torch.randn(7, requires_grad=True),
+        torch.tensor([1, 2, 3, 1, 1, 2, 1]),
+        torch.tensor([0, 3, 7]),
+    )
     compiled = torch.compile(ranking, fullgraph=True, backend="aot_eager")(scores, ranks, offsets)
     plain = ranking(scores, ranks, offsets)
     torch.testing.assert_close(compiled, plain)
@@ -70,6 +79,10 @@ def test_flat_ranking_packed_gae_and_logits(backend):
 
     inputs = (*torch.randn(2, 7), offsets)
     torch.testing.assert_close(torch.compile(packed, fullgraph=True, backend="aot_eager")(*inputs), packed(*inputs))
+
+    inputs = (torch.randn(2), *torch.randn(3, 7), offsets)
+    compiled = torch.compile(packed_advantages, fullgraph=True, backend="aot_eager")(*inputs)
+    torch.testing.assert_close(compiled, packed_advantages(*inputs))
 
     logits, index = torch.randn(7, 9, requires_grad=True), torch.arange(7)
     compiled = torch.compile(logits_loss, fullgraph=True, backend="aot_eager")(logits, index)
@@ -98,11 +111,31 @@ def test_inductor(backend, rollout):
 
 
 def test_the_opaque_ops_are_registered_correctly():
-    from rlhf_kernels.reference import gae
-
+    offsets = torch.tensor([0, 2, 6])
     mask = torch.rand(2, 5) < 0.6
     rows, flat = torch.randn(2, 5), torch.randn(6)
     torch.library.opcheck(gae._masked_gae, (rows, rows, mask, 0.9, 0.95, torch.randn(2), True, None))
-    torch.library.opcheck(gae._masked_gae, (flat, flat, None, 0.9, 0.95, None, False, torch.tensor([0, 2, 6])))
-    torch.library.opcheck(gae._rewards, (torch.randn(2), rows, rows, mask, 0.1, "k3", 1.0, None))
-    torch.library.opcheck(gae._rewards, (torch.randn(2), flat, flat, None, 0.1, "k1", None, torch.tensor([0, 2, 6])))
+    torch.library.opcheck(gae._masked_gae, (flat, flat, flat < 1, 0.9, 0.95, None, False, offsets))
+    shaping = (0.1, 0.9, 0.95, True, None, "k3", 1.0)
+    torch.library.opcheck(gae._ppo_advantages, (torch.randn(2), rows, rows, rows, mask, *shaping, None))
+    torch.library.opcheck(gae._ppo_advantages, (torch.randn(2), flat, flat, flat, flat < 1, *shaping, offsets))
+    ranks = torch.tensor([1, 2, 1, 3, 2, 2])
+    torch.library.opcheck(ranking_loss._flat, (flat.requires_grad_(), ranks, offsets, 0.1))
+    torch.library.opcheck(ranking_loss._flat_gradient, (flat.detach(), ranks, offsets, 0.1))
+
+
+def test_flat_ranking_refuses_a_second_derivative(backend):
+    scores = torch.randn(4, requires_grad=True)
+    loss, _ = ranking(scores, torch.arange(4), torch.tensor([0, 4]))
+    (gradient,) = torch.autograd.grad(loss, scores, create_graph=True)
+    with pytest.raises(RuntimeError):
+        gradient.sum().backward()
+
+
+def test_a_bad_index_is_nan_where_values_cannot_be_looked_at(backend):
+    """As on a GPU: no error, no read out of bounds, and every other row as it was."""
+    logits = torch.randn(4, 5)
+    compiled = torch.compile(k.selective_log_softmax, fullgraph=True, backend="aot_eager")
+    got = compiled(logits, torch.tensor([3, 5, -1, -100]))
+    want = k.selective_log_softmax(logits, torch.tensor([3, -100, -100, -100]))
+    torch.testing.assert_close(got, want.index_fill(0, torch.tensor([1, 2]), torch.nan), equal_nan=True)

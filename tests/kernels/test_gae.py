@@ -1,9 +1,9 @@
+import oracles
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import oracles
 from rlhf_kernels import kl_shaped_rewards, masked_gae, ppo_advantages
 
 RATES = st.sampled_from([0.0, 0.5, 0.95, 1.0])
@@ -76,9 +76,10 @@ def test_packed_matches_loops_sequence_by_sequence(backend, lengths, lam, masked
 def test_a_hand_computed_row(backend):
     """δ = (1 + 3 − 2, 0 + 0 − 3) = (2, −3) over positions 0 and 2; γ = 1, λ = ½ gives A = (2 − 1.5, −3)."""
     advantages, returns = masked_gae(
-        torch.tensor([1.0, 50.0, 0.0]), torch.tensor([2.0, 70.0, 3.0]), torch.tensor([1, 0, 1]), lam=0.5
+        torch.tensor([[1.0, 50.0, 0.0]]), torch.tensor([[2.0, 70.0, 3.0]]), torch.tensor([[1, 0, 1]]), lam=0.5
     )
-    assert advantages.tolist() == [0.5, 0, -3] and returns.tolist() == [2.5, 0, 0]
+    assert advantages.tolist() == [[0.5, 0, -3]]
+    assert returns.tolist() == [[2.5, 0, 0]]
 
 
 def test_gamma_and_lambda_of_one_give_returns_to_go(backend):
@@ -116,9 +117,7 @@ def test_outputs_carry_no_gradient(backend):
 @given(oracles.batches(), st.booleans(), st.sampled_from(["k1", "k3"]), st.integers(0, 2**31))
 def test_ppo_advantages_is_rewards_then_gae(backend, mask, whiten, estimator, seed):
     generator = torch.Generator().manual_seed(seed)
-    logprobs, ref, values = (
-        oracles.garbage(x, mask) for x in torch.randn(3, *mask.shape, generator=generator)
-    )
+    logprobs, ref, values = (oracles.garbage(x, mask) for x in torch.randn(3, *mask.shape, generator=generator))
     scores, bootstrap = torch.randn(2, mask.shape[0], generator=generator)
     advantages, returns, rewards, kl = ppo_advantages(
         scores,
@@ -168,7 +167,9 @@ def test_a_long_sequence(backend):
         running = r + 0.99 * following - v + 0.99 * 0.95 * running
         following = v
         exact.append(running)
-    torch.testing.assert_close(advantages[0].double(), torch.tensor(exact[::-1], dtype=torch.float64), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        advantages[0].double(), torch.tensor(exact[::-1], dtype=torch.float64), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_float64_stays_float64(backend):
@@ -182,19 +183,20 @@ def test_float64_stays_float64(backend):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"gamma": 1.1}, ValueError, "gamma"),
-        ({"lam": -1}, ValueError, "lam"),
-        ({"values": torch.zeros(5)}, ValueError, "values"),
-        ({"values": torch.zeros(6).long()}, TypeError, "values"),
-        ({"mask": torch.zeros(2)}, ValueError, "mask"),
-        ({"bootstrap": torch.zeros(3)}, ValueError, "bootstrap"),
-        ({"cu_seqlens": torch.tensor([0, 2, 5])}, ValueError, "cu_seqlens"),
-        ({"cu_seqlens": torch.tensor([0, 4, 3, 6])}, ValueError, "cu_seqlens"),
-        ({"cu_seqlens": torch.tensor([0.0, 6.0])}, TypeError, "cu_seqlens"),
-        ({"cu_seqlens": torch.zeros(2, 2).int()}, ValueError, "cu_seqlens"),
-        ({"whiten": "yes"}, TypeError, "whiten"),
-        ({"rewards": torch.zeros(2, 3)}, ValueError, "values"),
-        ({"rewards": torch.zeros(2, 3), "values": torch.zeros(2, 3)}, ValueError, "must be"),
+        ({"gamma": 1.1}, ValueError, r"gamma: is 1.1, must be finite and in \[0.0, 1.0\]"),
+        ({"lam": -1}, ValueError, r"lam: is -1, must be finite and in \[0.0, 1.0\]"),
+        ({"values": torch.zeros(5)}, ValueError, r"values: has shape \(5,\), must be \(6,\)"),
+        ({"values": torch.zeros(6).long()}, TypeError, "values: has dtype torch.int64, must be one of torch.float32"),
+        ({"mask": torch.zeros(2)}, ValueError, r"mask: has shape \(2,\), must be \(6,\)"),
+        ({"mask": torch.full((6,), 0.5)}, ValueError, r"mask: is 0.5 at position \(0,\), must be 0 or 1"),
+        ({"bootstrap": torch.zeros(3)}, ValueError, r"bootstrap: has shape \(3,\), must be \(2,\)"),
+        ({"cu_seqlens": None}, ValueError, r"rewards: has shape \(6,\), must be \(B, T\); give cu_seqlens"),
+        ({"cu_seqlens": torch.tensor([0, 2, 5])}, ValueError, "cu_seqlens: goes from 0 to 5, must go from 0 to 6"),
+        ({"cu_seqlens": torch.tensor([0, 4, 3, 6])}, ValueError, "cu_seqlens: decreases"),
+        ({"cu_seqlens": torch.tensor([0.0, 6.0])}, TypeError, "cu_seqlens: has dtype torch.float32, must be"),
+        ({"cu_seqlens": torch.zeros(2, 2).int()}, ValueError, r"cu_seqlens: has shape \(2, 2\), must be"),
+        ({"whiten": "yes"}, TypeError, "whiten: is 'yes' of type str, must be True or False"),
+        ({"rewards": torch.zeros(2, 3)}, ValueError, r"rewards: has shape \(2, 3\), must be \(N,\)"),
     ],
 )
 def test_errors_name_the_argument(backend, arguments, error, message):

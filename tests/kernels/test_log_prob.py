@@ -1,11 +1,11 @@
 import math
 
+import oracles
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import oracles
 from rlhf_kernels import selective_log_softmax, selective_log_softmax_and_entropy
 
 LOGITS = st.one_of(
@@ -53,7 +53,9 @@ def test_values_and_gradients_match_float64_loops(backend, problem):
         row, chosen = logits[tuple(at)].tolist(), int(index[tuple(at)])
         gradient = logits.grad[tuple(at)]
         if not mask[tuple(at)]:
-            assert logprobs[tuple(at)] == 0 and entropy[tuple(at)] == 0 and (gradient == 0).all()
+            assert logprobs[tuple(at)] == 0
+            assert entropy[tuple(at)] == 0
+            assert (gradient == 0).all()
             continue
         log_p = oracles.log_softmax(row, temperature)
         h = oracles.entropy(log_p)
@@ -85,7 +87,8 @@ def test_gradcheck(backend):
 def test_banned_tokens(backend):
     logits = torch.tensor([[0.0, -math.inf, 1.0]], requires_grad=True)
     logprobs, entropy = selective_log_softmax_and_entropy(logits, torch.tensor([1]))
-    assert logprobs.item() == -math.inf and math.isfinite(entropy.item())
+    assert logprobs.item() == -math.inf
+    assert math.isfinite(entropy.item())
     (logprobs.sum() + entropy.sum()).backward()
     assert torch.isfinite(logits.grad).all()
 
@@ -105,7 +108,8 @@ def test_vocabulary_of_one_and_no_rows(backend):
     empty = torch.zeros(0, 7, requires_grad=True)
     logprobs = selective_log_softmax(empty, torch.zeros(0, dtype=torch.long))
     logprobs.sum().backward()
-    assert logprobs.shape == (0,) and empty.grad.shape == (0, 7)
+    assert logprobs.shape == (0,)
+    assert empty.grad.shape == (0, 7)
 
 
 def test_ignored_rows_are_not_read(backend):
@@ -115,7 +119,8 @@ def test_ignored_rows_are_not_read(backend):
     logprobs, entropy = selective_log_softmax_and_entropy(logits, torch.tensor([-7, 2, -7]), ignore_index=-7)
     (logprobs + entropy).sum().backward()
     assert logprobs[[0, 2]].tolist() == entropy[[0, 2]].tolist() == [0, 0]
-    assert (logits.grad[[0, 2]] == 0).all() and (logits.grad[1] != 0).any()
+    assert (logits.grad[[0, 2]] == 0).all()
+    assert (logits.grad[1] != 0).any()
 
 
 @pytest.mark.parametrize("dtype", oracles.DTYPES)
@@ -146,22 +151,28 @@ def test_inplace_backward_refuses_a_second_pass(backend):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"index": torch.tensor([0, 5])}, IndexError, "index"),
-        ({"index": torch.tensor([-1, 0])}, IndexError, "index"),
-        ({"index": torch.tensor([0])}, ValueError, "index"),
-        ({"index": torch.tensor([0.0, 1.0])}, TypeError, "index"),
-        ({"index": [0, 1]}, TypeError, "index"),
-        ({"logits": torch.zeros(2, 5).int()}, TypeError, "logits"),
-        ({"logits": torch.zeros(2, 0)}, ValueError, "logits"),
-        ({"logits": torch.tensor(1.0)}, ValueError, "logits"),
-        ({"temperature": 0.0}, ValueError, "temperature"),
-        ({"temperature": math.nan}, ValueError, "temperature"),
-        ({"temperature": "1"}, TypeError, "temperature"),
-        ({"row_mask": torch.ones(3)}, ValueError, "row_mask"),
-        ({"row_mask": torch.tensor([1.0, 0.5])}, ValueError, "row_mask"),
-        ({"ignore_index": None}, TypeError, "ignore_index"),
-        ({"inplace_backward": 1}, TypeError, "inplace_backward"),
-        ({"logits": torch.zeros(1, 5).expand(2, 5), "inplace_backward": True}, ValueError, "logits"),
+        ({"index": torch.tensor([0, 5])}, IndexError, r"index: is 5 at position \(1,\), must be in \[0, 5\)"),
+        ({"index": torch.tensor([-1, 0])}, IndexError, r"index: is -1 at position \(0,\), must be in \[0, 5\)"),
+        ({"index": torch.tensor([0])}, ValueError, r"index: has shape \(1,\), must be \(2,\)"),
+        ({"index": torch.tensor([0.0, 1.0])}, TypeError, "index: has dtype torch.float32, must be one of torch.int64"),
+        ({"index": [0, 1]}, TypeError, "index: is list, must be a tensor"),
+        ({"index": torch.zeros(2, dtype=torch.long, device="meta")}, ValueError, "index: is on meta, must be on cpu"),
+        ({"logits": torch.zeros(2, 5).int()}, TypeError, "logits: has dtype torch.int32, must be one of torch.float32"),
+        ({"logits": torch.zeros(2, 0)}, ValueError, r"logits: has shape \(2, 0\), must be .* V at least 1"),
+        ({"logits": torch.tensor(1.0)}, ValueError, r"logits: has shape \(\), must be"),
+        ({"temperature": 0.0}, ValueError, r"temperature: is 0.0, must be finite and in \(0.0, inf\]"),
+        ({"temperature": math.nan}, ValueError, "temperature: is nan, must be finite"),
+        ({"temperature": "1"}, TypeError, "temperature: is str, must be a number"),
+        ({"row_mask": torch.ones(3)}, ValueError, r"row_mask: has shape \(3,\), must be \(2,\)"),
+        ({"row_mask": torch.tensor([1.0, 0.5])}, ValueError, r"row_mask: is 0.5 at position \(1,\), must be 0 or 1"),
+        ({"ignore_index": None}, TypeError, "ignore_index: is None of type NoneType, must be an int"),
+        ({"inplace_backward": 1}, TypeError, "inplace_backward: is 1 of type int, must be True or False"),
+        (
+            {"logits": torch.zeros(1, 5).expand(2, 5), "inplace_backward": True},
+            ValueError,
+            r"logits: has strides \(0, 1",
+        ),
+        ({"logits": torch.zeros(2, 5, requires_grad=True), "inplace_backward": True}, ValueError, "logits: is a leaf"),
     ],
 )
 def test_errors_name_the_argument(backend, arguments, error, message):

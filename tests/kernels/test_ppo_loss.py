@@ -1,11 +1,11 @@
 import math
 
+import oracles
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import oracles
 from rlhf_kernels import ppo_policy_loss, ppo_value_loss
 
 REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
@@ -67,20 +67,18 @@ def test_policy_loss_matches_loops(backend, mask, reduction, clip, dual_clip, dt
         count = max(int(mask.sum()), 1)
         for b, row in enumerate(cells):
             for t, cell in enumerate(row):
-                want = 0.0 if cell is None or cell[1] else -advantages[b, t].item() * ratios[b][t] / count
+                want = 0.0 if cell is None or cell[2] else -advantages[b, t].item() * ratios[b][t] / count
                 assert logprobs.grad[b, t].item() == pytest.approx(want, rel=2e-2, abs=1e-3)
-    assert torch.isfinite(logprobs.grad).all() and (logprobs.grad[~mask.bool()] == 0).all()
+    assert torch.isfinite(logprobs.grad).all()
+    assert (logprobs.grad[~mask.bool()] == 0).all()
 
 
-@given(
-    oracles.batches(), st.sampled_from(REDUCTIONS), st.sampled_from([None, 0.2, 0.0]), st.integers(0, 2**31)
-)
+@given(oracles.batches(), st.sampled_from(REDUCTIONS), st.sampled_from([None, 0.2, 1.0]), st.integers(0, 2**31))
 def test_value_loss_matches_loops(backend, mask, reduction, clip_range, seed):
     generator = torch.Generator().manual_seed(seed)
     values, old, returns = torch.randn(3, *mask.shape, generator=generator)
     cells = table(lambda *x: oracles.value_loss(*x, clip_range), mask, values, old, returns)
     losses = [[None if c is None else c[0] for c in row] for row in cells]
-    errors = table(lambda v, _, r: (v - r) ** 2, mask, values, old, returns)
     means = [mean(table(lambda x: x, mask, x)) for x in (values, returns)]
     values, old, returns = (oracles.garbage(x, mask) for x in (values, old, returns))
     values.requires_grad_()
@@ -89,9 +87,10 @@ def test_value_loss_matches_loops(backend, mask, reduction, clip_range, seed):
     cut = [[None if c is None else float(c[1]) for c in row] for row in cells]
     assert stats["clip_fraction"].item() == pytest.approx(mean(cut), abs=1e-6)
     assert [stats[x].item() for x in ("value_mean", "return_mean")] == pytest.approx(means, rel=1e-4, abs=1e-6)
-    assert stats["squared_error"].item() == pytest.approx(mean(errors), rel=1e-4)
+    assert not any(x.requires_grad for x in stats.values())
     loss.backward()
-    assert torch.isfinite(values.grad).all() and (values.grad[~mask.bool()] == 0).all()
+    assert torch.isfinite(values.grad).all()
+    assert (values.grad[~mask.bool()] == 0).all()
 
 
 def test_gradcheck(backend):
@@ -129,7 +128,8 @@ def test_a_banned_token_has_ratio_zero(backend):
     logprobs = torch.tensor([-math.inf, -1.0], requires_grad=True)
     loss, stats = ppo_policy_loss(logprobs, torch.tensor([-3.0, -1.0]), torch.tensor([1.0, 1.0]), None)
     loss.backward()
-    assert loss.item() == pytest.approx(-0.5) and stats["ratio_mean"] == 0.5
+    assert loss.item() == pytest.approx(-0.5)
+    assert stats["ratio_mean"] == 0.5
     assert logprobs.grad.tolist() == pytest.approx([0, -0.5])
 
 
@@ -140,28 +140,45 @@ def test_nothing_unmasked_is_zero_with_zero_gradient(backend, reduction, shape):
     for function in (ppo_policy_loss, ppo_value_loss):
         loss, stats = function(x, x, x, torch.zeros(shape), reduction=reduction)
         (gradient,) = torch.autograd.grad(loss, x)
-        assert loss == 0 and (gradient == 0).all() and all(s == 0 for s in stats.values())
+        assert loss == 0
+        assert (gradient == 0).all()
+        assert all(s == 0 for s in stats.values())
 
 
 def test_targets_are_constants(backend):
     x, old, target = (torch.randn(2, 3, requires_grad=True) for _ in range(3))
     for function in (ppo_policy_loss, ppo_value_loss):
         gradients = torch.autograd.grad(function(x, old, target, None)[0], (x, old, target), allow_unused=True)
-        assert gradients[0] is not None and gradients[1] is None and gradients[2] is None
+        assert gradients[0] is not None
+        assert gradients[1] is None
+        assert gradients[2] is None
 
 
 @pytest.mark.parametrize(
     ("function", "arguments", "error", "message"),
     [
-        (ppo_policy_loss, {"clip_range": 1.5}, ValueError, "clip_range"),
-        (ppo_policy_loss, {"clip_range_high": -0.1}, ValueError, "clip_range_high"),
-        (ppo_policy_loss, {"dual_clip": 1.0}, ValueError, "dual_clip"),
-        (ppo_policy_loss, {"reduction": "mean"}, ValueError, "reduction"),
-        (ppo_policy_loss, {"reduction": "seq-mean-token-sum"}, ValueError, "reduction"),
-        (ppo_policy_loss, {"mask": torch.zeros(3)}, ValueError, "mask"),
-        (ppo_value_loss, {"clip_range": -1}, ValueError, "clip_range"),
-        (ppo_value_loss, {"old_values": None}, TypeError, "old_values"),
-        (ppo_value_loss, {"returns": torch.zeros(5)}, ValueError, "returns"),
+        (ppo_policy_loss, {"clip_range": 1.5}, ValueError, r"clip_range: is 1.5, must be finite and in \(0.0, 1.0\]"),
+        (ppo_policy_loss, {"clip_range_high": -0.1}, ValueError, "clip_range_high: is -0.1, must be"),
+        (ppo_policy_loss, {"dual_clip": 1.0}, ValueError, r"dual_clip: is 1.0, must be finite and in \(1.0"),
+        (ppo_policy_loss, {"reduction": "mean"}, ValueError, "reduction: is 'mean', must be one of 'token-mean'"),
+        (ppo_policy_loss, {"reduction": "seq-mean-token-sum"}, ValueError, r"reduction: is 'seq-mean-.* \(B, T\)"),
+        (ppo_policy_loss, {"mask": torch.zeros(3)}, ValueError, r"mask: has shape \(3,\), must be \(4,\)"),
+        (
+            ppo_policy_loss,
+            {"mask": torch.tensor([0, 1, 1, 3])},
+            ValueError,
+            r"mask: is 3 at position \(3,\), must be 0 or",
+        ),
+        (
+            ppo_policy_loss,
+            {"logprobs": torch.zeros(1, 1, 1)},
+            ValueError,
+            r"logprobs: has shape \(1, 1, 1\), must be \(B",
+        ),
+        (ppo_value_loss, {"clip_range": -1}, ValueError, "clip_range: is -1, must be"),
+        (ppo_value_loss, {"clip_range": 0.0}, ValueError, "clip_range: is 0.0, must be"),
+        (ppo_value_loss, {"old_values": None}, TypeError, "old_values: is NoneType, must be a tensor"),
+        (ppo_value_loss, {"returns": torch.zeros(5)}, ValueError, r"returns: has shape \(5,\), must be \(4,\)"),
     ],
 )
 def test_errors_name_the_argument(backend, function, arguments, error, message):
