@@ -38,7 +38,8 @@ def selective_log_softmax(
     Raises:
         TypeError: an argument is not a tensor, or has a dtype not listed above.
         ValueError: shapes or devices differ, ``temperature`` is not above 0, ``row_mask`` holds something besides 0 and
-            1 (looked at on the CPU only), or ``inplace_backward`` has no storage it may write to: ``logits`` is a leaf that requires a gradient, or expanded, so that rows share memory.
+            1 (looked at on the CPU only), or ``inplace_backward`` has no storage it may write to: ``logits`` is a leaf
+            that requires a gradient, or expanded, so that rows share memory.
         IndexError: an index out of range (on the CPU; on a GPU its row gives NaN).
     """
     wanted = _check(logits, index, temperature, row_mask, ignore_index, inplace_backward)
