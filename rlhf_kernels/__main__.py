@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 
 import torch
@@ -17,12 +18,18 @@ def main() -> None:
     print(f"GPU: {gpu}")
     for name in BACKENDS:
         print(f"backend {name:>9}: {missing(name) or 'available'}")
+    print("native module:", native_module())
+
+
+def native_module() -> str:
+    """The build of ``_C``, or why it is missing."""
+    if importlib.util.find_spec("rlhf_kernels._C") is None:
+        return "not in this install, which found no C++ compiler or no CMake; sequence packing runs in Python"
     try:
         from rlhf_kernels import _C
     except ImportError as error:
-        print(f"native module: not built ({error}); sequence packing runs in Python")
-    else:
-        print("native module:", ", ".join(f"{key} {value}" for key, value in _C.build_info().items()))
+        return f"does not load ({error}); sequence packing runs in Python"
+    return ", ".join(f"{key} {value}" for key, value in _C.build_info().items())
 
 
 if __name__ == "__main__":
