@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,13 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 
 
+def first_error(output: str) -> str:
+    """The first complaint of CMake (a header, then an indented paragraph) or of a compiler, on one line."""
+    paragraph = re.search(r"^CMake Error.*\n((?:[ \t]+.*\n|\n)+)", output, re.MULTILINE)
+    line = re.search(r"^.*error.*$", output, re.MULTILINE | re.IGNORECASE)
+    return " ".join((paragraph[1] if paragraph else line[0] if line else output).split())
+
+
 class CMakeBuild(build_ext):
     """Configures, builds and installs ``rlhf_kernels/_C`` where setuptools wants it."""
 
@@ -21,7 +29,7 @@ class CMakeBuild(build_ext):
         try:
             self.build_with_cmake()
         except (subprocess.CalledProcessError, OSError, ImportError) as error:
-            reason = error.stderr.strip().splitlines()[-1] if getattr(error, "stderr", None) else str(error)
+            reason = error.stderr if getattr(error, "stderr", None) else str(error)
             print(
                 f"rlhf-kernels: the native module was not built: {reason}\n"
                 "  The install goes on without it: ops run on the other backends, sequence packing in Python.\n"
@@ -48,8 +56,7 @@ class CMakeBuild(build_ext):
         for command in (configure, ["cmake", "--build", str(build), "--target", "install"]):
             done = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True)
             if done.returncode:
-                lines = [line for line in (done.stdout + done.stderr).splitlines() if "error" in line.lower()]
-                done.stderr = (lines or [done.stderr])[0]
+                done.stderr = first_error(done.stderr + done.stdout)
                 done.check_returncode()
 
     def get_outputs(self) -> list[str]:
