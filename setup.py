@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.resolve()
 def first_error(output: str) -> str:
     """The first complaint of CMake (a header, then an indented paragraph) or of a compiler, on one line."""
     paragraph = re.search(r"^CMake Error.*\n((?:[ \t]+.*\n|\n)+)", output, re.MULTILINE)
-    line = re.search(r"^.*error.*$", output, re.MULTILINE | re.IGNORECASE)
+    line = re.search(r"^.*\berror:.*$", output, re.MULTILINE | re.IGNORECASE)
     return " ".join((paragraph[1] if paragraph else line[0] if line else output).split())
 
 
