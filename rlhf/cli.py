@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -45,10 +45,12 @@ UNKNOWN = re.compile(
 class Parser(ArgumentParser):
     """Errors of one line, with the nearest known name for one that is not known."""
 
+    command_line: ClassVar[Sequence[str]] = ()
+
     def error(self, message: str, ex: Exception | None = None) -> Any:
         """Ends the program with status 2."""
-        stage = next((word for word in sys.argv[1:] if word in STAGES), "")
-        stage = next((name for name in STAGES if self.prog.endswith(name)), stage)
+        words = [*self.prog.split(), *self.command_line]
+        stage = next((word for word in words if word in STAGES), "")
         print(f"{f'rlhf {stage}'.strip()}: error: {one_line(message, stage)}", file=sys.stderr)
         raise SystemExit(2) from ex
 
@@ -76,10 +78,10 @@ def one_line(message: str, stage: str) -> str:
 def make_parser() -> Parser:
     """The parser of all subcommands."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = Parser(prog="rlhf", description=DESCRIPTION, formatter_class=_formatter())
+    parser = Parser(prog="rlhf", allow_abbrev=False, description=DESCRIPTION, formatter_class=_formatter())
     subcommands = parser.add_subcommands(required=True, metavar="COMMAND", help="rlhf COMMAND --help explains each")
     for name, (config, summary) in STAGES.items():
-        sub = Parser(prog=f"rlhf {name}", description=(config.__doc__ or "").strip())
+        sub = Parser(prog=f"rlhf {name}", allow_abbrev=False, description=(config.__doc__ or "").strip())
         sub.add_argument("--config", action="config", help="a YAML file of settings, or the name of a shipped recipe")
         sub.add_class_arguments(config)
         if name in RESUMABLE:
@@ -114,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             argv[i + 1] = recipe(argv[i + 1])
         elif word.startswith("--config="):
             argv[i] = "--config=" + recipe(word.removeprefix("--config="))
+    Parser.command_line = argv
     parser = make_parser()
     parsed = parser.parse_args(argv)
     stage = parsed.subcommand

@@ -30,8 +30,8 @@ def check(condition: bool, name: str, value: Any, fits: str) -> None:
 class Adam:
     """The optimizer. The paper (appendix C) gives the betas and, per stage, the learning rate."""
 
-    learning_rate: float
-    """Peak learning rate."""
+    learning_rate: float = 1e-5
+    """Peak learning rate. Each stage has its own."""
     beta1: float = 0.9
     """Decay of the gradient's running mean (C)."""
     beta2: float = 0.95

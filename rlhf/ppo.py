@@ -224,7 +224,7 @@ def policy_step(run: Run, policy: LanguageModel, episodes: list[Episode]) -> dic
                 linear_ppo_policy_loss,
                 torch.cat([episode.logprobs for episode in part]),
                 torch.cat([episode.advantages for episode in part]),
-                torch.ones_like(batch.targets),
+                None,
                 clip_range=config.clip_range,
                 temperature=config.temperature,
             )
@@ -250,7 +250,7 @@ def value_step(run: Run, value_model: ScalarModel, episodes: list[Episode]) -> f
             values,
             torch.cat([episode.values for episode in part]),
             torch.cat([episode.returns for episode in part]),
-            torch.ones_like(batch.targets),
+            None,
             clip_range=config.value_clip_range,
         )
         share = len(batch.targets) / tokens

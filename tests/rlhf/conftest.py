@@ -18,9 +18,10 @@ from rlhf.training import Run
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tools import WORDS, tiny_gpt2, write_jsonl  # noqa: E402
+from tools import WORDS, tiny_gpt2, write_jsonl
 
 torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def tokenizer():
@@ -57,13 +58,13 @@ def data(tmp_path_factory):
     directory = tmp_path_factory.mktemp("data")
     draw = random.Random(0)
 
-    def run_of(length):
-        first = draw.randrange(len(WORDS))
+    def run_of(length, first=None):
+        first = draw.randrange(len(WORDS)) if first is None else first
         return [WORDS[(first + i) % len(WORDS)] for i in range(length)]
 
     demonstrations, comparisons, texts = [], [], []
-    for _ in range(40):
-        words = run_of(draw.randint(6, 12))
+    for first in draw.sample(range(len(WORDS)), 40):
+        words = run_of(draw.randint(6, 12), first)
         cut = draw.randint(2, 4)
         demonstrations.append({"prompt": " ".join(words[:cut]), "completion": " ".join(words[cut:])})
     for _ in range(24):
@@ -71,7 +72,9 @@ def data(tmp_path_factory):
         count = draw.randint(3, 5)
         wrong = [" ".join(draw.choices(WORDS, k=draw.randint(1, 5))) for _ in range(count - 1)]
         ranks = [1, *(2 + i // 2 for i in range(count - 1))]
-        comparisons.append({"prompt": " ".join(words[:3]), "completions": [" ".join(words[3:]), *wrong], "ranks": ranks})
+        comparisons.append(
+            {"prompt": " ".join(words[:3]), "completions": [" ".join(words[3:]), *wrong], "ranks": ranks}
+        )
     for _ in range(30):
         texts.append({"text": " ".join(run_of(draw.randint(10, 30)))})
     prompts = [{"prompt": record["prompt"]} for record in demonstrations]
@@ -142,13 +145,14 @@ def open_run():
 
 
 @pytest.fixture
-def rlhf(capfd):
+def rlhf(capfd, monkeypatch):
     """Runs the command in this process: ``code, error = rlhf("sft", "--model", ...)``."""
 
     def run(*arguments):
         capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["rlhf", *map(str, arguments)])
         try:
-            code = cli.main([str(argument) for argument in arguments])
+            code = cli.main()
         except SystemExit as end:
             code = end.code
         out, error = capfd.readouterr()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -23,7 +24,7 @@ def metrics(directory):
 
 
 def model_files(directory):
-    return {path.name: path.read_bytes() for path in (directory / "model").iterdir()}
+    return {name: (directory / "model" / name).read_bytes() for name in ("model.safetensors", "config.json")}
 
 
 def tiny_gpt2(vocabulary, eos, **options):
@@ -42,8 +43,8 @@ def start(*arguments, **options):
 
 def only_line(error):
     """The error, having checked that it is one line; what libraries warn of before does not count as more."""
-    lines = [line for line in error.splitlines() if line.startswith("rlhf ") or "Traceback" in line]
+    lines = [line for line in error.splitlines() if line.startswith(("rlhf ", "rlhf:")) or "Traceback" in line]
     assert len(lines) == 1, error
-    assert ": error: " in lines[0]
+    assert re.match(r"rlhf( \w+)?: error: ", lines[0])
     assert error.rstrip().splitlines()[-1] == lines[0], error
     return lines[0]

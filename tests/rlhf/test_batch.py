@@ -1,0 +1,190 @@
+"""Packing: every token once, flat indices that mean what they say, and a model that cannot tell the difference."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from rlhf.batch import lay_out, split
+from rlhf.models import LanguageModel
+
+VOCAB = 32
+TOKENS = st.integers(1, VOCAB - 1)  # 0 is what unused positions hold
+PAIRS = st.lists(
+    st.tuples(st.lists(TOKENS, min_size=1, max_size=7), st.lists(TOKENS, min_size=1, max_size=6)),
+    min_size=1,
+    max_size=8,
+)
+# Rows of 10: the lengths 10, 4+6, 3+7 and 2+3+4 share rows two and three at a time.
+SHAPES = [(6, 4), (1, 3), (4, 2), (2, 1), (3, 4), (1, 1), (1, 2), (3, 1)]
+
+
+def unzip(pairs):
+    return [prompt for prompt, _ in pairs], [response for _, response in pairs]
+
+
+def segments(batch):
+    """(start, tokens) of everything in the rows that begins at position 0, the unused tails among them."""
+    found = []
+    columns = batch.input_ids.shape[1]
+    for row, (ids, positions) in enumerate(zip(batch.input_ids.tolist(), batch.position_ids.tolist(), strict=True)):
+        assert positions[0] == 0
+        for column, (token, position) in enumerate(zip(ids, positions, strict=True)):
+            if position == 0:
+                found.append((row * columns + column, []))
+            assert position == len(found[-1][1])
+            found[-1][1].append(token)
+    return found
+
+
+@given(PAIRS, st.booleans())
+def test_every_sequence_is_laid_out_once_and_positions_restart(pairs, one_row):
+    batch = lay_out(*unzip(pairs), one_row=one_row)
+    assert batch.input_ids.dtype == batch.position_ids.dtype == torch.int64
+    assert batch.input_ids.shape == batch.position_ids.shape
+    real = [tokens for _, tokens in segments(batch) if any(tokens)]
+    assert sorted(real) == sorted(prompt + response for prompt, response in pairs)
+    assert int((batch.input_ids != 0).sum()) == sum(len(prompt) + len(response) for prompt, response in pairs)
+
+
+@given(PAIRS)
+def test_row_length(pairs):
+    lengths = [len(prompt) + len(response) for prompt, response in pairs]
+    assert lay_out(*unzip(pairs)).input_ids.shape[1] == max(lengths)
+    assert lay_out(*unzip(pairs), one_row=True).input_ids.shape == (1, sum(lengths))
+
+
+@given(PAIRS, st.booleans())
+def test_flat_indices_agree_with_a_recomputation(pairs, one_row):
+    batch = lay_out(*unzip(pairs), one_row=one_row)
+    # Where each sequence went: `last` is checked against the segments, which know nothing of it.
+    ends = {start + len(tokens) - 1: tokens for start, tokens in segments(batch) if any(tokens)}
+    last = batch.last.tolist()
+    assert sorted(last) == sorted(ends)
+    assert [ends[end] for end in last] == [prompt + response for prompt, response in pairs]
+
+    before, targets, bounds = [], [], [0]
+    for end, (_, response) in zip(last, pairs, strict=True):
+        for offset, token in enumerate(response):
+            before.append(end - len(response) + offset)
+            targets.append(token)
+        bounds.append(len(targets))
+    assert batch.before.tolist() == before
+    assert batch.targets.tolist() == targets
+    assert batch.lengths.tolist() == [len(response) for _, response in pairs]
+    assert batch.cu_seqlens.tolist() == bounds
+    for name in ("before", "targets", "last", "lengths", "cu_seqlens"):
+        assert getattr(batch, name).dtype == torch.int64, name
+    assert torch.equal(batch.input_ids.flatten()[batch.before + 1], batch.targets)
+
+
+@given(PAIRS)
+def test_a_response_may_be_empty(pairs):
+    prompts, responses = unzip(pairs)
+    responses[0] = []
+    batch = lay_out(prompts, responses)
+    assert batch.lengths[0] == 0
+    assert len(batch.before) == len(batch.targets) == sum(map(len, responses))
+    assert batch.input_ids.flatten()[batch.last[0]] == prompts[0][-1]
+
+
+def test_prompts_and_responses_must_pair_up():
+    with pytest.raises(ValueError, match="zip"):
+        lay_out([[1], [2]], [[3]])
+
+
+def test_to_moves_every_tensor():
+    batch = lay_out([[1, 2]], [[3]])
+    moved = batch.to(torch.device("meta"))
+    assert {tensor.device.type for tensor in vars(moved).values()} == {"meta"}
+    assert {name: t.shape for name, t in vars(moved).items()} == {name: t.shape for name, t in vars(batch).items()}
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    torch.manual_seed(0)
+    # A wide initialisation: with the usual 0.02 attention hardly matters, and a leak between sequences could hide.
+    config = GPT2Config(
+        vocab_size=VOCAB, n_positions=64, n_embd=16, n_layer=2, n_head=2, initializer_range=0.5,
+        bos_token_id=0, eos_token_id=0, attn_implementation="sdpa",
+    )  # fmt: skip
+    return LanguageModel(GPT2LMHeadModel(config).eval())
+
+
+def log_probs(hidden, weight, targets, *, bias, softcap, temperature):
+    """Stands for an op of ``rlhf_kernels``, in plain torch."""
+    assert bias is None
+    assert softcap is None
+    return torch.log_softmax(hidden @ weight.T / temperature, -1).gather(-1, targets[:, None])[:, 0]
+
+
+@torch.no_grad()
+def alone(model, prompt, response):
+    """The log-probs of a response from the Hugging Face model itself, one unpacked sequence at a time."""
+    logits = model.model(torch.tensor([prompt + response])).logits[0]
+    rows = torch.log_softmax(logits, -1)[len(prompt) - 1 : -1]
+    return rows[torch.arange(len(response)), torch.tensor(response)]
+
+
+@torch.no_grad()
+def check_same_as_alone(model, pairs, one_row):
+    batch = lay_out(*unzip(pairs), one_row=one_row)
+    packed = model(batch, log_probs)
+    expected = torch.cat([alone(model, prompt, response) for prompt, response in pairs])
+    torch.testing.assert_close(packed, expected, rtol=1e-5, atol=1e-5)
+    return batch
+
+
+@pytest.mark.parametrize("one_row", [False, True])
+def test_model_sees_each_sequence_alone(gpt2, one_row):
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda n: torch.randint(1, VOCAB, (n,), generator=generator).tolist()  # noqa: E731
+    pairs = [(draw(prompt), draw(response)) for prompt, response in SHAPES]
+    batch = check_same_as_alone(gpt2, pairs, one_row)
+    rows = batch.input_ids.shape[0]
+    assert rows == 1 if one_row else 1 < rows < len(pairs)  # several sequences per row, or this tests nothing
+
+
+@settings(max_examples=25, deadline=None)
+@given(pairs=PAIRS, one_row=st.booleans())
+def test_model_sees_any_sequence_alone(gpt2, pairs, one_row):
+    check_same_as_alone(gpt2, pairs, one_row)
+
+
+@torch.no_grad()
+def test_the_comparison_notices_a_leak(gpt2):
+    """Without restarting positions the same row gives other log-probs, so the tests above can fail."""
+    pairs = [([3, 4, 5], [6, 7]), ([8, 9], [10, 11])]
+    batch = lay_out(*unzip(pairs), one_row=True)
+    good = gpt2(batch, log_probs)
+    batch.position_ids.copy_(torch.arange(batch.position_ids.numel())[None])
+    assert not torch.allclose(gpt2(batch, log_probs), good, atol=1e-2)
+
+
+@given(st.lists(st.integers(1, 20), max_size=30), st.integers(1, 40))
+def test_split(lengths, tokens):
+    parts = list(split(lengths, tokens))
+    assert [index for part in parts for index in part] == list(range(len(lengths)))
+    assert all(parts)
+    for part in parts:
+        assert len(part) == 1 or sum(lengths[index] for index in part) <= tokens
+    for part, following in pairwise(parts):
+        # No part ends early.
+        assert sum(lengths[index] for index in part) + lengths[following[0]] > tokens
+
+
+@pytest.mark.parametrize(
+    ("lengths", "tokens", "parts"),
+    [
+        ([], 5, []),
+        ([5], 5, [[0]]),
+        ([9], 5, [[0]]),
+        ([2, 3, 1], 5, [[0, 1], [2]]),
+        ([1, 9, 1, 4], 5, [[0], [1], [2, 3]]),
+    ],
+)
+def test_split_examples(lengths, tokens, parts):
+    assert list(split(lengths, tokens)) == parts

@@ -1,0 +1,474 @@
+"""The command: its help, its settings, and one line for everything a user can get wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from tools import WORDS, metrics, only_line, start, write_jsonl
+
+from rlhf.cli import RESUMABLE, STAGES, setting_names
+from rlhf.demo.pretrain import make_tokenizer
+
+
+@pytest.fixture
+def bare(base, reward_model, tmp_path):
+    """Models without weights: a configuration and a tokenizer. To read the weights fails with another error."""
+    paths = []
+    for path in (base, reward_model):
+        paths.append(shutil.copytree(path, tmp_path / f"bare-{len(paths)}"))
+        (paths[-1] / "model.safetensors").unlink()
+    return SimpleNamespace(lm=str(paths[0]), reward=str(paths[1]))
+
+
+@pytest.fixture
+def commands(bare, data, tmp_path):
+    """A command for every stage, that lacks nothing but weights."""
+    out = ["--output_dir", tmp_path / "out"]
+    short = ["--lengths.max_response_tokens", 8]
+    return {
+        "sft": ["--model", bare.lm, "--data", data.demonstrations, *out],
+        "reward": ["--model", bare.lm, "--data", data.comparisons, *out],
+        "ppo": ["--policy", bare.lm, "--reward_model", bare.reward, "--prompts", data.prompts, *out, *short],
+        "evaluate": ["--model", bare.lm, "--baseline", bare.lm, "--prompts", data.prompts, *out, *short],
+        "generate": ["--model", bare.lm, "--prompts", data.prompts, "--output", tmp_path / "out.jsonl", *short],
+    }
+
+
+def test_help(rlhf):
+    code, _ = rlhf("--help")
+    assert code == 0
+    for stage in STAGES:
+        assert re.search(rf"^ +(rlhf )?{stage} ", rlhf.out, re.MULTILINE), stage
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_of_a_stage_names_every_setting(rlhf, stage):
+    code, error = rlhf(stage, "--help")
+    assert (code, error) == (0, "")
+    for name in setting_names(STAGES[stage][0]):
+        assert f"--{name}" in rlhf.out, name
+    assert "--config" in rlhf.out
+    assert "--print_config" in rlhf.out
+    assert ("--resume" in rlhf.out) == (stage in RESUMABLE)
+    assert STAGES[stage][0].__doc__.split("\n")[0][:40] in " ".join(rlhf.out.split())
+
+
+def test_help_explains_every_setting(rlhf):
+    rlhf("ppo", "--help")
+    text = " ".join(rlhf.out.split())
+    for words in (
+        "β: the price of each nat",
+        "PPO's clip ratio (C.4)",
+        "Decay of the moving average",
+        "Learning rate",
+        "default: 0.02)",
+    ):
+        assert words.lower() in text.lower()
+    # A setting without a word about it would go from its name straight to its default.
+    assert not re.search(r"--[\w.]+ [A-Z_0-9]+ \((required|type|default)", text)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_print_config_round_trips(rlhf, commands, tmp_path, stage):
+    changed = ["--seed", 7]
+    changed += {"sft": ["--adam.learning_rate", 1e-5], "ppo": ["--value_adam.beta2", 0.9, "--gamma_ptx", 0]}.get(
+        stage, []
+    )
+    code, error = rlhf(stage, *commands.get(stage, []), *changed, "--print_config")
+    assert code == 0, error
+    printed = rlhf.out
+    settings = yaml.safe_load(printed)
+    assert settings["seed"] == 7
+    assert {item.name for item in fields(STAGES[stage][0])} <= settings.keys()
+
+    (tmp_path / "settings.yaml").write_text(printed)
+    code, error = rlhf(stage, "--config", tmp_path / "settings.yaml", "--print_config")
+    assert code == 0, error
+    assert rlhf.out == printed
+
+
+def test_override_of_a_file(rlhf, commands, tmp_path):
+    rlhf("sft", *commands["sft"], "--print_config")
+    (tmp_path / "settings.yaml").write_text(rlhf.out)
+    rlhf("sft", "--config", tmp_path / "settings.yaml", "--adam.beta2", 0.5, "--print_config")
+    assert yaml.safe_load(rlhf.out)["adam"] == {
+        "learning_rate": 9.65e-6,
+        "beta1": 0.9,
+        "beta2": 0.5,
+        "eps": 1e-8,
+        "max_grad_norm": 1.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("stage", "given", "nearest"),
+    [
+        ("ppo", "kl_coeficient", "kl_coefficient"),
+        ("ppo", "gama_ptx", "gamma_ptx"),
+        ("sft", "epoches", "epochs"),
+        ("sft", "learning_rate", "adam.learning_rate"),
+        ("reward", "batchsize", "batch_size"),
+        ("evaluate", "juge", "judge"),
+        ("generate", "temprature", "temperature"),
+    ],
+)
+@pytest.mark.parametrize("where", ["flag", "flag=", "file"])
+def test_unknown_setting(rlhf, commands, tmp_path, stage, given, nearest, where):
+    (tmp_path / "settings.yaml").write_text(f"{given}: 1\n")
+    extra = {"flag": [f"--{given}", "1"], "flag=": [f"--{given}=1"], "file": ["--config", tmp_path / "settings.yaml"]}[
+        where
+    ]
+    code, error = rlhf(stage, *commands[stage], *extra)
+    assert code == 2
+    line = only_line(error)
+    assert line.startswith(f"rlhf {stage}: error: {given}: no such setting")
+    assert line.endswith(f"did you mean {nearest}?")
+
+
+@pytest.mark.parametrize("where", ["flag", "file"])
+def test_unknown_nested_setting(rlhf, commands, tmp_path, where):
+    (tmp_path / "settings.yaml").write_text("adam:\n  beta_2: 0.9\n")
+    extra = {"flag": ["--adam.beta_2", "0.9"], "file": ["--config", tmp_path / "settings.yaml"]}[where]
+    code, error = rlhf("sft", *commands["sft"], *extra)
+    assert code == 2
+    assert only_line(error).endswith("did you mean adam.beta2?")
+
+
+@pytest.mark.parametrize(
+    ("stage", "extra", "says"),
+    [
+        ("ppo", ["--kl_coefficient", "-1"], "kl_coefficient: is -1.0, must be β ≥ 0"),
+        ("ppo", ["--kl_coefficient=-1"], "kl_coefficient: is -1.0, must be β ≥ 0"),
+        (
+            "ppo",
+            ["--gamma_ptx", "27.8"],
+            "pretraining_data: is [], must be at least one file or data set when gamma_ptx is 27.8",
+        ),
+        ("ppo", ["--minibatch_size", "60"], "minibatch_size: is 60, must be a divisor of batch_size (512)"),
+        ("ppo", ["--episodes", "10"], "episodes: is 10, must be at least batch_size (512)"),
+        ("ppo", ["--temperature", "0"], "temperature: is 0.0, must be above 0"),
+        ("ppo", ["--gamma", "1.5"], "gamma: is 1.5, must be in [0, 1]"),
+        ("sft", ["--epochs", "0"], "epochs: is 0, must be at least 1"),
+        ("sft", ["--adam.learning_rate", "0"], "learning_rate: is 0.0, must be above 0"),
+        ("sft", ["--residual_dropout", "1"], "residual_dropout: is 1.0, must be in [0, 1)"),
+        ("reward", ["--held_out_fraction", "1"], "held_out_fraction: is 1.0, must be in [0, 1)"),
+        ("reward", ["--lengths.max_prompt_tokens", "0"], "max_prompt_tokens: is 0, must be at least 1"),
+        ("generate", ["--samples", "0"], "samples: is 0, must be at least 1"),
+    ],
+)
+def test_setting_out_of_range(rlhf, commands, stage, extra, says):
+    code, error = rlhf(stage, *commands[stage], *extra)
+    assert code == 2
+    assert says in only_line(error)
+
+
+def test_setting_out_of_range_in_a_file(rlhf, commands, tmp_path):
+    (tmp_path / "settings.yaml").write_text("kl_coefficient: -1\n")
+    code, error = rlhf("ppo", *commands["ppo"], "--config", tmp_path / "settings.yaml")
+    assert code == 2
+    assert "kl_coefficient: is -1.0, must be β ≥ 0" in only_line(error)
+
+
+@pytest.mark.parametrize(
+    ("extra", "name"),
+    [
+        (["--epochs", "many"], "epochs"),
+        (["--epochs", "1.5"], "epochs"),
+        (["--mixed_precision", "fp8"], "mixed_precision"),
+    ],
+)
+def test_setting_of_a_wrong_type(rlhf, commands, extra, name):
+    code, error = rlhf("sft", *commands["sft"], *extra)
+    assert code == 2
+    assert name in only_line(error)
+
+
+@pytest.mark.parametrize(
+    ("stage", "name"), [("sft", "model"), ("sft", "output_dir"), ("ppo", "reward_model"), ("evaluate", "baseline")]
+)
+def test_missing_setting(rlhf, commands, stage, name):
+    words = commands[stage]
+    place = words.index(f"--{name}")
+    code, error = rlhf(stage, *words[:place], *words[place + 2 :])
+    assert code == 2
+    assert name in only_line(error)
+
+
+def test_no_such_config_file(rlhf, commands):
+    code, error = rlhf("sft", *commands["sft"], "--config", "no-such-recipe.yaml")
+    assert code == 2
+    assert "no-such-recipe.yaml" in only_line(error)
+
+
+def test_config_file_that_is_no_yaml(rlhf, commands, tmp_path):
+    (tmp_path / "settings.yaml").write_text("epochs: [1\n")
+    code, error = rlhf("sft", *commands["sft"], "--config", tmp_path / "settings.yaml")
+    assert code == 2
+    only_line(error)
+
+
+def test_unknown_command(rlhf):
+    code, error = rlhf("stf")
+    assert code == 2
+    assert "sft" in only_line(error)
+
+
+def test_no_command(rlhf):
+    code, error = rlhf()
+    assert code == 2
+    only_line(error)
+
+
+PROMPT = "w01 w02"
+BAD = {
+    "missing field": ("sft", {"prompt": PROMPT}, "completion"),
+    "wrong type": ("sft", {"prompt": PROMPT, "completion": 3}, "completion"),
+    "empty completion": ("sft", {"prompt": PROMPT, "completion": " "}, "completion"),
+    "one completion": ("reward", {"prompt": PROMPT, "completions": ["w01"], "ranks": [1]}, "completions"),
+    "ranks of another length": ("reward", {"prompt": PROMPT, "completions": ["w01", "w02"], "ranks": [1]}, "ranks"),
+    "rank of a wrong type": (
+        "reward",
+        {"prompt": PROMPT, "completions": ["w01", "w02"], "ranks": [1, "b"]},
+        "ranks[1]",
+    ),
+    "prompt of a wrong type": ("ppo", {"prompt": 3}, "prompt"),
+    "prompt beyond the context": ("ppo", {"prompt": "w01 " * 70}, "prompt"),
+    "demonstration beyond the context": ("sft", {"prompt": "w01 " * 70, "completion": "w01"}, "prompt"),
+    "evaluation": ("evaluate", {"text": PROMPT}, "prompt"),
+    "generation": ("generate", {"text": PROMPT}, "prompt"),
+}
+GOOD = {
+    "sft": {"prompt": PROMPT, "completion": "w03"},
+    "reward": {"prompt": PROMPT, "completions": ["w03", "w04"], "ranks": [1, 2]},
+    "ppo": {"prompt": PROMPT},
+    "evaluate": {"prompt": PROMPT},
+    "generate": {"prompt": PROMPT},
+}
+
+
+def with_data(command, path):
+    place = next(i for i, word in enumerate(command) if word in ("--data", "--prompts"))
+    return [*command[: place + 1], path, *command[place + 2 :]]
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_record_before_any_weights_are_read(rlhf, commands, tmp_path, case):
+    stage, record, name = BAD[case]
+    path = write_jsonl(tmp_path / "bad.jsonl", [GOOD[stage], GOOD[stage], record])
+    code, error = rlhf(stage, *with_data(commands[stage], path))
+    assert code == 2
+    assert f"rlhf {stage}: error: {path}:3: field '{name}'" in only_line(error)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"", ""),
+        (b'{"prompt": "a", "completion": "b"}\n{"prompt": \n', ":2"),
+        (b'{"prompt": "\xff", "completion": "b"}\n', ":1"),
+        (b"[1]\n", ":1"),
+    ],
+    ids=["empty", "no JSON", "no UTF-8", "no object"],
+)
+def test_bad_file_before_any_weights_are_read(rlhf, commands, tmp_path, content, says):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(content)
+    code, error = rlhf("sft", *with_data(commands["sft"], path))
+    assert code == 2
+    assert f"rlhf sft: error: {path}{says}: " in only_line(error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_such_data_file(rlhf, commands, tmp_path):
+    code, error = rlhf("sft", *with_data(commands["sft"], tmp_path / "absent.jsonl"))
+    assert code == 2
+    assert f"{tmp_path / 'absent.jsonl'}: no such file" in only_line(error)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "evaluate", "generate"])
+def test_weights_are_missing(rlhf, commands, stage):
+    """What the tests above rely on: with good data, these commands do go on to the weights."""
+    code, error = rlhf(stage, *commands[stage])
+    assert code == 2
+    assert "could not be loaded as" in only_line(error)
+
+
+def test_bad_pretraining_text(rlhf, commands, tmp_path):
+    path = write_jsonl(tmp_path / "bad.jsonl", [{"text": 3}])
+    for stage, weight in (("sft", "--pretraining_fraction"), ("ppo", "--gamma_ptx")):
+        code, error = rlhf(stage, *commands[stage], weight, 0.5, "--pretraining_data", path)
+        assert code == 2
+        assert f"{path}:1: field 'text'" in only_line(error)
+
+
+def test_too_little_pretraining_text(rlhf, commands, tmp_path):
+    path = write_jsonl(tmp_path / "short.jsonl", [{"text": "w01 w02"}])
+    code, error = rlhf("ppo", *commands["ppo"], "--gamma_ptx", 1, "--pretraining_data", path)
+    assert code == 2
+    assert "3 tokens, too few for one chunk of 1024" in only_line(error)
+
+
+def test_reward_model_with_two_labels(rlhf, commands, bare):
+    path = Path(bare.reward) / "config.json"
+    labels = {"id2label": {"0": "a", "1": "b"}, "label2id": {"a": 0, "b": 1}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | labels))
+    code, error = rlhf("ppo", *commands["ppo"])
+    assert code == 2
+    assert f"{bare.reward}: has 2 labels, but a reward model has one" in only_line(error)
+
+
+def test_tokenizers_that_differ(rlhf, commands, bare):
+    make_tokenizer([*WORDS, "another"]).save_pretrained(bare.reward)
+    for stage, extra in (("ppo", []), ("evaluate", ["--judge", bare.reward])):
+        code, error = rlhf(stage, *commands[stage], *extra)
+        assert code == 2
+        assert "must share one" in only_line(error)
+
+
+def test_no_such_model(rlhf, commands, tmp_path):
+    command = [word if "bare" not in str(word) else tmp_path / "absent" for word in commands["sft"]]
+    code, error = rlhf("sft", *command)
+    assert code == 2
+    assert f"{tmp_path / 'absent'}: no such directory" in only_line(error)
+
+
+def test_interrupt(rlhf, commands, base, bare, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlhf.sft.train", interrupted)
+    code, error = rlhf("sft", *commands["sft"])
+    assert code == 130
+    assert error.strip() == "rlhf sft: interrupted; go on with --resume"
+
+
+def test_the_recipe_end_to_end(rlhf, base, data, tmp_path):
+    """Every command once, each on what the one before it made."""
+    common = ["--device", "cpu", "--adam.learning_rate", 1e-3]
+    short = ["--lengths.max_prompt_tokens", 16, "--lengths.max_response_tokens", 8]
+    texts = ["--pretraining_data", data.texts, "--pretraining_tokens", 16]
+
+    def succeeds(*arguments):
+        code, error = rlhf(*arguments)
+        assert code == 0, error
+
+    answers = tmp_path / "answers.jsonl"
+    sft, reward, ppo, evaluation = (tmp_path / name for name in ("sft", "reward", "ppo", "evaluation"))
+    succeeds(
+        "sft",
+        "--model",
+        base,
+        "--data",
+        data.demonstrations,
+        "--epochs",
+        2,
+        "--batch_size",
+        8,
+        "--output_dir",
+        sft,
+        *common,
+    )
+    succeeds(
+        "generate", "--model", sft / "model", "--prompts", data.prompts, "--samples", 4, "--output", answers, *short
+    )
+    records = [json.loads(line) for line in answers.read_text().splitlines()]
+    # The labeller likes what goes on with more words.
+    ranked = [
+        record
+        | {
+            "ranks": [
+                1 + sum(len(b.split()) > len(a.split()) for b in record["completions"]) for a in record["completions"]
+            ]
+        }
+        for record in records
+        if all(text.strip() for text in record["completions"])
+    ]
+    comparisons = write_jsonl(tmp_path / "comparisons.jsonl", ranked)
+    succeeds(
+        "reward", "--model", sft / "model", "--data", comparisons, "--demonstrations", data.demonstrations,
+        "--batch_size", 8, "--epochs", 3, "--output_dir", reward, *common,
+    )  # fmt: skip
+    succeeds(
+        "ppo", "--policy", sft / "model", "--reward_model", reward / "model", "--prompts", data.prompts, *texts, *short,
+        "--gamma_ptx", 1, "--pretraining_per_episode", 1, "--episodes", 48, "--batch_size", 16, "--minibatch_size", 8,
+        "--output_dir", ppo, *common,
+    )  # fmt: skip
+    succeeds(
+        "evaluate", "--model", ppo / "model", "--baseline", sft / "model", "--judge", reward / "model",
+        "--prompts", data.prompts, *texts, *short, "--output_dir", evaluation,
+    )  # fmt: skip
+    figures = json.loads((evaluation / "results.json").read_text())
+    assert 0 <= figures["win_rate"]["low"] <= figures["win_rate"]["rate"] <= figures["win_rate"]["high"] <= 1
+    assert figures.keys() >= {"kl", "reward", "alignment_tax"}
+    assert [record["step"] for record in metrics(ppo)] == [0, 1, 2]
+    assert yaml.safe_load((ppo / "config.yaml").read_text())["gamma_ptx"] == 1
+
+
+def test_settings_are_stored_and_can_be_used_again(rlhf, base, data, tmp_path):
+    """config.yaml of a run is what --config takes, but for the name of the stage."""
+    command = [
+        "sft",
+        "--model",
+        base,
+        "--data",
+        data.demonstrations,
+        "--epochs",
+        1,
+        "--device",
+        "cpu",
+        "--adam.beta1",
+        0.8,
+    ]
+    code, error = rlhf(*command, "--output_dir", tmp_path / "first")
+    assert code == 0, error
+    stored = yaml.safe_load((tmp_path / "first" / "config.yaml").read_text())
+    assert stored.pop("stage") == "sft"
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(stored))
+    code, error = rlhf("sft", "--config", tmp_path / "again.yaml", "--output_dir", tmp_path / "second")
+    assert code == 0, error
+    first, second = (tmp_path / name / "model" / "model.safetensors" for name in ("first", "second"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_several_data_files(rlhf, base, data, tmp_path):
+    for number in (1, 2):
+        write_jsonl(tmp_path / f"{number}.jsonl", [GOOD["sft"]] * number)
+    files = json.dumps([str(tmp_path / "1.jsonl"), str(tmp_path / "2.jsonl")])
+    code, error = rlhf(
+        "sft", "--model", base, "--data", files, "--epochs", 1, "--output_dir", tmp_path / "out", "--device", "cpu"
+    )
+    assert code == 0, error
+    assert "| demonstrations | 3 |" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_help_and_bad_settings_do_not_wait_for_torch():
+    """They answer before the heavy imports."""
+    code = """
+import sys
+from rlhf import cli
+
+sys.argv[1:] = ["ppo", "--kl_coefficient=-1"]
+sys.argv += ["--output_dir", "a", "--policy", "b", "--reward_model", "c", "--prompts", "d"]
+status = cli.main()
+print(status, "torch" in sys.modules, "transformers" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["2", "False", "False"], done.stderr
+
+
+def test_module_and_exit_status(tmp_path):
+    process = start("sft", "--epochs", "0", "--model", "a", "--data", "b", "--output_dir", tmp_path)
+    out, error = process.communicate()
+    assert process.returncode == 2
+    assert out == ""
+    assert only_line(error) == "rlhf sft: error: epochs: is 0, must be at least 1"

@@ -1,0 +1,131 @@
+"""Sampling: the log-probs kept are the model's own, and so are the frequencies."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tools import tiny_gpt2
+
+from rlhf.models import LanguageModel
+from rlhf.rollout import sample
+from rlhf_kernels import linear_selective_log_softmax
+
+EOS = 1
+PROMPTS = [[5, 6, 7, 8], [9], [10, 11], [12] * 9, [13, 14, 15], [16, 17], [18]]
+
+
+def draw(model, prompts, seed=0, **options):
+    torch.manual_seed(seed)
+    return sample(model, prompts, **{"eos_token_id": EOS, "max_new_tokens": 10} | options)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+@pytest.mark.parametrize("batch_size", [512, 3, 1])
+def test_logprobs_are_teacher_forced_ones(lm, temperature, batch_size):
+    """The whole sequence in one pass, alone and without a cache, through transformers' own logits."""
+    completions = draw(lm, PROMPTS, temperature=temperature, batch_size=batch_size)
+    for prompt, completion in zip(PROMPTS, completions, strict=True):
+        ids = torch.tensor([[*prompt, *completion.tokens]])
+        with torch.no_grad():
+            logprobs = (lm.model(ids).logits[0].float() / temperature).log_softmax(-1)
+        expected = logprobs[len(prompt) - 1 : -1].gather(1, ids[0, len(prompt) :, None])[:, 0]
+        torch.testing.assert_close(completion.logprobs, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_logprobs_are_the_trainer_s(lm):
+    """Packed, from hidden states: what the first minibatch's ratio compares them with."""
+    completions = draw(lm, PROMPTS)
+    batch = lm.lay_out(PROMPTS, [completion.tokens for completion in completions])
+    expected = lm(batch, linear_selective_log_softmax)
+    torch.testing.assert_close(torch.cat([c.logprobs for c in completions]), expected.detach(), atol=1e-5, rtol=1e-5)
+
+
+def test_ends_at_eos_or_at_the_limit(lm):
+    completions = draw(lm, PROMPTS * 20)
+    ended = [completion.tokens[-1] == EOS for completion in completions]
+    assert any(ended)
+    assert not all(ended)
+    for completion, end in zip(completions, ended, strict=True):
+        assert EOS not in completion.tokens[:-1]
+        assert len(completion.tokens) == len(completion.logprobs)
+        assert len(completion.tokens) <= 10
+        assert end or len(completion.tokens) == 10
+
+
+def test_one_token(lm):
+    completions = draw(lm, PROMPTS, max_new_tokens=1)
+    assert [len(completion.tokens) for completion in completions] == [1] * len(PROMPTS)
+
+
+def test_nothing_to_sample(lm):
+    assert draw(lm, []) == []
+
+
+@pytest.mark.parametrize("batch_size", [512, 2])
+def test_greedy_is_transformers_generate(lm, tokenizer, batch_size):
+    ours = draw(lm, PROMPTS, temperature=0, batch_size=batch_size)
+    for prompt, completion in zip(PROMPTS, ours, strict=True):
+        ids = torch.tensor([prompt])
+        options = {
+            "do_sample": False,
+            "max_new_tokens": 10,
+            "eos_token_id": EOS,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        theirs = lm.model.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, len(prompt) :].tolist()
+        assert completion.tokens == theirs
+
+
+def test_greedy_logprobs_are_those_at_temperature_one(lm):
+    for prompt, completion in zip(PROMPTS, draw(lm, PROMPTS, temperature=0), strict=True):
+        with torch.no_grad():
+            expected = lm.model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1).max()
+        torch.testing.assert_close(completion.logprobs[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_order_is_kept(lm):
+    """Prompts are sorted by length to be sampled; greedy answers show whose each is."""
+    alone = [draw(lm, [prompt], temperature=0)[0].tokens for prompt in PROMPTS]
+    assert len({tuple(tokens) for tokens in alone}) > 3
+    for batch_size in (512, 3):
+        assert [c.tokens for c in draw(lm, PROMPTS, temperature=0, batch_size=batch_size)] == alone
+    assert [c.tokens for c in draw(lm, PROMPTS[::-1], temperature=0)] == alone[::-1]
+
+
+def test_seed(lm):
+    first, again, other = (draw(lm, PROMPTS, seed=seed) for seed in (1, 1, 2))
+    assert [c.tokens for c in first] == [c.tokens for c in again]
+    assert [c.tokens for c in first] != [c.tokens for c in other]
+    assert len({tuple(c.tokens) for c in draw(lm, [PROMPTS[0]] * 8)}) > 4  # rows draw apart
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_frequencies(temperature):
+    """Four tokens, of which one is EOS: the first and the second token drawn, against the model's own distribution."""
+    torch.manual_seed(3)
+    model = LanguageModel(tiny_gpt2(4, EOS, n_embd=16, n_positions=8, initializer_range=0.4)).eval()
+    count = 20_000
+    completions = draw(model, [[0, 2]] * count, temperature=temperature, max_new_tokens=2, batch_size=5000)
+    with torch.no_grad():
+        first = (model.model(torch.tensor([[0, 2]])).logits[0, -1] / temperature).softmax(-1)
+        second = (model.model(torch.tensor([[0, 2, 3]])).logits[0, -1] / temperature).softmax(-1)
+    assert first.max() - first.min() > 0.1
+    tokens = torch.tensor([completion.tokens[0] for completion in completions])
+    tolerance = 4 * (first * (1 - first) / count).sqrt()
+    assert ((tokens.bincount(minlength=4) / count - first).abs() < tolerance).all()
+    after = torch.tensor([completion.tokens[1] for completion in completions if completion.tokens[0] == 3])
+    tolerance = 4 * (second * (1 - second) / len(after)).sqrt()
+    assert ((after.bincount(minlength=4) / len(after) - second).abs() < tolerance).all()
+
+
+def test_training_mode_is_kept_and_dropout_off(base):
+    model = LanguageModel.load(base, residual_dropout=0.5)
+    expected = [c.tokens for c in draw(model.eval(), PROMPTS)]
+    assert not model.model.training
+    assert [c.tokens for c in draw(model.train(), PROMPTS)] == expected
+    assert model.model.training
+
+
+def test_needs_no_gradient(lm):
+    assert not any(completion.logprobs.requires_grad for completion in draw(lm, PROMPTS))
+    assert all(parameter.grad is None for parameter in lm.parameters())
