@@ -85,8 +85,8 @@ class Run:
                     )
         self.directory.mkdir(parents=True, exist_ok=True)
         for leftover in self.directory.glob("*.tmp"):
-            shutil.rmtree(leftover)
-        config_file.write_text(yaml.safe_dump({"stage": self.stage, **asdict(self.config)}, sort_keys=False))
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        write_whole(config_file, yaml.safe_dump({"stage": self.stage, **asdict(self.config)}, sort_keys=False))
 
     @property
     def device(self) -> torch.device:
@@ -129,7 +129,7 @@ class Run:
         path = self.directory / "metrics.jsonl"
         if path.exists():
             self.history = [record for record in read_metrics(path) if record["step"] < first_step]
-        path.write_text("".join(json.dumps(record) + "\n" for record in self.history))
+        write_whole(path, "".join(json.dumps(record) + "\n" for record in self.history))
         self._metrics = path.open("a")
         self._tensorboard = SummaryWriter(str(self.directory / "tensorboard"), purge_step=first_step)
 
@@ -245,6 +245,13 @@ def quiet_libraries() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file so that a kill leaves the old one or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def flush(path: Path) -> None:

@@ -38,7 +38,7 @@ from rlhf.demo.world import STOP_WORD, Instruction, World, answer_page
 from rlhf.evaluate import pretraining_loss, win_rate
 from rlhf.models import LanguageModel, ScalarModel, load_tokenizer
 from rlhf.rollout import sample
-from rlhf.training import RunError, console, read_metrics
+from rlhf.training import RunError, console, read_metrics, write_whole
 
 LENGTHS = LengthConfig(max_prompt_tokens=32, max_response_tokens=40)
 SHOTS = 2
@@ -126,7 +126,7 @@ def open_directory(output: Path, config: DemoConfig, resume: bool) -> None:
             )
     try:
         (output / "data").mkdir(parents=True, exist_ok=True)
-        settings.write_text(yaml.safe_dump(wanted, sort_keys=False))
+        write_whole(settings, yaml.safe_dump(wanted, sort_keys=False))
     except OSError as error:
         raise RunError(f"{output}: cannot be used for output: {error.strerror}") from error
 
@@ -168,7 +168,7 @@ def make_data(config: DemoConfig) -> Data:
 
 def write_records(path: Path, records: list[dict]) -> None:
     """Writes JSONL."""
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def train_sft(config: DemoConfig, base: Path) -> Path:
@@ -378,7 +378,7 @@ class Clock:
         start = time.monotonic()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - start
-        self.path.write_text(json.dumps(self.seconds, indent=2))
+        write_whole(self.path, json.dumps(self.seconds, indent=2))
 
     def total(self) -> float:
         """Seconds of all steps together."""

@@ -1,10 +1,11 @@
-"""The shipped recipes: every one is accepted by the command, and holds the paper's values. And docs/recipe.md's references.
+"""The shipped recipes: every one is accepted by the command, with the paper's values. And the references of docs/recipe.md.
 
 `python tests/rlhf/test_recipes.py` puts the line numbers of docs/recipe.md right after the code has moved.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "rlhf" / "recipes").glob("*/*.yaml"))
 NAMES = [f"{path.parent.name}/{path.stem}" for path in RECIPES]
 PAPER = [name for name in NAMES if not name.startswith("small/")]
+PARSER = make_parser()
 # What a small recipe leaves to the command line.
 PATHS = {
     "sft": ["--model=m", "--data=d", "--output_dir=o"],
@@ -31,9 +33,10 @@ def stage_of(name):
     return name.partition("/")[2].split("_")[0]
 
 
+@functools.cache
 def parsed(name):
     """The settings that ``rlhf <stage> --config <name>`` trains with, flat."""
-    stage, parser = stage_of(name), make_parser()
+    stage, parser = stage_of(name), PARSER
     arguments = PATHS[stage] if name.startswith("small/") else []
     settings = parser.instantiate(parser.parse_args([stage, "--config", recipe(name), *arguments]))[stage].as_dict()
     settings.pop("config")
