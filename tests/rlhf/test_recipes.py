@@ -1,4 +1,4 @@
-"""The shipped recipes: every one is accepted by the command, with the paper's values. And the references of docs/recipe.md.
+"""The shipped recipes: each is accepted by the command, with the paper's values. And docs/recipe.md's references.
 
 `python tests/rlhf/test_recipes.py` puts the line numbers of docs/recipe.md right after the code has moved.
 """
