@@ -123,6 +123,9 @@ class SFTConfig(RunConfig):
         check(self.batch_size > 0, "batch_size", self.batch_size, "at least 1")
         check(0 <= self.residual_dropout < 1, "residual_dropout", self.residual_dropout, "in [0, 1)")
         check(0 <= self.pretraining_fraction < 1, "pretraining_fraction", self.pretraining_fraction, "in [0, 1)")
+        if self.pretraining_fraction:
+            mixed = max(1, round(self.batch_size * self.pretraining_fraction))
+            check(mixed < self.batch_size, "batch_size", self.batch_size, f"above the {mixed} of pretraining text")
         check_pretraining(
             self.pretraining_fraction, "pretraining_fraction", self.pretraining_data, self.pretraining_tokens
         )
@@ -185,11 +188,11 @@ class PPOConfig(RunConfig):
     lam: float = 0.95
     """λ of generalized advantage estimation. Not in the paper; as in Stiennon et al. 2020."""
     whiten_advantages: bool = True
-    """Normalise advantages over the batch. Not in the paper; as in Stiennon et al. 2020."""
+    """Normalise advantages over the batch. Not in the paper; as in the code of Ziegler et al. 2019."""
     clip_range: float = 0.2
     """PPO's clip ratio (C.4)."""
     value_clip_range: float | None = 0.2
-    """The same for the value model's move. Not in the paper; as in Stiennon et al. 2020. null: no clipping."""
+    """The same for the value model's move. Not in the paper; as in Ziegler et al. 2019. null: no clipping."""
     temperature: float = 1.0
     """Sampling temperature (C.4)."""
     warmup_iterations: int = 10

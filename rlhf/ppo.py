@@ -150,7 +150,9 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
             "reward, last tenth": mean["reward"],
             "KL to the SFT model, last tenth (nats per completion)": mean["kl"],
             "response tokens, last tenth": mean["response_tokens"],
-            "largest |ratio − 1| before an update": max(record["ratio_max_deviation"] for record in run.history),
+            "largest deviation of the ratio from 1 before an update": max(
+                record["ratio_max_deviation"] for record in run.history
+            ),
         }
     curves = [["reward"], ["kl"], ["entropy"], ["value_loss"], ["response_tokens"], ["pretraining_loss"]]
     report.write(run, "PPO-ptx" if config.gamma_ptx else "PPO", rows, curves)

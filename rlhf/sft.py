@@ -60,9 +60,8 @@ def train(config: SFTConfig, *, resume: bool = False) -> Path:
     model = LanguageModel.load(config.model, residual_dropout=config.residual_dropout, attention=config.attention)
     model, optimizer = run.prepare(model, make_optimizer(model, config.adam))
     validation = [examples[i] for i in held_out]
-    first_loss = mean_loss(run, model, validation) if validation else math.nan
 
-    pretraining_size = round(config.batch_size * config.pretraining_fraction)
+    pretraining_size = max(1, round(config.batch_size * config.pretraining_fraction)) if pretraining else 0
     demonstration_size = config.batch_size - pretraining_size
     steps = math.ceil(config.epochs * len(training) / demonstration_size)
     for step in run.steps(steps):
@@ -73,21 +72,20 @@ def train(config: SFTConfig, *, resume: bool = False) -> Path:
         if pretraining_size:
             batch += [pretraining[i] for i in batch_indices(len(pretraining), pretraining_size, step, seed=config.seed)]
         factor = cosine_to_tenth(step, steps)
+        before = {"held_out_loss_before": mean_loss(run, model, validation)} if validation and step == 0 else {}
         model.train()
         loss = language_model_step(run, model, mine(run, batch))
         norm = optimizer_step(run, model, optimizer, config.adam, factor)
-        metrics = {"loss": loss, "learning_rate": config.adam.learning_rate * factor, "gradient_norm": norm}
+        metrics = before | {"loss": loss, "learning_rate": config.adam.learning_rate * factor, "gradient_norm": norm}
         epoch_done = (step + 1) * demonstration_size // len(training) > step * demonstration_size // len(training)
         if validation and (epoch_done or step + 1 == steps):
             metrics["held_out_loss"] = mean_loss(run, model, validation)
         run.log(step, metrics, show=["loss", "held_out_loss"])
 
     rows: dict[str, float] = {"demonstrations": len(training), "epochs": config.epochs, "steps": steps}
-    if validation:
-        rows |= {
-            "held-out loss before (nats per token)": first_loss,
-            "held-out loss after": mean_loss(run, model, validation),
-        }
+    if validation and run.history:
+        rows["held-out loss before (nats per token)"] = run.history[0]["held_out_loss_before"]
+        rows["held-out loss after"] = run.history[-1]["held_out_loss"]
     report.write(run, "Supervised fine-tuning", rows, curves=[["loss", "held_out_loss"], ["learning_rate"]])
     # The model last: its presence is what says that the run is finished.
     path = run.save_model(run.accelerator.unwrap_model(model), tokenizer)
