@@ -365,5 +365,5 @@ def test_run_directory(ppo_config):
     path = ppo.train(config)
     names = {item.name for item in path.parent.iterdir()}
     assert names >= {"config.yaml", "metrics.jsonl", "tensorboard", "report.md", "curves.png", "model"}
-    assert "largest |ratio − 1| before an update" in (path.parent / "report.md").read_text()
+    assert "largest deviation of the ratio from 1 before an update" in (path.parent / "report.md").read_text()
     assert not any(name.endswith(".tmp") for name in names)
