@@ -1,4 +1,4 @@
-"""Builds the native module through CMake and Ninja. A failure to do so never breaks the install: it is said, once."""
+"""Builds the native module and the CPU kernels through CMake and Ninja. A failure to do so never breaks the install: it is said, once."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def first_error(output: str) -> str:
 
 
 class CMakeBuild(build_ext):
-    """Configures, builds and installs ``rlhf_kernels/_C`` where setuptools wants it."""
+    """Configures, builds and installs ``_C`` and ``_ops`` where setuptools wants them."""
 
     def run(self) -> None:
         """Builds, or says why not and what is lost."""
@@ -31,16 +31,18 @@ class CMakeBuild(build_ext):
         except (subprocess.CalledProcessError, OSError, ImportError) as error:
             reason = error.stderr if getattr(error, "stderr", None) else str(error)
             print(
-                f"rlhf-kernels: the native module was not built: {reason}\n"
+                f"rlhf-kernels: the native code was not built: {reason}\n"
                 "  The install goes on without it: ops run on the other backends, sequence packing in Python.\n"
-                "  To have it, install a C++17 compiler and `pip install cmake ninja pybind11`, then install again.",
+                "  To have it, install a C++20 compiler and `pip install cmake ninja pybind11`, then install again.",
                 file=sys.stderr,
             )
 
     def build_with_cmake(self) -> None:
         """Raises CalledProcessError, OSError or ImportError when a tool fails or is missing."""
         import pybind11
+        import torch
 
+        torch_folder = Path(torch.__file__).parent
         destination = Path(self.get_ext_fullpath("rlhf_kernels._C")).resolve().parent
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
@@ -50,6 +52,9 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DRLHF_KERNELS_VERSION={self.distribution.get_version()}",
+            f"-DTORCH_INCLUDE_DIR={torch_folder / 'include'}",
+            f"-DTORCH_LIBRARY_DIR={torch_folder / 'lib'}",
+            f"-DRLHF_KERNELS_ASAN={os.environ.get('RLHF_KERNELS_ASAN', 'OFF')}",
         ]  # fmt: skip
         # The venv's own cmake and ninja come before the system's, whether or not the venv is activated.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])

@@ -1,26 +1,40 @@
 """Which backend runs an op, and how to force one.
 
 ``RLHF_KERNELS_BACKEND=name`` or ``with use_backend("name"):`` forces a backend for every op; forcing one that this
-install or this device does not have raises, and says why. Otherwise the device decides.
+install or this device does not have raises, and says why. Otherwise the device decides: the native kernels on the CPU
+(float64 goes to the reference, which alone has it), the reference elsewhere.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
-
-from rlhf_kernels import reference
+from torch import Tensor
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-# The backends this version has, each a package with one module per op family, and why the others are missing.
-_PACKAGES = {"reference": reference}
-_MISSING = {
-    "cpu": "the native CPU kernels are not part of this version",
+
+def _load() -> str | None:
+    """Loads the native ops into ``torch.ops.rlhf_kernels``; why not, if not."""
+    path = Path(__file__).with_name("_ops.so")
+    if not path.exists():
+        return "this install has no native ops: it found no C++20 compiler or no CMake when it was built"
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        return f"the native ops do not load ({error})"
+    return None
+
+
+# Why this install lacks a backend; None where it has it.
+_MISSING: dict[str, str | None] = {
+    "reference": None,
+    "cpu": _load(),
     "triton": "the Triton kernels are not part of this version",
     "cuda": "the CUDA kernels are not part of this version",
 }
@@ -28,7 +42,7 @@ _MISSING = {
 
 def missing(name: str) -> str | None:
     """Why this install does not have backend ``name``, one of :data:`BACKENDS`; None if it has it."""
-    return _MISSING.get(name)
+    return _MISSING[name]
 
 
 def available_backends() -> list[str]:
@@ -68,11 +82,36 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def choose(device: torch.device) -> str:
-    """The backend for tensors on ``device``."""
-    return _forced or "reference"
+def choose(*tensors: Tensor) -> str:
+    """The backend for an op on these tensors, which are on one device: native kernels where there are any for them.
+
+    Raises:
+        RuntimeError: the forced backend does not run on this device, or not with float64.
+    """
+    on_cpu = tensors[0].device.type == "cpu"
+    double = any(x.dtype == torch.float64 for x in tensors)
+    if _forced is None:
+        return "cpu" if on_cpu and not double and _MISSING["cpu"] is None else "reference"
+    if _forced == "cpu" and not on_cpu:
+        raise RuntimeError(f"backend 'cpu' was asked for, but these tensors are on {tensors[0].device}")
+    if _forced != "reference" and double:
+        raise RuntimeError(f"backend {_forced!r} was asked for, which has no float64; the reference has")
+    return _forced
 
 
-def dispatch(family: str, function: str, device: torch.device) -> Callable[..., Any]:
-    """``function`` of ``rlhf_kernels/<backend>/<family>.py``."""
-    return getattr(getattr(_PACKAGES[choose(device)], family), function)
+def isa() -> str:
+    """The instruction set whose build of the CPU kernels runs here.
+
+    ``RLHF_KERNELS_ISA`` forces a lesser one: avx512_bf16, avx512, avx2 or baseline.
+
+    Raises:
+        RuntimeError: this install has no CPU kernels, or this processor does not run the ones asked for.
+    """
+    if _MISSING["cpu"] is not None:
+        raise RuntimeError(_MISSING["cpu"])
+    library = ctypes.CDLL(str(Path(__file__).with_name("_ops.so")))
+    library.rlhf_kernels_isa.restype = ctypes.c_char_p
+    answer = str(library.rlhf_kernels_isa().decode())
+    if answer.startswith("!"):
+        raise RuntimeError(answer[1:])
+    return answer

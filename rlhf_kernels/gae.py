@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from rlhf_kernels import checks
-from rlhf_kernels.backends import dispatch
+from rlhf_kernels import checks, reference
+from rlhf_kernels.backends import choose
 from rlhf_kernels.kl_reward import ESTIMATORS, check_shaping
+from rlhf_kernels.registration import fake
 
 
 def masked_gae(
@@ -46,8 +50,11 @@ def masked_gae(
             something besides 0 and 1.
     """
     wanted, _ = _check(rewards, values, mask, gamma, lam, bootstrap, whiten, cu_seqlens, "rewards")
-    op = dispatch("gae", "masked_gae", rewards.device)
-    return op(rewards, values, wanted, gamma, lam, bootstrap, whiten, cu_seqlens)
+    arguments = (rewards, values, wanted, gamma, lam, bootstrap, whiten, cu_seqlens)
+    if choose(rewards, values) == "reference":
+        return reference.gae.masked_gae(*arguments)
+    with torch.no_grad():
+        return torch.ops.rlhf_kernels.masked_gae(*arguments)
 
 
 def ppo_advantages(
@@ -97,11 +104,14 @@ def ppo_advantages(
     checks.tensor("ref_logprobs", ref_logprobs, checks.FLOATS, logprobs)
     checks.shape("ref_logprobs", ref_logprobs, logprobs.shape, "the shape of logprobs")
     check_shaping(scores, logprobs, count, beta, score_clip)
-    op = dispatch("gae", "ppo_advantages", logprobs.device)
-    return op(
+    arguments = (
         scores, logprobs, ref_logprobs, values, wanted, beta, gamma, lam, whiten, bootstrap, estimator, score_clip,
         cu_seqlens,
     )  # fmt: skip
+    if choose(scores, logprobs, ref_logprobs, values) == "reference":
+        return reference.gae.ppo_advantages(*arguments)
+    with torch.no_grad():
+        return torch.ops.rlhf_kernels.ppo_advantages(*arguments)
 
 
 def _check(
@@ -129,3 +139,13 @@ def _check(
         checks.tensor("bootstrap", bootstrap, checks.FLOATS, first)
         checks.shape("bootstrap", bootstrap, (count,), "one per sequence")
     return wanted, count
+
+
+@fake("masked_gae")
+def _(rewards: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(rewards.new_empty(rewards.shape, dtype=torch.float32) for _ in range(2))
+
+
+@fake("ppo_advantages")
+def _(scores: Tensor, logprobs: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(logprobs.new_empty(logprobs.shape, dtype=torch.float32) for _ in range(4))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from rlhf_kernels import checks
-from rlhf_kernels.backends import dispatch
+from rlhf_kernels import checks, reference
+from rlhf_kernels.backends import choose
+from rlhf_kernels.registration import autograd, fake
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 
@@ -29,7 +33,12 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1")
         ValueError: shapes or devices differ, or the estimator is unknown.
     """
     _check(logprobs, ref_logprobs, estimator)
-    return dispatch("kl_reward", "kl_penalty", logprobs.device)(logprobs, ref_logprobs, estimator)
+    if choose(logprobs, ref_logprobs) == "reference":
+        return reference.kl_reward.kl_penalty(logprobs, ref_logprobs, estimator)
+    if logprobs.dim() in (1, 2):
+        return torch.ops.rlhf_kernels.kl_penalty(logprobs, ref_logprobs, estimator)
+    flat = torch.ops.rlhf_kernels.kl_penalty(logprobs.reshape(-1), ref_logprobs.reshape(-1), estimator)
+    return flat.view(logprobs.shape)
 
 
 def kl_shaped_rewards(
@@ -71,8 +80,11 @@ def kl_shaped_rewards(
         raise ValueError(f"logprobs: has shape {tuple(logprobs.shape)}, must be (B, T)")
     wanted = checks.mask("mask", mask, logprobs, logprobs.shape)
     check_shaping(scores, logprobs, logprobs.shape[0], beta, score_clip)
-    op = dispatch("kl_reward", "kl_shaped_rewards", logprobs.device)
-    return op(scores, logprobs, ref_logprobs, wanted, beta, estimator, score_clip)
+    arguments = (scores, logprobs, ref_logprobs, wanted, beta, estimator, score_clip)
+    if choose(scores, logprobs, ref_logprobs) == "reference":
+        return reference.kl_reward.kl_shaped_rewards(*arguments)
+    with torch.no_grad():
+        return torch.ops.rlhf_kernels.kl_shaped_rewards(*arguments)
 
 
 def _check(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> None:
@@ -89,3 +101,30 @@ def check_shaping(scores: Tensor, like: Tensor, count: int, beta: float, score_c
     checks.number("beta", beta, 0.0)
     if score_clip is not None:
         checks.number("score_clip", score_clip, 0.0, exclusive_low=True)
+
+
+@fake("kl_penalty")
+def _(logprobs: Tensor, *_: Any) -> Tensor:
+    return logprobs.new_empty(logprobs.shape, dtype=torch.float32)
+
+
+@fake("kl_penalty_backward")
+def _(logprobs: Tensor, *_: Any) -> Tensor:
+    return logprobs.new_empty(logprobs.shape, dtype=torch.float32)
+
+
+@fake("kl_shaped_rewards")
+def _(scores: Tensor, logprobs: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(logprobs.new_empty(logprobs.shape, dtype=torch.float32) for _ in range(2))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logprobs, ref_logprobs, ctx.estimator = inputs
+    ctx.save_for_backward(logprobs, ref_logprobs)
+
+
+@autograd("kl_penalty", _save)
+def _backward(ctx: Any, saved: tuple[Tensor, ...], gradient: Tensor) -> tuple[Tensor | None, ...]:
+    logprobs, ref_logprobs = saved
+    slope = torch.ops.rlhf_kernels.kl_penalty_backward(logprobs, ref_logprobs, ctx.estimator, gradient)
+    return slope.to(logprobs.dtype), -slope.to(ref_logprobs.dtype), None

@@ -6,12 +6,16 @@ arXiv 2408.00118, section 2), then division by the temperature.
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from rlhf_kernels import checks
-from rlhf_kernels.backends import dispatch
+from rlhf_kernels import checks, reference
+from rlhf_kernels.backends import choose
 from rlhf_kernels.log_prob import wanted_rows
-from rlhf_kernels.ppo_loss import check_clipping, check_reduction
+from rlhf_kernels.ppo_loss import POLICY_STATISTICS, check_clipping, check_reduction
+from rlhf_kernels.registration import autograd, fake, needs_gradient, scaled
 
 
 def linear_selective_log_softmax(
@@ -51,8 +55,7 @@ def linear_selective_log_softmax(
     """
     _check_linear(hidden, weight, bias, temperature, softcap)
     wanted = wanted_rows(index, hidden, hidden.shape[:-1], weight.shape[0], row_mask, ignore_index)
-    op = dispatch("linear_log_prob", "linear_selective_log_softmax_and_entropy", hidden.device)
-    return op(hidden, weight, index, wanted, bias, temperature, softcap, with_entropy=False)[0]
+    return _run(hidden, weight, index, wanted, bias, temperature, softcap, with_entropy=False)[0]
 
 
 def linear_selective_log_softmax_and_entropy(
@@ -75,8 +78,7 @@ def linear_selective_log_softmax_and_entropy(
     """
     _check_linear(hidden, weight, bias, temperature, softcap)
     wanted = wanted_rows(index, hidden, hidden.shape[:-1], weight.shape[0], row_mask, ignore_index)
-    op = dispatch("linear_log_prob", "linear_selective_log_softmax_and_entropy", hidden.device)
-    return op(hidden, weight, index, wanted, bias, temperature, softcap, with_entropy=True)
+    return _run(hidden, weight, index, wanted, bias, temperature, softcap, with_entropy=True)
 
 
 def linear_ppo_policy_loss(
@@ -136,11 +138,17 @@ def linear_ppo_policy_loss(
     checks.index_range("index", index, weight.shape[0], wanted)
     check_clipping(clip_range, clip_range_high, dual_clip)
     check_reduction(reduction, len(rows))
-    op = dispatch("linear_log_prob", "linear_ppo_policy_loss", hidden.device)
-    return op(
-        hidden, weight, index, old_logprobs, advantages, wanted, bias, temperature, softcap,
-        clip_range, clip_range if clip_range_high is None else clip_range_high, dual_clip, reduction,
+    clip = (clip_range, clip_range if clip_range_high is None else clip_range_high, dual_clip, reduction)
+    if choose(hidden, weight) == "reference":
+        return reference.linear_log_prob.linear_ppo_policy_loss(
+            hidden, weight, index, old_logprobs, advantages, wanted, bias, temperature, softcap, *clip
+        )
+    hidden, weight, bias = _operands(hidden, weight, bias)
+    loss, statistics, *_ = torch.ops.rlhf_kernels.linear_ppo_policy_loss(
+        hidden, weight, index, old_logprobs, advantages, wanted, bias, temperature, softcap, *clip,
+        needs_gradient(hidden), needs_gradient(weight, bias),
     )  # fmt: skip
+    return loss, dict(zip((*POLICY_STATISTICS, "entropy"), statistics.unbind(), strict=True))
 
 
 def linear_cross_entropy(
@@ -184,8 +192,15 @@ def linear_cross_entropy(
     checks.integer("ignore_index", ignore_index)
     wanted = labels != ignore_index
     checks.index_range("labels", labels, weight.shape[0], wanted)
-    op = dispatch("linear_log_prob", "linear_cross_entropy", hidden.device)
-    return op(hidden, weight, labels, wanted, bias, temperature, softcap, reduction)
+    if choose(hidden, weight) == "reference":
+        return reference.linear_log_prob.linear_cross_entropy(
+            hidden, weight, labels, wanted, bias, temperature, softcap, reduction
+        )
+    hidden, weight, bias = _operands(hidden, weight, bias)
+    return torch.ops.rlhf_kernels.linear_cross_entropy(
+        hidden, weight, labels, wanted, bias, temperature, softcap, reduction == "mean",
+        needs_gradient(hidden), needs_gradient(weight, bias),
+    )[0]  # fmt: skip
 
 
 def _check_linear(
@@ -204,3 +219,129 @@ def _check_linear(
     checks.number("temperature", temperature, 0.0, exclusive_low=True)
     if softcap is not None:
         checks.number("softcap", softcap, 0.0, exclusive_low=True)
+
+
+def _run(
+    hidden: Tensor, weight: Tensor, index: Tensor, wanted: Tensor, bias: Tensor | None, temperature: float,
+    softcap: float | None, *, with_entropy: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if choose(hidden, weight) == "reference":
+        return reference.linear_log_prob.linear_selective_log_softmax_and_entropy(
+            hidden, weight, index, wanted, bias, temperature, softcap, with_entropy=with_entropy
+        )
+    hidden, weight, bias = _operands(hidden, weight, bias)
+    op = torch.ops.rlhf_kernels.linear_selective_log_softmax
+    logprobs, entropies, _, _ = op(hidden, weight, index, wanted, bias, temperature, softcap, with_entropy)
+    return logprobs.view(index.shape), entropies.view(index.shape) if with_entropy else entropies
+
+
+def _operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows of hidden states, and operands of one dtype."""
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    dtypes = {x.dtype for x in (hidden, weight, bias) if x is not None}
+    if len(dtypes) > 1:
+        hidden, weight, bias = hidden.float(), weight.float(), None if bias is None else bias.float()
+    return hidden, weight, bias
+
+
+def _gradients_like(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs_hidden: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    def like(operand: Tensor | None, needed: bool) -> Tensor:
+        if operand is not None and needed:
+            return operand.new_empty(operand.shape)
+        return hidden.new_empty(0, dtype=torch.float32)
+
+    return like(hidden, needs_hidden), like(weight, needs_weight), like(bias, needs_weight)
+
+
+@fake("linear_selective_log_softmax")
+def _(
+    hidden: Tensor, weight: Tensor, index: Tensor, wanted: Tensor, bias: Tensor | None, temperature: float,
+    softcap: float | None, with_entropy: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    def per_row(count: int) -> Tensor:
+        return hidden.new_empty(count, dtype=torch.float32)
+
+    rows = index.numel()
+    return per_row(rows), per_row(rows if with_entropy else 0), per_row(rows), per_row(rows)
+
+
+@fake("linear_selective_log_softmax_backward")
+def _(hidden: Tensor, weight: Tensor, index: Tensor, wanted: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+    return _gradients_like(hidden, weight, bias, *rest[-2:])
+
+
+@fake("linear_ppo_policy_loss")
+def _(
+    hidden: Tensor, weight: Tensor, index: Tensor, old: Tensor, advantages: Tensor, wanted: Tensor,
+    bias: Tensor | None, *rest: Any,
+) -> Any:  # fmt: skip
+    loss, statistics = (hidden.new_empty(shape, dtype=torch.float32) for shape in ((), (5,)))
+    return loss, statistics, *_gradients_like(hidden, weight, bias, *rest[-2:])
+
+
+@fake("linear_cross_entropy")
+def _(hidden: Tensor, weight: Tensor, labels: Tensor, wanted: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+    loss = hidden.new_empty((), dtype=torch.float32)
+    return loss, *_gradients_like(hidden, weight, bias, *rest[-2:])
+
+
+def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, index, wanted, bias, ctx.temperature, ctx.softcap, ctx.with_entropy = inputs
+    _, entropies, maxima, log_sums = output
+    ctx.save_for_backward(hidden, weight, index, wanted, bias, entropies, maxima, log_sums)
+    ctx.mark_non_differentiable(maxima, log_sums, *(() if ctx.with_entropy else (entropies,)))
+
+
+@autograd("linear_selective_log_softmax", _save_rows)
+def _backward_of_rows(
+    ctx: Any, saved: tuple[Any, ...], grad_logprobs: Tensor, grad_entropies: Tensor, *_: Any
+) -> tuple[Tensor | None, ...]:
+    hidden, weight, index, wanted, bias, entropies, maxima, log_sums = saved
+    needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[4]
+    gradients = torch.ops.rlhf_kernels.linear_selective_log_softmax_backward(
+        hidden, weight, index, wanted, bias, ctx.temperature, ctx.softcap, entropies, maxima, log_sums, grad_logprobs,
+        grad_entropies if ctx.with_entropy else None, needs_hidden, needs_weight,
+    )  # fmt: skip
+    of_hidden, of_weight, of_bias = gradients
+    return (
+        of_hidden if needs_hidden else None, of_weight if needs_weight else None, None, None,
+        of_bias if needs_weight and bias is not None else None, None, None, None,
+    )  # fmt: skip
+
+
+# The losses come with their gradients, which the derivative scales: hidden and weight are inputs 0 and 1.
+
+
+def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...], bias_at: int) -> None:
+    hidden, weight, bias = inputs[0], inputs[1], inputs[bias_at]
+    ctx.save_for_backward(hidden, weight, bias, *output[-3:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.count, ctx.bias_at, ctx.needs = len(inputs), bias_at, inputs[-2:]
+
+
+def _backward_of_loss(ctx: Any, saved: tuple[Any, ...], grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias, *gradients = saved
+    needs_hidden, needs_weight = ctx.needs
+    # Multiplying gigabytes by 1 costs as much as reading them twice; where the value can't be looked at, it is done.
+    unscaled = not torch.compiler.is_compiling() and grad_loss.device.type == "cpu" and grad_loss.item() == 1
+    result: list[Tensor | None] = [None] * ctx.count
+    for at, operand, gradient, needed in zip(
+        (0, 1, ctx.bias_at), (hidden, weight, bias), gradients, (needs_hidden, needs_weight, needs_weight), strict=True
+    ):
+        if needed and operand is not None:
+            result[at] = gradient if unscaled else scaled(gradient, grad_loss, operand.dtype)
+    return tuple(result)
+
+
+@autograd("linear_ppo_policy_loss", lambda ctx, inputs, output: _save_loss(ctx, inputs, output, bias_at=6))
+def _backward_of_policy_loss(ctx: Any, saved: tuple[Any, ...], grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    return _backward_of_loss(ctx, saved, grad_loss)
+
+
+@autograd("linear_cross_entropy", lambda ctx, inputs, output: _save_loss(ctx, inputs, output, bias_at=4))
+def _backward_of_cross_entropy(
+    ctx: Any, saved: tuple[Any, ...], grad_loss: Tensor, *_: Any
+) -> tuple[Tensor | None, ...]:
+    return _backward_of_loss(ctx, saved, grad_loss)

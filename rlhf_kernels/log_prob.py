@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from rlhf_kernels import checks
-from rlhf_kernels.backends import dispatch
+from rlhf_kernels import checks, reference
+from rlhf_kernels.backends import choose
+from rlhf_kernels.registration import autograd, fake
 
 
 def selective_log_softmax(
@@ -43,8 +47,7 @@ def selective_log_softmax(
         IndexError: an index out of range (on the CPU; on a GPU its row gives NaN).
     """
     wanted = _check(logits, index, temperature, row_mask, ignore_index, inplace_backward)
-    op = dispatch("log_prob", "selective_log_softmax_and_entropy", logits.device)
-    return op(logits, index, wanted, temperature, inplace_backward, with_entropy=False)[0]
+    return _run(logits, index, wanted, temperature, inplace_backward, with_entropy=False)[0]
 
 
 def selective_log_softmax_and_entropy(
@@ -64,8 +67,19 @@ def selective_log_softmax_and_entropy(
         Two (...) float32 (float64 for float64 logits) tensors: log-probabilities and entropies, in nats.
     """
     wanted = _check(logits, index, temperature, row_mask, ignore_index, inplace_backward)
-    op = dispatch("log_prob", "selective_log_softmax_and_entropy", logits.device)
-    return op(logits, index, wanted, temperature, inplace_backward, with_entropy=True)
+    return _run(logits, index, wanted, temperature, inplace_backward, with_entropy=True)
+
+
+def _run(
+    logits: Tensor, index: Tensor, wanted: Tensor, temperature: float, inplace_backward: bool, *, with_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    if choose(logits) == "reference":
+        return reference.log_prob.selective_log_softmax_and_entropy(
+            logits, index, wanted, temperature, inplace_backward, with_entropy=with_entropy
+        )
+    op = torch.ops.rlhf_kernels.selective_log_softmax
+    logprobs, entropies, _, _ = op(logits, index, wanted, temperature, with_entropy, inplace_backward)
+    return logprobs, entropies
 
 
 def _check(
@@ -104,3 +118,53 @@ def wanted_rows(
     wanted = (index != ignore_index) & checks.mask("row_mask", row_mask, like, rows)
     checks.index_range("index", index, size, wanted)
     return wanted
+
+
+# Saved for the derivative, besides the logits: their maximum and log Σ e^(l − max) apart, since their sum, the
+# logsumexp, has lost the digits of the second where logits are large.
+
+
+@fake("selective_log_softmax")
+def _(
+    logits: Tensor, index: Tensor, wanted: Tensor, temperature: float, with_entropy: bool, inplace_backward: bool
+) -> tuple[Tensor, ...]:
+    def per_row() -> Tensor:
+        return logits.new_empty(index.shape, dtype=torch.float32)
+
+    return per_row(), per_row() if with_entropy else logits.new_empty(0, dtype=torch.float32), per_row(), per_row()
+
+
+@fake("selective_log_softmax_backward")
+def _(logits: Tensor, *_: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@fake("selective_log_softmax_backward_")
+def _(*_: Any) -> None:
+    return None
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, index, wanted, ctx.temperature, ctx.with_entropy, ctx.inplace = inputs
+    _, entropies, maxima, log_sums = output
+    ctx.save_for_backward(logits, index, wanted, entropies, maxima, log_sums)
+    ctx.mark_non_differentiable(maxima, log_sums, *(() if ctx.with_entropy else (entropies,)))
+
+
+@autograd("selective_log_softmax", _save)
+def _backward(
+    ctx: Any, saved: tuple[Tensor, ...], grad_logprobs: Tensor, grad_entropies: Tensor, *_: Any
+) -> tuple[Tensor | None, ...]:
+    logits, index, wanted, entropies, maxima, log_sums = saved
+    arguments = (
+        logits, index, wanted, ctx.temperature, entropies, maxima, log_sums, grad_logprobs,
+        grad_entropies if ctx.with_entropy else None,
+    )  # fmt: skip
+    if ctx.inplace:
+        torch.ops.rlhf_kernels.selective_log_softmax_backward_(*arguments)
+        # Autograd then refuses a second pass over these logits.
+        torch.autograd.graph.increment_version(logits)
+        gradient = logits.detach()
+    else:
+        gradient = torch.ops.rlhf_kernels.selective_log_softmax_backward(*arguments)
+    return gradient, None, None, None, None, None

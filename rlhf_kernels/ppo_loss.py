@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from rlhf_kernels import checks
-from rlhf_kernels.backends import dispatch
+from rlhf_kernels import checks, reference
+from rlhf_kernels.backends import choose
+from rlhf_kernels.registration import autograd, fake, needs_gradient, scaled
 
+POLICY_STATISTICS = ("ratio_mean", "ratio_max_deviation", "approx_kl", "clip_fraction")
+VALUE_STATISTICS = ("value_mean", "return_mean", "clip_fraction")
 REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
 
 
@@ -52,9 +58,12 @@ def ppo_policy_loss(
     wanted = _check_tokens(("logprobs", logprobs), ("old_logprobs", old_logprobs), ("advantages", advantages), mask)
     check_clipping(clip_range, clip_range_high, dual_clip)
     check_reduction(reduction, logprobs.dim())
-    op = dispatch("ppo_loss", "ppo_policy_loss", logprobs.device)
     high = clip_range if clip_range_high is None else clip_range_high
-    return op(logprobs, old_logprobs, advantages, wanted, clip_range, high, dual_clip, reduction)
+    arguments = (logprobs, old_logprobs, advantages, wanted, clip_range, high, dual_clip, reduction)
+    if choose(logprobs, old_logprobs, advantages) == "reference":
+        return reference.ppo_loss.ppo_policy_loss(*arguments)
+    loss, statistics, _ = torch.ops.rlhf_kernels.ppo_policy_loss(*arguments, needs_gradient(logprobs))
+    return loss, dict(zip(POLICY_STATISTICS, statistics.unbind(), strict=True))
 
 
 def ppo_value_loss(
@@ -91,8 +100,11 @@ def ppo_value_loss(
     if clip_range is not None:
         checks.number("clip_range", clip_range, 0.0, exclusive_low=True)
     check_reduction(reduction, values.dim())
-    op = dispatch("ppo_loss", "ppo_value_loss", values.device)
-    return op(values, old_values, returns, wanted, clip_range, reduction)
+    arguments = (values, old_values, returns, wanted, clip_range, reduction)
+    if choose(values, old_values, returns) == "reference":
+        return reference.ppo_loss.ppo_value_loss(*arguments)
+    loss, statistics, _ = torch.ops.rlhf_kernels.ppo_value_loss(*arguments, needs_gradient(values))
+    return loss, dict(zip(VALUE_STATISTICS, statistics.unbind(), strict=True))
 
 
 def _check_tokens(
@@ -122,3 +134,35 @@ def check_reduction(reduction: str, dims: int) -> None:
     checks.choice("reduction", reduction, REDUCTIONS)
     if dims != 2 and reduction != "token-mean":
         raise ValueError(f"reduction: is {reduction!r}, which needs (B, T) inputs; these have {dims} dimension(s)")
+
+
+def _results(like: Tensor, statistics: int, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = ((), (statistics,), like.shape if with_gradient else (0,))
+    loss, values, gradient = (like.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return loss, values, gradient
+
+
+@fake("ppo_policy_loss")
+def _(logprobs: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _results(logprobs, len(POLICY_STATISTICS), rest[-1])
+
+
+@fake("ppo_value_loss")
+def _(values: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _results(values, len(VALUE_STATISTICS), rest[-1])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, statistics, gradient = output
+    ctx.save_for_backward(inputs[0], gradient)
+    ctx.mark_non_differentiable(statistics, gradient)
+    ctx.others = (None,) * (len(inputs) - 1)
+
+
+@autograd("ppo_policy_loss", _save)
+def _backward(ctx: Any, saved: tuple[Tensor, ...], grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    variable, gradient = saved
+    return scaled(gradient, grad_loss, variable.dtype), *ctx.others
+
+
+autograd("ppo_value_loss", _save)(_backward)

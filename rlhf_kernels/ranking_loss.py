@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from rlhf_kernels import checks
-from rlhf_kernels.backends import dispatch
+from rlhf_kernels import checks, reference
+from rlhf_kernels.backends import choose
+from rlhf_kernels.registration import autograd, fake, needs_gradient, scaled
 
 
 def pairwise_ranking_loss(
@@ -56,5 +60,28 @@ def pairwise_ranking_loss(
     wanted = checks.mask("mask", mask, scores, scores.shape)
     if margin is not None:
         checks.number("margin", margin, 0.0)
-    op = dispatch("ranking_loss", "pairwise_ranking_loss", scores.device)
-    return op(scores, ranks, offsets, wanted, margin or 0.0)
+    arguments = (scores, ranks, offsets, wanted, margin or 0.0)
+    if choose(scores) == "reference":
+        return reference.ranking_loss.pairwise_ranking_loss(*arguments)
+    loss, accuracy, _ = torch.ops.rlhf_kernels.pairwise_ranking_loss(*arguments, needs_gradient(scores))
+    return loss, accuracy
+
+
+@fake("pairwise_ranking_loss")
+def _(
+    scores: Tensor, ranks: Tensor, offsets: Tensor | None, wanted: Tensor, margin: float, with_gradient: bool
+) -> tuple[Tensor, ...]:
+    shapes = ((), (), scores.shape if with_gradient else (0,))
+    return tuple(scores.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, accuracy, gradient = output
+    ctx.save_for_backward(inputs[0], gradient)
+    ctx.mark_non_differentiable(accuracy, gradient)
+
+
+@autograd("pairwise_ranking_loss", _save)
+def _backward(ctx: Any, saved: tuple[Tensor, ...], grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    scores, gradient = saved
+    return scaled(gradient, grad_loss, scores.dtype), None, None, None, None, None

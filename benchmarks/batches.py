@@ -1,0 +1,27 @@
+"""Batches of completions, as every family after the log-probs takes them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def ragged_mask(batch: int, length: int, generator: torch.Generator, *, holes: bool = True) -> Tensor:
+    """(B, T) bool: completions of a quarter of T up to T tokens; with ``holes``, a tenth of them are no response."""
+    device = generator.device
+    lengths = torch.randint(max(1, length // 4), length + 1, (batch, 1), generator=generator, device=device)
+    mask = torch.arange(length, device=device) < lengths
+    if holes:
+        mask &= torch.rand(batch, length, generator=generator, device=device) > 0.1
+    return mask
+
+
+def normal(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    """Normal numbers."""
+    return (torch.randn(shape, generator=generator, device=generator.device) * scale).to(dtype)
+
+
+def log_probs(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Log-probs of sampled tokens under two policies that are close to one another."""
+    first = -normal(shape, generator, torch.float32).abs()
+    return first.to(dtype), (first + normal(shape, generator, torch.float32, 0.1)).to(dtype)

@@ -1,0 +1,96 @@
+"""What a family file declares: a case, and the implementations that are compared on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from bounds import Work
+from torch import Tensor
+
+Inputs = dict[str, Tensor]
+
+FORWARD = "forward"
+BACKWARD = "forward+backward"
+OURS = "rlhf_kernels"
+MODES = ("default", "max-autotune")
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute a case. Its imports happen in ``load``, so that a peer that is missing costs one line."""
+
+    name: str
+    load: Callable[[], Callable[..., Any]]
+    takes: tuple[str, ...] = ()
+    """Names of the inputs it is called with, in order; empty: those of the case."""
+    overwrites: str | None = None
+    """An input that it destroys, which therefore is made anew, outside the timed region, before each run."""
+    compiles: tuple[str, ...] = ()
+    """The modes in which torch.compile of it is measured too."""
+    install: str = ""
+    """The package that pip knows it as."""
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    steps: tuple[str, ...] = (FORWARD, BACKWARD)
+    compared: bool = True
+    """Whether its values are meant to be those of the case, so that an error can be given."""
+    adapt: Callable[[list[Tensor], Inputs], list[Tensor]] | None = None
+    """Brings its outputs to the definition of the case, before errors are taken; never timed."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op at a size. ``truth`` is the op of rlhf_kernels, whose reference backend in float64 errors are held to."""
+
+    op: str
+    size: str
+    inputs: Callable[[torch.Generator, torch.dtype], Inputs]
+    takes: tuple[str, ...]
+    truth: Callable[..., Any]
+    implementations: tuple[Implementation, ...]
+    work: Callable[[Inputs, str], Work]
+    gradients: tuple[str, ...] = ()
+    """Inputs that are differentiated."""
+    steps: tuple[str, ...] = (FORWARD,)
+    rows: tuple[str, ...] = ()
+    """Inputs whose first dimension is rows that do not depend on one another; the others go whole into every chunk."""
+    chunk: int | None = None
+    """How many rows at a time the truth is computed for, where all of them would need gigabytes."""
+    sample: int | None = None
+    """How many rows errors are taken over, where the rest would tell nothing new."""
+    share: Callable[[Inputs, Inputs], float] | None = None
+    """Which part of a mean over all rows a chunk has, for scalar outputs."""
+    adversarial: Callable[[Inputs], Inputs] | None = None
+    """The same shapes with values that break careless formulas."""
+    remark: str = ""
+    """What a reader should know of this case."""
+    valid: Callable[[Inputs], Tensor] | None = None
+    """Where outputs are compared; None: everywhere."""
+
+    def candidates(self, step: str, modes: tuple[str, ...]) -> Iterator[Implementation]:
+        """The implementations to measure, with torch.compile of the plain formulas in each mode."""
+        for implementation in self.implementations:
+            if step not in implementation.steps:
+                continue
+            yield implementation
+            yield from (compiled(implementation, mode) for mode in implementation.compiles if mode in modes)
+
+
+def compiled(plain: Implementation, mode: str) -> Implementation:
+    """torch.compile of a formula, for one shape, as in a training loop that pads to it."""
+    name = plain.name.replace("eager", "torch.compile") + (f" {mode}" if mode != "default" else "")
+    return replace(plain, name=name, compiles=(), load=lambda: torch.compile(plain.load(), mode=mode, dynamic=False))
+
+
+def ours(op: Callable[..., Any], takes: tuple[str, ...] = ()) -> Implementation:
+    """The op under test, on the backend that it chooses by itself."""
+    return Implementation(OURS, lambda: op, takes)
+
+
+def eager(
+    formula: Callable[..., Any], takes: tuple[str, ...] = (), *, compiles: tuple[str, ...] = MODES, whose: str = ""
+) -> Implementation:
+    """The plain formula, as people write it; ``whose`` steps it takes, where they differ."""
+    return Implementation("eager" + (f", {whose} steps" if whose else ""), lambda: formula, takes, compiles=compiles)

@@ -1,0 +1,197 @@
+"""Log-probs and losses from hidden states and the output projection."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import batches
+import log_prob
+import ppo_loss
+import torch
+import torch.nn.functional as F
+from bounds import Work
+from cases import BACKWARD, FORWARD, Case, Implementation, Inputs, eager, ours
+from torch import Tensor
+
+import rlhf_kernels
+
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
+
+# Sequences, response positions, hidden size, vocabulary.
+SIZES = {
+    "cpu": (8, 256, 1024, 128_256),
+    "cuda": (8, 1024, 4096, 128_256),
+    "quick": (4, 32, 64, 4096),
+}
+ROWS = ("hidden", "index", "labels", "old_logprobs", "advantages", "sequence_advantages", "mask", "attention")
+
+
+def cases(scale: str) -> list[Case]:
+    """Log-probs, and the two losses that turn logits into their gradient at once."""
+    sizes = SIZES[scale]
+    return [
+        _case(
+            rlhf_kernels.linear_selective_log_softmax,
+            sizes,
+            ("hidden", "weight", "index"),
+            (FORWARD, BACKWARD) if scale != "quick" else (BACKWARD,),
+            eager(log_probs),
+            Implementation("torch linear_cross_entropy", lambda: partial(_torch_log_probs, options=None)),
+            Implementation("torch linear_cross_entropy chunked", lambda: partial(_torch_log_probs, options=_chunked())),
+            Implementation("Liger chunked log-probs", _liger_log_probs, install="liger-kernel"),
+            Implementation("cut-cross-entropy", partial(_cut_log_probs, "high"), install="cut-cross-entropy"),
+        ),
+        _case(
+            rlhf_kernels.linear_ppo_policy_loss,
+            sizes,
+            ("hidden", "weight", "index", "old_logprobs", "advantages", "mask"),
+            (BACKWARD,),
+            eager(policy_loss),
+            Implementation(
+                "Liger GRPO loss",
+                _liger_policy_loss,
+                ("hidden", "weight", "index", "old_logprobs", "sequence_advantages", "attention"),
+                install="liger-kernel",
+            ),
+        ),
+        _case(
+            rlhf_kernels.linear_cross_entropy,
+            sizes,
+            ("hidden", "weight", "labels"),
+            (BACKWARD,),
+            eager(cross_entropy),
+            Implementation("torch linear_cross_entropy", lambda: partial(_torch_loss, options=None)),
+            Implementation("torch linear_cross_entropy chunked", lambda: partial(_torch_loss, options=_chunked())),
+            Implementation("Liger fused linear cross-entropy", _liger_loss, install="liger-kernel"),
+            Implementation("cut-cross-entropy", partial(_cut_loss, "high"), install="cut-cross-entropy"),
+            Implementation(
+                "cut-cross-entropy unfiltered", partial(_cut_loss, None), install="cut-cross-entropy", devices=("cuda",)
+            ),
+        ),
+    ]
+
+
+def _case(
+    op: Callable[..., Any], sizes: tuple[int, int, int, int], takes: tuple[str, ...], steps: tuple[str, ...],
+    *peers: Implementation,
+) -> Case:  # fmt: skip
+    batch, length, width, vocabulary = sizes
+    return Case(
+        op.__name__,
+        f"N={batch * length} D={width} V={vocabulary}",
+        partial(_inputs, *sizes),
+        takes,
+        op,
+        (ours(op), *peers),
+        _work,
+        gradients=("hidden", "weight"),
+        steps=steps,
+        rows=ROWS,
+        chunk=1,
+        share=_share,
+    )
+
+
+def _inputs(
+    batch: int, length: int, width: int, vocabulary: int, generator: torch.Generator, dtype: torch.dtype
+) -> Inputs:
+    """Every sequence has one advantage, as in GRPO, so that Liger's loss computes the same thing."""
+    device = generator.device
+    advantages = batches.normal((batch, 1), generator, torch.float32)
+    mask = batches.ragged_mask(batch, length, generator)
+    index = torch.randint(vocabulary, (batch, length), generator=generator, device=device)
+    hidden = batches.normal((batch, length, width), generator, dtype)
+    weight = batches.normal((vocabulary, width), generator, dtype, 2 * width**-0.5)
+    chosen = weight[index].float()
+    old = (hidden.float() * chosen).sum(-1) - batches.normal((vocabulary,), generator, torch.float32, 2).logsumexp(0)
+    return {
+        "hidden": hidden,
+        "weight": weight,
+        "index": index,
+        "labels": torch.where(mask, index, -100),
+        "old_logprobs": old + batches.normal((batch, length), generator, torch.float32, 0.1),
+        "advantages": advantages.expand(batch, length).contiguous(),
+        "sequence_advantages": advantages.squeeze(1),
+        "mask": mask,
+        "attention": mask.float(),
+    }
+
+
+def _share(chunk: Inputs, whole: Inputs) -> float:
+    return float(chunk["mask"].sum() / whole["mask"].sum())
+
+
+def _work(inputs: Inputs, step: str) -> Work:
+    """One matmul forward and two backward: an op that keeps no logits and no gradient of them may need a fourth."""
+    hidden, weight = inputs["hidden"], inputs["weight"]
+    flops = 2 * hidden.numel() * weight.shape[0]
+    size = hidden.nbytes + weight.nbytes
+    return Work(size, flops=flops) if step == FORWARD else Work(2 * size, size, 3 * flops)
+
+
+def log_probs(hidden: Tensor, weight: Tensor, index: Tensor) -> Tensor:
+    """All logits, in the dtype of the hidden states, then all their log-softmax in float32."""
+    return log_prob.log_probs(hidden @ weight.T, index)
+
+
+def policy_loss(
+    hidden: Tensor, weight: Tensor, index: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's loss of these log-probs, without the entropy that ours reports beside it."""
+    return ppo_loss.policy_loss(log_probs(hidden, weight, index), old_logprobs, advantages, mask)
+
+
+def cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """The loss as causal language models compute it."""
+    return F.cross_entropy((hidden @ weight.T).float().flatten(0, 1), labels.flatten())
+
+
+def _chunked() -> Any:
+    return torch.nn.LinearCrossEntropyOptions()
+
+
+def _torch_loss(hidden: Tensor, weight: Tensor, labels: Tensor, *, options: Any, reduction: str = "mean") -> Tensor:
+    return F.linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), reduction=reduction, options=options)
+
+
+def _torch_log_probs(hidden: Tensor, weight: Tensor, index: Tensor, *, options: Any) -> Tensor:
+    return -_torch_loss(hidden, weight, index, options=options, reduction="none").view(index.shape)
+
+
+def _liger_log_probs() -> Callable[..., Tensor]:
+    from liger_kernel.chunked_loss.fused_linear_ppo import LigerFusedLinearPPOBase
+
+    return LigerFusedLinearPPOBase.chunk_forward
+
+
+def _liger_policy_loss() -> Callable[..., Tensor]:
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="bnpo")
+    return lambda hidden, weight, index, old, advantages, mask: loss(
+        hidden, weight, index, mask, advantages, old_per_token_logps=old
+    )[0]
+
+
+def _liger_loss() -> Callable[..., Tensor]:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss()
+    return lambda hidden, weight, labels: loss(weight, hidden.flatten(0, 1), labels.flatten())
+
+
+def _cut_loss(filter_eps: str | None, reduction: str = "mean") -> Callable[..., Tensor]:
+    from cut_cross_entropy import linear_cross_entropy
+
+    def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        impl = "cce" if hidden.is_cuda else "torch_compile"
+        return linear_cross_entropy(hidden, weight, labels, reduction=reduction, filter_eps=filter_eps, impl=impl)
+
+    return loss
+
+
+def _cut_log_probs(filter_eps: str | None) -> Callable[..., Tensor]:
+    loss = _cut_loss(filter_eps, "none")
+    return lambda hidden, weight, index: -loss(hidden, weight, index)

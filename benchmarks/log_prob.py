@@ -1,0 +1,140 @@
+"""Log-probs, and entropies, of sampled tokens from logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import bounds
+import torch
+from bounds import Work
+from cases import BACKWARD, FORWARD, OURS, Case, Implementation, Inputs, eager, ours
+from torch import Tensor
+
+import rlhf_kernels
+
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
+
+# Rows and vocabulary: GPT-2's, Llama 3's.
+SIZES = {
+    "cpu": ((512, 50_257), (512, 128_256)),
+    "cuda": ((8192, 128_256),),
+    "quick": ((32, 50_257),),
+}
+TAKES = ("logits", "index")
+
+
+def cases(scale: str) -> list[Case]:
+    """Both ops at each size."""
+    steps = (FORWARD, BACKWARD) if scale != "quick" else (BACKWARD,)
+    return [case for rows, size in SIZES[scale] for case in (_log_probs(rows, size, steps), _entropies(rows, size))]
+
+
+def _log_probs(rows: int, size: int, steps: tuple[str, ...]) -> Case:
+    op = rlhf_kernels.selective_log_softmax
+    return _case(
+        op,
+        rows,
+        size,
+        steps,
+        ours(op),
+        _in_place(op),
+        Implementation("bare read of the logits", _bare_read, ("logits",), steps=(FORWARD,), compared=False),
+        eager(log_probs),
+        Implementation("TRL", _trl_log_probs, install="trl"),
+        Implementation("flash-attn", _flash_attention, install="flash-attn", devices=("cuda",)),
+    )
+
+
+def _entropies(rows: int, size: int) -> Case:
+    op = rlhf_kernels.selective_log_softmax_and_entropy
+    return _case(
+        op,
+        rows,
+        size,
+        (BACKWARD,),
+        ours(op),
+        _in_place(op),
+        eager(log_probs_and_entropy),
+        Implementation("TRL", _trl_entropies, install="trl"),
+    )
+
+
+def _case(op: Callable[..., Any], rows: int, size: int, steps: tuple[str, ...], *compared: Implementation) -> Case:
+    return Case(
+        op.__name__,
+        f"N={rows} V={size}",
+        partial(_inputs, rows, size),
+        TAKES,
+        op,
+        compared,
+        _work,
+        gradients=("logits",),
+        steps=steps,
+        rows=TAKES,
+        chunk=32,
+        sample=64,
+        adversarial=_adversarial,
+    )
+
+
+def _in_place(op: Callable[..., Any]) -> Implementation:
+    name = f"{OURS} in place"
+    return Implementation(name, lambda: partial(op, inplace_backward=True), overwrites="logits", steps=(BACKWARD,))
+
+
+def _inputs(rows: int, size: int, generator: torch.Generator, dtype: torch.dtype) -> Inputs:
+    device = generator.device
+    logits = torch.randn(rows, size, generator=generator, device=device).mul_(4).to(dtype)
+    return {"logits": logits, "index": torch.randint(size, (rows,), generator=generator, device=device)}
+
+
+def _adversarial(inputs: Inputs) -> Inputs:
+    """By row in turn: logits of ±1e4, one huge logit, and half of the tokens banned."""
+    logits = inputs["logits"].clone()
+    logits[0::3] = torch.where(logits[0::3] > 0, 1e4, -1e4).to(logits.dtype)
+    logits[1::3, 7] = 1e4
+    logits[2::3, 0::2] = -torch.inf
+    index = inputs["index"].clone()
+    index[2::3] |= 1  # a sampled token is not a banned one
+    return {"logits": logits, "index": index.clamp(max=logits.shape[1] - 1)}
+
+
+def _work(inputs: Inputs, step: str) -> Work:
+    """The logits are read; for the gradient they are read again, and as much is written."""
+    size = inputs["logits"].nbytes
+    return Work(read=size) if step == FORWARD else Work(read=2 * size, written=size)
+
+
+def log_probs(logits: Tensor, index: Tensor) -> Tensor:
+    """Log-softmax of all logits, of which one per row is taken."""
+    return logits.float().log_softmax(-1).gather(-1, index[..., None]).squeeze(-1)
+
+
+def log_probs_and_entropy(logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """The same log-softmax, used twice."""
+    every = logits.float().log_softmax(-1)
+    return every.gather(-1, index[..., None]).squeeze(-1), -(every.exp() * every).sum(-1)
+
+
+def _bare_read() -> Callable[[Tensor], Tensor]:
+    return bounds.bare_read
+
+
+def _trl_log_probs() -> Callable[..., Tensor]:
+    from trl.trainer.utils import selective_log_softmax
+
+    return selective_log_softmax
+
+
+def _trl_entropies() -> Callable[..., tuple[Tensor, Tensor]]:
+    from trl.trainer.utils import entropy_from_logits, selective_log_softmax
+
+    return lambda logits, index: (selective_log_softmax(logits, index), entropy_from_logits(logits))
+
+
+def _flash_attention() -> Callable[[Tensor, Tensor], Tensor]:
+    from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
+
+    return lambda logits, index: -cross_entropy_loss(logits, index)[0]

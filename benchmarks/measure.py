@@ -1,0 +1,244 @@
+"""Runs the implementations of a case in turns, and takes down time, memory and error."""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import accuracy
+import bounds
+import torch
+from cases import BACKWARD, MODES, Case, Implementation, Inputs
+from console import Console
+from memory import peak_extra_bytes
+from torch import Tensor
+
+Results = tuple[list[Tensor], list[Tensor]]
+"""Outputs and gradients."""
+
+SLOW_FIRST_CALL_S = 60.0
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure."""
+
+    seconds: float
+    fewest: int
+    most: int
+    modes: tuple[str, ...]
+    """Those of torch.compile."""
+
+    def rounds(self, one: float) -> int:
+        """How often every implementation runs, if one round takes that long."""
+        fewest = self.fewest if one < self.seconds else min(3, self.fewest)
+        return max(fewest, min(self.most, int(self.seconds / max(one, 1e-9))))
+
+
+FULL = Effort(seconds=10.0, fewest=5, most=200, modes=MODES)
+QUICK = Effort(seconds=0.2, fewest=3, most=20, modes=MODES[:1])
+
+
+@dataclass(frozen=True)
+class Task:
+    """What to measure next."""
+
+    family: str
+    case: Case
+    dtype: torch.dtype
+    step: str
+    effort: Effort
+
+    @property
+    def dtype_name(self) -> str:
+        """Without the module."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def __str__(self) -> str:
+        return f"{self.case.op} {self.case.size} {self.dtype_name} {self.step}"
+
+
+@dataclass
+class Row:
+    """What was measured of one implementation."""
+
+    implementation: str
+    first_call_s: float = 0.0
+    times_s: list[float] = field(default_factory=list)
+    peak_extra_bytes: int | None = None
+    gradient_bytes: int = 0
+    errors: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Group:
+    """Rows that were measured in turns, on the same inputs."""
+
+    family: str
+    op: str
+    size: str
+    dtype: str
+    step: str
+    bound_s: float
+    rows: list[Row] = field(default_factory=list)
+
+
+class Trial:
+    """One implementation, ready to run on one set of inputs."""
+
+    def __init__(self, implementation: Implementation, function: Callable[..., Any], case: Case, step: str):
+        self.implementation = implementation
+        self.function = function
+        self.case = case
+        self.takes = implementation.takes or case.takes
+        self.differentiated = case.gradients if step == BACKWARD else ()
+        self.cotangents: list[Tensor] = []
+
+    def prepare(self, inputs: Inputs) -> Inputs:
+        """Arguments for one run. What a run destroys is made anew, the output of an op as in a model."""
+        ready = {name: inputs[name].detach() for name in self.takes}
+        for name in self.differentiated:
+            ready[name].requires_grad_()
+        spent = self.implementation.overwrites
+        return ready | {spent: ready[spent] * 1} if spent else ready
+
+    def run(self, ready: Inputs) -> Results:
+        """Outputs and gradients. The only part that is timed."""
+        with torch.set_grad_enabled(bool(self.differentiated)):
+            outputs = accuracy.tensors(self.function(*(ready[name] for name in self.takes)))
+        if not self.differentiated:
+            return outputs, []
+        sources = [(i, x) for i, x in enumerate(outputs) if x.requires_grad]
+        for i in range(len(self.cotangents), len(outputs)):  # in the first run, which is not timed
+            self.cotangents.append(accuracy.cotangent(i, outputs[i]))
+        arriving = [self.cotangents[i] for i, _ in sources]
+        wanted = [ready[name] for name in self.differentiated]
+        return outputs, list(torch.autograd.grad([x for _, x in sources], wanted, arriving))
+
+    def errors(self, inputs: Inputs, found: Results, expected: Results) -> dict[str, float]:
+        """The largest absolute errors of what a run gave."""
+        outputs, gradients = found
+        if not self.implementation.compared:
+            return {}
+        if self.implementation.adapt:
+            outputs = self.implementation.adapt(outputs, inputs)
+        valid = self.case.valid(inputs) if self.case.valid else None
+        errors = {"forward": accuracy.largest_error(outputs, expected[0], valid)}
+        if gradients:
+            errors["gradient"] = accuracy.largest_error(gradients, expected[1])
+        return errors
+
+
+def measure(task: Task, rates: bounds.Rates, started: Callable[[Group], None], console: Console) -> None:
+    """Fills a group that ``started`` receives before anything is timed, so that an interrupt loses nothing."""
+    case, step, effort, device = task.case, task.step, task.effort, rates.device
+    inputs = case.inputs(torch.Generator(device).manual_seed(0), task.dtype)
+    bound = rates.seconds(case.work(inputs, step), task.dtype)
+    group = Group(task.family, case.op, case.size, task.dtype_name, step, bound)
+    started(group)
+    if case.remark:
+        console.note(case.remark)
+    torch.compiler.reset()
+    console.say("float64 truth")
+    expected = accuracy.truth(case, inputs, with_gradients=step == BACKWARD)
+    trials = []
+    for implementation in case.candidates(step, effort.modes):
+        console.say(f"{implementation.name}: first run")
+        first = _first_run(implementation, case, step, inputs, expected, device, console)
+        if first:
+            trials.append(first)
+            group.rows.append(first[1])
+    if case.adversarial:
+        _adversarial(case, case.adversarial(inputs), step, trials, console)
+    del expected
+    gc.collect()
+    warm = [_time(trial, trial.prepare(inputs), device) for trial, _ in trials]
+    slow = sum(warm) > effort.seconds
+    if slow:  # then nothing is left to warm up, and no run is wasted
+        for (_, row), seconds in zip(trials, warm, strict=True):
+            row.times_s.append(seconds)
+    rounds = effort.rounds(sum(warm)) - slow
+    order = random.Random(0)
+    for i in range(rounds):
+        last = i == rounds - 1
+        console.say(f"round {i + 1} of {rounds}")
+        # In another order every time: what ran just before leaves the caches and the heap in its own state.
+        for trial, row in order.sample(trials, len(trials)):
+            if slow and last:
+                _measure_memory(trial, inputs, row, device, timed=True)
+            else:
+                row.times_s.append(_time(trial, trial.prepare(inputs), device))
+    if not slow:
+        for trial, row in trials:
+            console.say(f"{row.implementation}: memory")
+            _measure_memory(trial, inputs, row, device, timed=False)
+
+
+def _measure_memory(trial: Trial, inputs: Inputs, row: Row, device: torch.device, *, timed: bool) -> None:
+    """Memory is measured from a trimmed heap, which costs a fast run time: only a slow one counts for both."""
+    ready = trial.prepare(inputs)
+    seconds: list[float] = []
+    row.peak_extra_bytes = peak_extra_bytes(lambda: seconds.append(_time(trial, ready, device)), device)
+    if timed:
+        row.times_s += seconds
+
+
+def _first_run(
+    implementation: Implementation, case: Case, step: str, inputs: Inputs, expected: Results, device: torch.device,
+    console: Console,
+) -> tuple[Trial, Row] | None:  # fmt: skip
+    """Loads and compiles; None, with a line that says why, for what does not run here."""
+    name = implementation.name
+    if device.type not in implementation.devices:
+        console.note(f"{name}: runs on {' and '.join(implementation.devices)} only")
+        return None
+    try:
+        trial = Trial(implementation, implementation.load(), case, step)
+        begin = time.perf_counter()
+        results = trial.run(trial.prepare(inputs))
+        bounds.synchronize(device)
+        row = Row(name, first_call_s=time.perf_counter() - begin)
+        row.gradient_bytes = 0 if implementation.overwrites else sum(x.nbytes for x in results[1])
+        row.errors = trial.errors(inputs, results, expected)
+    except ModuleNotFoundError as error:
+        package = implementation.install
+        missing = "not installed" if package.replace("-", "_") == error.name else f"lacks {error.name}"
+        console.note(f"peer {package}: {missing} (pip install {package})")
+        return None
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), "")
+        console.note(f"{name}: {case.op} {step} fails on {device.type}, {type(error).__name__}: {reason[:160]}")
+        return None
+    if row.first_call_s > SLOW_FIRST_CALL_S:
+        console.note(f"{name}: the first call of {case.op} {case.size} took {row.first_call_s:.0f} s")
+    return trial, row
+
+
+def _adversarial(case: Case, inputs: Inputs, step: str, trials: list[tuple[Trial, Row]], console: Console) -> None:
+    expected = accuracy.truth(case, inputs, with_gradients=step == BACKWARD)
+    for trial, row in trials:
+        console.say(f"{row.implementation}: adversarial inputs")
+        errors = trial.errors(inputs, trial.run(trial.prepare(inputs)), expected)
+        row.errors |= {f"adversarial {kind}": error for kind, error in errors.items()}
+
+
+def _time(trial: Trial, ready: Inputs, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.compiler.cudagraph_mark_step_begin()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        bounds.synchronize(device)
+        begin.record()
+        results = trial.run(ready)
+        end.record()
+        bounds.synchronize(device)
+        seconds = begin.elapsed_time(end) / 1e3
+    else:
+        start = time.perf_counter()
+        results = trial.run(ready)
+        seconds = time.perf_counter() - start
+    del results  # giving the results back is nobody's work
+    return seconds

@@ -1,0 +1,101 @@
+"""One figure: how many times as long as rlhf_kernels everything else takes."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from cases import BACKWARD, OURS
+from measure import Group
+from report import percent, ratio_to_ours, seconds
+
+WIDTH_INCHES, BAR_INCHES, DPI = 9.0, 0.2, 100
+OURS_COLOUR, OTHER = "#1b6ca8", "#d98c99"
+COLOURS = {OURS: OURS_COLOUR, "eager": "#b0b0b0", "torch.compile": "#f0a35e", "TRL": "#7fb285", "torch lin": "#9a7fb2"}
+
+
+@dataclass
+class Bar:
+    """One implementation, or without a ratio the title of a case."""
+
+    label: str
+    at: float
+    ratio: float | None = None
+    text: str = ""
+
+    @property
+    def colour(self) -> str:
+        """The same for an implementation in every case."""
+        return next((colour for start, colour in COLOURS.items() if self.label.startswith(start)), OTHER)
+
+
+def shown(groups: list[Group]) -> list[Group]:
+    """One group per op: the first dtype, the largest case that has a peer, with its gradient where there is one."""
+    best: dict[str, Group] = {}
+    for group in groups:
+        timed = [row.implementation for row in group.rows if row.times_s]
+        if OURS not in timed or len(timed) < 2:
+            continue
+        known = best.setdefault(group.op, group)
+        larger = (group.step == BACKWARD, group.bound_s) > (known.step == BACKWARD, known.bound_s)
+        if group.dtype == known.dtype and larger:
+            best[group.op] = group
+    return list(best.values())
+
+
+def bars_of(groups: list[Group]) -> list[Bar]:
+    """From top to bottom; ours is the line at 1, and its time is part of the title."""
+    bars: list[Bar] = []
+    at = 0.0
+    for group in groups:
+        for row in group.rows:
+            middle = statistics.median(row.times_s) if row.times_s else None
+            if middle is None:
+                continue
+            if row.implementation == OURS:
+                title = f"{group.op}, {group.size}, {group.dtype}, {group.step}: "
+                bars.append(Bar(f"{title}{seconds(middle)}, {percent(group.bound_s / middle)} of bound", at))
+            else:
+                ratio = ratio_to_ours(group, row) or 1.0
+                bars.append(Bar(row.implementation, at, ratio, f" {ratio:.2g}×   {seconds(middle)}"))
+            at += 1
+        at += 0.5
+    return bars
+
+
+def draw(groups: list[Group], machine: str, path: Path) -> None:
+    """Horizontal bars on a logarithmic axis, a block per case."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    bars = bars_of(shown(groups))
+    drawn = [(bar, bar.ratio) for bar in bars if bar.ratio is not None]
+    if not drawn:
+        return
+    low, high = min(ratio for _, ratio in drawn), max(ratio for _, ratio in drawn)
+    left, bottom = min(0.5, low / 1.5), bars[-1].at + 0.6
+    figure, axes = plt.subplots(figsize=(WIDTH_INCHES, BAR_INCHES * bottom + 1.0), dpi=DPI, layout="constrained")
+    for bar, ratio in drawn:
+        axes.barh(bar.at, ratio - left, left=left, color=bar.colour, height=0.82)
+        axes.annotate(bar.text, (ratio, bar.at), va="center", fontsize=8)
+    for bar in bars:
+        if bar.ratio is None:
+            axes.text(left * 1.02, bar.at, bar.label, va="center", fontsize=8, fontweight="bold")
+    axes.set_yticks([bar.at for bar, _ in drawn], [bar.label for bar, _ in drawn], fontsize=8)
+    axes.set_xscale("log")
+    axes.set_xlim(left, max(high * 3, 4))
+    axes.set_ylim(bottom, -0.8)
+    axes.axvline(1, color=OURS_COLOUR, linewidth=1.2)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}×"))
+    axes.set_xlabel(f"time, in times that of rlhf_kernels (blue line)\n{machine}", fontsize=8)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    plt.close(figure)

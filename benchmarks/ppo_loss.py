@@ -1,0 +1,105 @@
+"""PPO's losses for the policy and the value model, with the statistics that trainers log."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import batches
+import torch
+from bounds import Work
+from cases import BACKWARD, FORWARD, Case, Inputs, eager, ours
+from torch import Tensor
+
+import rlhf_kernels
+
+DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32,)}
+
+# Sequences and response positions.
+SIZES = {"cpu": (64, 1024), "cuda": (512, 4096), "quick": (16, 128)}
+CLIP = 0.2
+
+
+def cases(scale: str) -> list[Case]:
+    """Both losses."""
+    batch, length = SIZES[scale]
+    policy, value = rlhf_kernels.ppo_policy_loss, rlhf_kernels.ppo_value_loss
+    steps = (FORWARD, BACKWARD) if scale != "quick" else (BACKWARD,)
+    takes = {
+        policy: ("logprobs", "old_logprobs", "advantages", "mask"),
+        value: ("values", "old_values", "returns", "mask"),
+    }
+    return [
+        Case(
+            op.__name__,
+            f"B={batch} T={length}",
+            partial(_inputs, batch, length),
+            takes[op],
+            op,
+            (ours(op), eager(formula)),
+            _work,
+            gradients=takes[op][:1],
+            steps=steps,
+        )
+        for op, formula in ((policy, policy_loss), (value, value_loss))
+    ]
+
+
+def _inputs(batch: int, length: int, generator: torch.Generator, dtype: torch.dtype) -> Inputs:
+    shape = (batch, length)
+    logprobs, old_logprobs = batches.log_probs(shape, generator, dtype)
+    values = batches.normal(shape, generator, torch.float32)
+    return {
+        "logprobs": logprobs,
+        "old_logprobs": old_logprobs,
+        "advantages": batches.normal(shape, generator, dtype),
+        "values": values.to(dtype),
+        "old_values": (values + batches.normal(shape, generator, torch.float32, 0.2)).to(dtype),
+        "returns": (values + batches.normal(shape, generator, torch.float32)).to(dtype),
+        "mask": batches.ragged_mask(batch, length, generator),
+    }
+
+
+def _work(inputs: Inputs, step: str) -> Work:
+    """Three tensors and the mask are read once; the gradient can be written in the same pass."""
+    size = inputs["values"].nbytes
+    return Work(3 * size + inputs["mask"].nbytes, 0 if step == FORWARD else size)
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """As every trainer has it."""
+    return (values * mask).sum() / mask.sum()
+
+
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped surrogate, token by token, then one mean for each thing that is logged."""
+    advantages = advantages.float()
+    log_ratio = logprobs.float() - old_logprobs.float()
+    ratio = torch.exp(log_ratio)
+    plain = -advantages * ratio
+    clipped = -advantages * torch.clamp(ratio, 1 - CLIP, 1 + CLIP)
+    loss = masked_mean(torch.maximum(plain, clipped), mask)
+    with torch.no_grad():
+        stats = {
+            "ratio_mean": masked_mean(ratio, mask),
+            "ratio_max_deviation": ((ratio - 1).abs() * mask).max(),
+            "approx_kl": masked_mean(ratio - 1 - log_ratio, mask),
+            "clip_fraction": masked_mean((clipped > plain).float(), mask),
+        }
+    return loss, stats
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The larger of two squared errors, and its statistics."""
+    values, old_values, returns = values.float(), old_values.float(), returns.float()
+    near = torch.clamp(values, old_values - CLIP, old_values + CLIP)
+    plain, clipped = (values - returns).square(), (near - returns).square()
+    loss = 0.5 * masked_mean(torch.maximum(plain, clipped), mask)
+    with torch.no_grad():
+        stats = {
+            "value_mean": masked_mean(values, mask),
+            "return_mean": masked_mean(returns, mask),
+            "clip_fraction": masked_mean((clipped > plain).float(), mask),
+        }
+    return loss, stats

@@ -1,0 +1,64 @@
+"""The reward model's loss over all pairs of each prompt's completions."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import batches
+import torch
+import torch.nn.functional as F
+from bounds import Work
+from cases import BACKWARD, FORWARD, Case, Inputs, eager, ours
+from torch import Tensor
+
+import rlhf_kernels
+
+DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32,)}
+
+# Prompts and completions of each; 9 is the most that labellers of InstructGPT ranked.
+SIZES = {"cpu": (4096, 9), "cuda": (65_536, 9), "quick": (256, 9)}
+
+
+def cases(scale: str) -> list[Case]:
+    """The one op."""
+    prompts, completions = SIZES[scale]
+    op = rlhf_kernels.pairwise_ranking_loss
+    return [
+        Case(
+            op.__name__,
+            f"B={prompts} K={completions}",
+            partial(_inputs, prompts, completions),
+            ("scores", "ranks"),
+            op,
+            (ours(op), eager(ranking_loss)),
+            _work,
+            gradients=("scores",),
+            steps=(BACKWARD,),
+        )
+    ]
+
+
+def _inputs(prompts: int, completions: int, generator: torch.Generator, dtype: torch.dtype) -> Inputs:
+    """Ranks have ties, as labellers give them."""
+    shape = (prompts, completions)
+    return {
+        "scores": batches.normal(shape, generator, dtype),
+        "ranks": torch.randint(1, 8, shape, generator=generator, device=generator.device),
+    }
+
+
+def _work(inputs: Inputs, step: str) -> Work:
+    size = inputs["scores"].nbytes
+    return Work(size + inputs["ranks"].nbytes, 0 if step == FORWARD else size)
+
+
+def ranking_loss(scores: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
+    """All K² differences of every prompt, of which the pairs in order are kept."""
+    scores = scores.float()
+    difference = scores[:, :, None] - scores[:, None, :]
+    pairs = (ranks[:, :, None] < ranks[:, None, :]).float()
+    count = pairs.sum((1, 2))
+    prompts = (count > 0).float()
+    losses = -(F.logsigmoid(difference) * pairs).sum((1, 2)) / count.clamp(min=1)
+    right = (((difference > 0).float() + 0.5 * (difference == 0).float()) * pairs).sum((1, 2)) / count.clamp(min=1)
+    return (losses * prompts).sum() / prompts.sum(), ((right * prompts).sum() / prompts.sum()).detach()

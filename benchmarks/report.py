@@ -1,0 +1,114 @@
+"""The table for a terminal, and the JSON file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import statistics
+from pathlib import Path
+from typing import Any
+
+import bounds
+from cases import OURS
+from measure import Group, Row
+
+COLUMNS = (
+    "", "median", "quartiles", "× ours", "of bound", "peak", "− grads", "error", "error of grad", "adversarial",
+    "its grad",
+)  # fmt: skip
+LEGEND = """\
+median and quartiles of runs taken in turns; × ours: time over that of rlhf_kernels; of bound: share of the speed that
+the machine's memory and matmul allow; peak: memory over what was in use before, and the same without the gradients that
+are handed back; error: largest absolute difference from float64, of values and gradients, on random and adversarial
+inputs."""
+
+
+def quartiles(times: list[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile."""
+    if len(times) == 1:
+        return times[0], times[0], times[0]
+    low, middle, high = statistics.quantiles(times, n=4, method="inclusive")
+    return low, middle, high
+
+
+def ratio_to_ours(group: Group, row: Row) -> float | None:
+    """Median time over that of rlhf_kernels."""
+    base = next((r for r in group.rows if r.implementation == OURS and r.times_s), None)
+    return statistics.median(row.times_s) / statistics.median(base.times_s) if base and row.times_s else None
+
+
+def table(groups: list[Group]) -> str:
+    """A block per case, a line per implementation; whatever has not been timed is left out."""
+    blocks = []
+    for group in groups:
+        rows = [_cells(group, row) for row in group.rows if row.times_s]
+        if not rows:
+            continue
+        used = [i for i in range(len(COLUMNS)) if i < 5 or any(row[i] for row in rows)]
+        lines = [[cells[i] for i in used] for cells in (list(COLUMNS), *rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        title = f"{group.op}  {group.size}  {group.dtype}  {group.step}  (bound {seconds(group.bound_s)})"
+        body = ["  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]) for name, *cells in lines]
+        blocks.append("\n".join([title, *(f"  {line.rstrip()}" for line in body)]))
+    return "\n\n".join([*blocks, LEGEND]) if blocks else "nothing was measured"
+
+
+def _cells(group: Group, row: Row) -> list[str]:
+    low, middle, high = quartiles(row.times_s)
+    ratio = ratio_to_ours(group, row)
+    peak = row.peak_extra_bytes
+    aside = None if peak is None or not row.gradient_bytes else max(0, peak - row.gradient_bytes)
+    kinds = ("forward", "gradient", "adversarial forward", "adversarial gradient")
+    return [
+        row.implementation,
+        seconds(middle),
+        f"{seconds(low)} – {seconds(high)}",
+        f"{ratio:.2f}" if ratio else "",
+        percent(group.bound_s / middle),
+        "" if peak is None else memory(peak),
+        "" if aside is None else memory(aside),
+        *(f"{row.errors[kind]:.1e}" if kind in row.errors else "" for kind in kinds),
+    ]
+
+
+def seconds(value: float) -> str:
+    """Three digits and a unit."""
+    unit, size = next(((u, x) for u, x in (("s", 1.0), ("ms", 1e-3)) if value >= x), ("µs", 1e-6))
+    return f"{value / size:.3g} {unit}" if value / size < 1000 else f"{value / size:.0f} {unit}"
+
+
+def percent(share: float) -> str:
+    """Two digits at least."""
+    return f"{share:.0%}" if share >= 0.1 else f"{share:.2%}"
+
+
+def memory(value: int) -> str:
+    """Mebibytes; below one the resident-set counters mean nothing."""
+    return "< 1 MiB" if value < 1 << 20 else f"{value / (1 << 20):.0f} MiB"
+
+
+def as_dict(
+    groups: list[Group], notes: list[str], machine: dict[str, Any], rates: bounds.Rates, complete: bool
+) -> dict[str, Any]:
+    """Everything that was measured."""
+    found = []
+    for group in groups:
+        entry = dataclasses.asdict(group)
+        for row, cells in zip(group.rows, entry["rows"], strict=True):
+            cells["median_s"] = statistics.median(row.times_s) if row.times_s else None
+            cells["ratio_to_ours"] = ratio_to_ours(group, row)
+            cells["share_of_bound"] = group.bound_s / cells["median_s"] if row.times_s else None
+            cells["errors"] = {kind: x if math.isfinite(x) else str(x) for kind, x in row.errors.items()}
+        found.append(entry)
+    measured = dataclasses.asdict(rates) | {"device": str(rates.device)}
+    return {"complete": complete, "machine": machine, "rates_per_s": measured, "notes": notes, "groups": found}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Written whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,122 @@
+"""Measures every op of rlhf_kernels against the plain formula, torch.compile of it, and other libraries.
+
+    python benchmarks/run.py            # everything, on a GPU where there is one
+    python benchmarks/run.py --family log_prob --dtype bfloat16 --json results.json
+    python benchmarks/run.py --quick    # small sizes, float32, under a minute: shows that it works, not how fast
+
+All implementations of a case run in turns, so that a machine that slows down slows all of them. A peer that isn't
+installed costs one line. Ctrl-C prints, and writes, what was measured so far.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import bounds
+import gae
+import kl_reward
+import linear_log_prob
+import log_prob
+import machine
+import plot
+import ppo_loss
+import ranking_loss
+import report
+import torch
+from console import Console
+from measure import FULL, QUICK, Group, Task, measure
+
+import rlhf_kernels
+
+FAMILIES: dict[str, ModuleType] = {
+    module.__name__: module for module in (log_prob, linear_log_prob, kl_reward, gae, ppo_loss, ranking_loss)
+}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The options."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help="default here: %(default)s")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="repeatable; default: those of each family")
+    parser.add_argument("--family", choices=FAMILIES, action="append", help="repeatable; default: all of them")
+    parser.add_argument("--quick", action="store_true", help="small sizes, few runs: shows that it works, not how fast")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a figure; needs matplotlib")
+    options = parser.parse_args(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU")
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib (pip install matplotlib)")
+    return options
+
+
+def plan(options: argparse.Namespace) -> Iterator[Task]:
+    """Every group, in order."""
+    for name in options.family or FAMILIES:
+        family = FAMILIES[name]
+        dtypes = [DTYPES[dtype] for dtype in options.dtype or ()] or family.DTYPES[options.device]
+        for i, case in enumerate(family.cases("quick" if options.quick else options.device)):
+            # Compiling takes most of the time of a quick run, and that it works shows in one case as well as in all.
+            effort = FULL if not options.quick else QUICK if i == 0 else replace(QUICK, modes=())
+            for dtype in dtypes if options.dtype or not options.quick else dtypes[:1]:
+                for step in case.steps:
+                    yield Task(name, case, dtype, step, effort)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs what the options ask for; returns the exit status."""
+    options = parse(argv)
+    device = torch.device(options.device)
+    console, groups, status = Console(), list[Group](), 0
+    about = machine.describe(device)
+    console.begin("bandwidth")
+    rates = bounds.measure_rates(device)
+    planned = list(plan(options))
+
+    def save(*, complete: bool) -> None:
+        if options.json:
+            report.write_json(options.json, report.as_dict(groups, console.notes, about, rates, complete))
+
+    try:
+        for i, task in enumerate(planned, 1):
+            console.begin(f"[{i}/{len(planned)}] {task}")
+            try:
+                measure(task, rates, groups.append, console)
+            except Exception as error:
+                console.note(f"{console.title}: {type(error).__name__}: {error}")
+                status = 1
+            save(complete=False)
+    except KeyboardInterrupt:
+        console.note("interrupted: what follows is what was measured until then")
+        status = 130
+    save(complete=status == 0)
+    console.clear()
+    print(_heading(about, rates), report.table(groups), sep="\n\n", flush=True)
+    if options.plot:
+        plot.draw(groups, f"{about['gpu'] or about['cpu']}, torch {about['torch']}", options.plot)
+    return status
+
+
+def _heading(about: dict[str, object], rates: bounds.Rates) -> str:
+    where = about["gpu"] or f"{about['cpu']}, {about['threads']} threads"
+    matmul = "".join(f", {name} matmul {rate / 1e9:.0f} GFLOP/s" for name, rate in rates.matmul.items())
+    return (
+        f"{where}, torch {about['torch']}, rlhf_kernels {about['rlhf_kernels']} ({about['commit']}), "
+        f"backends {', '.join(rlhf_kernels.available_backends())}\n"
+        f"reads {rates.read / 1e9:.1f} GB/s ({rates.read_with}), "
+        f"reads and writes {rates.copy / 1e9:.1f} GB/s ({rates.copy_with}){matmul}"
+    )
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")  # peers' deprecations and compilers' hints are not for the reader of a benchmark
+    sys.exit(main())

@@ -1,0 +1,51 @@
+// Picks the kernels for the processor this runs on.
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/kernels.h"
+
+namespace rlhf_kernels::cpu {
+
+extern const Kernels kernels_baseline;
+#if defined(RLHF_X86)
+extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16;
+#endif
+
+namespace {
+
+const Kernels& pick() {
+  struct Choice {
+    const Kernels* kernels;
+    bool runs;
+  };
+  const Choice choices[] = {
+#if defined(RLHF_X86)
+      {&kernels_avx512_bf16, __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw")},
+      {&kernels_avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
+      {&kernels_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
+#endif
+      {&kernels_baseline, true},
+  };
+  const char* asked = std::getenv("RLHF_KERNELS_ISA");
+  for (const auto& choice : choices) {
+    if (choice.runs && (!asked || choice.kernels->isa == std::string(asked))) return *choice.kernels;
+  }
+  std::string fitting;
+  for (const auto& choice : choices) {
+    if (choice.runs) fitting += (fitting.empty() ? "" : ", ") + std::string(choice.kernels->isa);
+  }
+  throw std::runtime_error("RLHF_KERNELS_ISA: is '" + std::string(asked) + "', must be one of " + fitting +
+                           ", which this build has and this processor runs");
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = pick();
+  return chosen;
+}
+
+}  // namespace rlhf_kernels::cpu

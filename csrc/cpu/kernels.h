@@ -1,0 +1,224 @@
+// What the CPU kernels take and do: plain functions on raw pointers, one build of them per instruction set.
+// Nothing here knows of torch; csrc/library.cpp checks, allocates and splits the work over threads.
+#pragma once
+
+#include <cstdint>
+
+#include "rlhf_kernels/gae.h"
+#include "rlhf_kernels/kl.h"
+#include "rlhf_kernels/online_softmax.h"
+#include "rlhf_kernels/ppo.h"
+
+namespace rlhf_kernels::cpu {
+
+enum class Dtype { float32, bfloat16, float16 };
+
+constexpr int kMaxDims = 8;
+
+// Rows of a tensor of any leading shape; strides are in elements, the last dimension's is 1.
+struct Rows {
+  int dims;
+  int64_t sizes[kMaxDims];
+  int64_t strides[kMaxDims];
+
+  int64_t offset(int64_t row) const {
+    int64_t result = 0;
+    for (int d = dims - 1; d > 0; --d) {
+      result += (row % sizes[d]) * strides[d];
+      row /= sizes[d];
+    }
+    return dims ? result + row * strides[0] : 0;
+  }
+};
+
+// A matrix with any strides, read as float32.
+struct View {
+  const void* data;
+  Dtype dtype;
+  int64_t row_stride;
+  int64_t stride;
+};
+
+// Sequences as the rows of padded matrices of `length` columns, or (boundaries not null) back to back in one row.
+struct Sequences {
+  int64_t count;
+  int64_t length;
+  const int64_t* boundaries;
+};
+
+// ------------------------------------------------------------------------------------------------------- log_prob
+
+struct LogProbArguments {
+  const void* logits;
+  Dtype dtype;
+  Rows rows;
+  int64_t vocabulary;
+  const int64_t* index;
+  const uint8_t* wanted;
+  double temperature;
+};
+
+struct LogProbResults {
+  float* logprobs;
+  float* entropies;  // may be null
+  float* maxima;
+  float* log_sums;
+};
+
+struct LogProbGradient {
+  const float* entropies;      // null with grad_entropies
+  const float* maxima;
+  const float* log_sums;
+  const float* grad_logprobs;
+  const float* grad_entropies;  // may be null
+  void* gradient;               // may be the logits
+  Rows rows;
+};
+
+// ------------------------------------------------------------------------------------------------ linear_log_prob
+
+// hidden (rows, D) · weightᵀ (D, V): the operands of all matmuls of the family.
+struct Projection {
+  const void* hidden;
+  int64_t hidden_stride;
+  const void* weight;
+  int64_t weight_stride;
+  const void* bias;  // may be null
+  Dtype dtype;
+  int64_t depth;       // D
+  int64_t vocabulary;  // V
+  double temperature;
+  double softcap;  // 0: none
+};
+
+// The loss of a row's log-prob, known before the logits are: w·ℓ(log p), with the weights the reduction gives.
+struct RowLoss {
+  const int64_t* index;
+  const float* weights;        // per row
+  const float* old_logprobs;   // null: cross-entropy, −w·log p
+  const float* advantages;
+  PolicyClip clip;
+};
+
+struct RowLossResults {
+  double* loss;        // per row, weighted
+  float* statistics;   // per row: ratio, |ρ − 1|, kl, clipped, entropy; null for cross-entropy
+};
+
+// -------------------------------------------------------------------------------------------------- small families
+
+struct KlShaping {
+  const float* scores;
+  View logprobs;
+  View ref_logprobs;
+  double beta;
+  KlEstimator estimator;
+  double score_clip;  // below 0: none
+  float* rewards;
+  float* kl;
+};
+
+struct GaeArguments {
+  View rewards;  // unused by ppo_advantages
+  View values;
+  const uint8_t* wanted;
+  Sequences sequences;
+  double gamma;
+  double lambda;
+  const float* bootstrap;  // may be null
+  float* advantages;
+  float* returns;
+  Moments* moments;  // per sequence; may be null
+};
+
+enum class Reduction { token_mean, seq_mean_token_mean, seq_mean_token_sum };
+
+// A row's share of the loss and of the statistics, summed over its unmasked positions (deviation: the largest).
+struct PolicySums {
+  double loss, ratio, deviation, kl, clipped;
+};
+struct ValueSums {
+  double loss, value, target, clipped;
+};
+
+struct PolicyArguments {
+  View logprobs, old_logprobs, advantages;
+  const uint8_t* wanted;
+  int64_t length;         // of a row; the last one ends where the positions do
+  int64_t positions;
+  const double* weights;  // per row
+  PolicyClip clip;
+  float* gradient;  // may be null
+  PolicySums* sums;
+};
+
+struct ValueArguments {
+  View values, old_values, returns;
+  const uint8_t* wanted;
+  int64_t length;
+  int64_t positions;
+  const double* weights;
+  float clip_range;  // below 0: none
+  float* gradient;
+  ValueSums* sums;
+};
+
+struct RankingArguments {
+  View scores;
+  const int64_t* ranks;   // contiguous
+  const uint8_t* wanted;  // contiguous
+  Sequences prompts;
+  float margin;
+  float* gradient;   // may be null; not yet divided by the number of prompts that count
+  double* losses;    // per prompt
+  double* accuracies;
+  uint8_t* counts;   // whether a prompt has a pair
+};
+
+// All kernels of one instruction set. Ranges are of rows, blocks, sequences or groups of prompts.
+struct Kernels {
+  const char* isa;
+
+  void (*log_prob)(const LogProbArguments&, const LogProbResults&, int64_t begin, int64_t end);
+  void (*log_prob_backward)(const LogProbArguments&, const LogProbGradient&, int64_t begin, int64_t end);
+
+  // Rows in the form the matmul reads, packed in parallel by panels.
+  int64_t (*packed_size)(const Projection&, int64_t rows);
+  void (*pack_rows)(const Projection&, int64_t count, void* packed, int64_t begin, int64_t end);
+  int64_t (*row_panels)(int64_t rows);
+  int64_t (*vocabulary_blocks)(const Projection&);
+  // Running sums of each (block of the vocabulary, row), without the logits.
+  void (*linear_partials)(const Projection&, const void* packed, int64_t rows, const int64_t* index, bool with_entropy,
+                          OnlineSoftmax* partials, float* chosen, int64_t begin, int64_t end);
+  // The logits themselves, softcap applied, (rows, V) float32.
+  void (*linear_logits)(const Projection&, const void* packed, int64_t rows, float* logits, int64_t begin, int64_t end);
+  // Logits to the loss and, over the logits, its gradient: float32, or bfloat16 where the matmul takes that.
+  void (*linear_loss)(const Projection&, const RowLoss&, const RowLossResults&, float* logits, bool with_gradient,
+                      int64_t begin, int64_t end);
+  void (*linear_gradient)(const Projection&, const int64_t* index, const float* maxima, const float* log_sums,
+                          const float* entropies, const float* grad_logprobs, const float* grad_entropies,
+                          float* logits, int64_t begin, int64_t end);
+  // gradient of hidden = logits' gradient · weight, in blocks of D; of weight += its transpose · hidden, of V.
+  int64_t (*depth_blocks)(const Projection&);
+  void (*linear_grad_hidden)(const Projection&, const float* logits, const int64_t* rows, int64_t count, void* gradient,
+                             int64_t begin, int64_t end);
+  int64_t (*weight_blocks)(const Projection&);
+  void (*linear_grad_weight)(const Projection&, const float* logits, int64_t count, bool first_chunk, void* gradient,
+                             float* bias, int64_t begin, int64_t end);
+
+  void (*kl_penalty)(const View&, const View&, int64_t length, KlEstimator, float* result, int64_t begin, int64_t end);
+  void (*kl_penalty_backward)(const View&, const View&, int64_t length, KlEstimator, const float* grad, float* result,
+                              int64_t begin, int64_t end);
+  void (*kl_shaped_rewards)(const KlShaping&, const Sequences&, const uint8_t* wanted, int64_t begin, int64_t end);
+  void (*gae)(const GaeArguments&, const KlShaping*, int64_t begin, int64_t end);
+  void (*whiten)(float* advantages, const uint8_t* wanted, double mean, double scale, int64_t begin, int64_t end);
+  void (*ppo_policy)(const PolicyArguments&, int64_t begin, int64_t end);
+  void (*ppo_value)(const ValueArguments&, int64_t begin, int64_t end);
+  int64_t prompts_per_group;
+  void (*ranking)(const RankingArguments&, int64_t begin, int64_t end);
+};
+
+// The best this processor runs, or the one that RLHF_KERNELS_ISA names.
+const Kernels& kernels();
+
+}  // namespace rlhf_kernels::cpu

@@ -1,0 +1,81 @@
+// PPO's losses: loss, statistics and gradient from one read of the three inputs.
+
+#include "cpu/rows.h"
+#include "cpu/table.h"
+
+namespace rlhf_kernels::cpu {
+inline namespace RLHF_ISA {
+
+void ppo_policy(const PolicyArguments& in, int64_t begin, int64_t end) {
+  Scratch scratch[3];
+  const Vec zero(0.0f);
+  for (int64_t row = begin; row < end; ++row) {
+    PolicySums sums{};
+    const Vec weight(static_cast<float>(in.weights[row]));
+    const int64_t left = in.positions - row * in.length, length = left < in.length ? left : in.length;
+    for (int64_t t = 0; t < length; t += kRowBlock) {
+      const int64_t count = length - t < kRowBlock ? length - t : kRowBlock, flat = row * in.length + t;
+      const float* logprobs = read(in.logprobs, row, t, count, scratch[0]);
+      const float* old = read(in.old_logprobs, row, t, count, scratch[1]);
+      const float* advantages = read(in.advantages, row, t, count, scratch[2]);
+      Vec loss(0.0f), ratio(0.0f), deviation(0.0f), kl(0.0f), clipped(0.0f);
+      for_lanes(count, [&](int64_t i, int64_t lanes) {
+        const Vec keep = lanes_of(in.wanted + flat + i, lanes);
+        const auto kept = [&](const float* from) { return Vec::blendv(zero, load_lanes(from + i, lanes), keep); };
+        const auto term = policy_term(kept(logprobs), kept(old), kept(advantages), in.clip);
+        // A masked position has advantage 0 and ratio 1: only the ratio must be kept out of the sums.
+        loss = loss + term.loss;
+        ratio = ratio + Vec::blendv(zero, term.ratio, keep);
+        deviation = at::vec::maximum(deviation, term.deviation);
+        kl = kl + term.kl;
+        clipped = clipped + term.clipped;
+        if (in.gradient) store_lanes(in.gradient + flat + i, term.gradient * weight, lanes);
+      });
+      sums.loss += sum(loss);
+      sums.ratio += sum(ratio);
+      const float largest_here = largest(deviation);
+      sums.deviation = largest_here > sums.deviation || largest_here != largest_here ? largest_here : sums.deviation;
+      sums.kl += sum(kl);
+      sums.clipped += sum(clipped);
+    }
+    sums.loss *= in.weights[row];
+    in.sums[row] = sums;
+  }
+}
+
+void ppo_value(const ValueArguments& in, int64_t begin, int64_t end) {
+  Scratch scratch[3];
+  const Vec zero(0.0f);
+  for (int64_t row = begin; row < end; ++row) {
+    ValueSums sums{};
+    const Vec weight(static_cast<float>(in.weights[row]));
+    const int64_t left = in.positions - row * in.length, length = left < in.length ? left : in.length;
+    for (int64_t t = 0; t < length; t += kRowBlock) {
+      const int64_t count = length - t < kRowBlock ? length - t : kRowBlock, flat = row * in.length + t;
+      const float* values = read(in.values, row, t, count, scratch[0]);
+      const float* old = read(in.old_values, row, t, count, scratch[1]);
+      const float* returns = read(in.returns, row, t, count, scratch[2]);
+      Vec loss(0.0f), value(0.0f), target(0.0f), clipped(0.0f);
+      for_lanes(count, [&](int64_t i, int64_t lanes) {
+        const Vec keep = lanes_of(in.wanted + flat + i, lanes);
+        const auto kept = [&](const float* from) { return Vec::blendv(zero, load_lanes(from + i, lanes), keep); };
+        const Vec v = kept(values), r = kept(returns);
+        const auto term = value_term(v, kept(old), r, in.clip_range);
+        loss = loss + term.loss;
+        value = value + v;
+        target = target + r;
+        clipped = clipped + term.clipped;
+        if (in.gradient) store_lanes(in.gradient + flat + i, term.gradient * weight, lanes);
+      });
+      sums.loss += sum(loss);
+      sums.value += sum(value);
+      sums.target += sum(target);
+      sums.clipped += sum(clipped);
+    }
+    sums.loss *= in.weights[row];
+    in.sums[row] = sums;
+  }
+}
+
+}  // namespace RLHF_ISA
+}  // namespace rlhf_kernels::cpu

@@ -1,0 +1,81 @@
+// Rows of small matrices, read block by block as float32, and the work on them that two families share.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace rlhf_kernels::cpu {
+inline namespace RLHF_ISA {
+
+// Blocks of a few arrays fit the L1 cache together.
+constexpr int64_t kRowBlock = 1024;
+
+struct Scratch {
+  float values[kRowBlock];
+};
+
+// The block itself where it is float32 already, else its values in scratch.
+inline const float* read(const View& view, int64_t row, int64_t start, int64_t count, Scratch& scratch) {
+  const int64_t at = row * view.row_stride + start * view.stride;
+  if (view.dtype == Dtype::float32 && view.stride == 1) return static_cast<const float*>(view.data) + at;
+  for_dtype(view.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T* from = static_cast<const T*>(view.data) + at;
+    if (view.stride == 1) {
+      int64_t i = 0;
+      for (; i + kLanes <= count; i += kLanes) store_lanes(scratch.values + i, load_lanes(from + i));
+      if (i < count) store_lanes(scratch.values + i, load_lanes(from + i, count - i), count - i);
+    } else {
+      for (int64_t i = 0; i < count; ++i) scratch.values[i] = static_cast<float>(from[i * view.stride]);
+    }
+  });
+  return scratch.values;
+}
+
+template <class Function>
+inline void for_lanes(int64_t count, Function&& function) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) function(i, kLanes);
+  if (i < count) function(i, count - i);
+}
+
+// Where a sequence lies: its row and first column in the inputs, and its first position in contiguous outputs.
+struct Span {
+  int64_t row, column, flat, length;
+};
+
+inline Span span_of(const Sequences& sequences, int64_t b) {
+  if (!sequences.boundaries) return {b, 0, b * sequences.length, sequences.length};
+  const int64_t begin = sequences.boundaries[b];
+  return {0, begin, begin, sequences.boundaries[b + 1] - begin};
+}
+
+// −1 where there is none.
+inline int64_t last_wanted(const uint8_t* wanted, int64_t length) {
+  int64_t last = length - 1;
+  while (last >= 0 && !wanted[last]) --last;
+  return last;
+}
+
+// Rewards and KL of a block of one sequence, 0 where masked; the score goes to position `last` of the block, if ≥ 0.
+inline void shape_block(const KlShaping& in, const Span& span, const uint8_t* wanted, int64_t start, int64_t count,
+                        int64_t last, int64_t b, Scratch* scratch) {
+  const float* logprobs = read(in.logprobs, span.row, span.column + start, count, scratch[0]);
+  const float* ref = read(in.ref_logprobs, span.row, span.column + start, count, scratch[1]);
+  const int64_t flat = span.flat + start;
+  const Vec zero(0.0f), price(static_cast<float>(-in.beta));
+  for_lanes(count, [&](int64_t i, int64_t lanes) {
+    const Vec keep = lanes_of(wanted + flat + i, lanes);
+    const Vec kl = Vec::blendv(
+        zero, rlhf_kernels::kl_penalty(load_lanes(logprobs + i, lanes), load_lanes(ref + i, lanes), in.estimator), keep);
+    store_lanes(in.kl + flat + i, kl, lanes);
+    store_lanes(in.rewards + flat + i, price * kl, lanes);
+  });
+  if (last < 0) return;
+  double score = in.scores[b];
+  if (in.score_clip >= 0) score = score < -in.score_clip ? -in.score_clip : score > in.score_clip ? in.score_clip : score;
+  // One rounding for the sum.
+  in.rewards[flat + last] = static_cast<float>(score - in.beta * static_cast<double>(in.kl[flat + last]));
+}
+
+}  // namespace RLHF_ISA
+}  // namespace rlhf_kernels::cpu

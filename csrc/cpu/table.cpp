@@ -1,0 +1,42 @@
+// The table of kernels of one instruction set.
+
+#include "cpu/table.h"
+
+#include "cpu/vec.h"
+
+namespace rlhf_kernels::cpu {
+
+#define RLHF_NAME_OF(isa) #isa
+#define RLHF_NAME(isa) RLHF_NAME_OF(isa)
+#define RLHF_TABLE_OF(isa) kernels_##isa
+#define RLHF_TABLE(isa) RLHF_TABLE_OF(isa)
+
+extern const Kernels RLHF_TABLE(RLHF_ISA);
+const Kernels RLHF_TABLE(RLHF_ISA) = {
+    .isa = RLHF_NAME(RLHF_ISA),
+    .log_prob = &RLHF_ISA::log_prob,
+    .log_prob_backward = &RLHF_ISA::log_prob_backward,
+    .packed_size = &RLHF_ISA::packed_size,
+    .pack_rows = &RLHF_ISA::pack_rows,
+    .row_panels = &RLHF_ISA::row_panels,
+    .vocabulary_blocks = &RLHF_ISA::vocabulary_blocks,
+    .linear_partials = &RLHF_ISA::linear_partials,
+    .linear_logits = &RLHF_ISA::linear_logits,
+    .linear_loss = &RLHF_ISA::linear_loss,
+    .linear_gradient = &RLHF_ISA::linear_gradient,
+    .depth_blocks = &RLHF_ISA::depth_blocks,
+    .linear_grad_hidden = &RLHF_ISA::linear_grad_hidden,
+    .weight_blocks = &RLHF_ISA::weight_blocks,
+    .linear_grad_weight = &RLHF_ISA::linear_grad_weight,
+    .kl_penalty = &RLHF_ISA::kl_penalty,
+    .kl_penalty_backward = &RLHF_ISA::kl_penalty_backward,
+    .kl_shaped_rewards = &RLHF_ISA::kl_shaped_rewards,
+    .gae = &RLHF_ISA::gae,
+    .whiten = &RLHF_ISA::whiten,
+    .ppo_policy = &RLHF_ISA::ppo_policy,
+    .ppo_value = &RLHF_ISA::ppo_value,
+    .prompts_per_group = kLanes,
+    .ranking = &RLHF_ISA::ranking,
+};
+
+}  // namespace rlhf_kernels::cpu

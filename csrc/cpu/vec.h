@@ -1,0 +1,257 @@
+// Vectors of float for one instruction set: torch's own (at::vec), what they lack, and the names csrc/include uses.
+// Only for translation units that are built once per instruction set; RLHF_ISA names it.
+#pragma once
+
+#include <ATen/cpu/vec/vec.h>
+
+#include <cstdint>
+
+#include "cpu/kernels.h"
+#include "rlhf_kernels/math.h"
+
+namespace rlhf_kernels::cpu {
+inline namespace RLHF_ISA {
+
+using Vec = at::vec::Vectorized<float>;
+constexpr int64_t kLanes = Vec::size();
+
+inline Vec fma(const Vec& a, const Vec& b, const Vec& c) { return at::vec::fmadd(a, b, c); }
+
+// NaN in the second argument stays: the order of the operands matters below.
+inline Vec larger(const Vec& a, const Vec& b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_max_ps(a, b);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_max_ps(a, b);
+#else
+  return Vec::blendv(b, a, a > b);
+#endif
+}
+
+inline Vec smaller(const Vec& a, const Vec& b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_min_ps(a, b);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_min_ps(a, b);
+#else
+  return Vec::blendv(b, a, a < b);
+#endif
+}
+
+// Below this e^x rounds to 0 in float32.
+constexpr float kSmallestExponent = -104.0f;
+
+// e^x to about 1 ulp, inline: a call to a vector maths library costs more than the arithmetic. x = n·ln 2 + r, and
+// e^r from its Taylor-like polynomial of degree 7 (Cephes' expf).
+inline Vec exp(const Vec& x) {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  const Vec log2_e(1.44269504088896341f), ln2_high(-0.693359375f), ln2_low(2.12194440e-4f);
+  const Vec bounded = smaller(Vec(89.0f), larger(Vec(kSmallestExponent), x));
+  const Vec n = (bounded * log2_e).round();
+  const Vec r = fma(n, ln2_low, fma(n, ln2_high, bounded));
+  Vec p(1.9875691500e-4f);
+  p = fma(p, r, Vec(1.3981999507e-3f));
+  p = fma(p, r, Vec(8.3334519073e-3f));
+  p = fma(p, r, Vec(4.1665795894e-2f));
+  p = fma(p, r, Vec(1.6666665459e-1f));
+  p = fma(p, r, Vec(5.0000001201e-1f));
+  p = fma(p, r * r, r + Vec(1.0f));
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_scalef_ps(p, n);
+#else
+  // Two factors, each a normal number: 2^n alone leaves float32's range where the product does not.
+  const __m256i exponent = _mm256_cvtps_epi32(n);
+  const __m256i half = _mm256_srai_epi32(exponent, 1);
+  const auto power = [](__m256i k) {
+    return Vec(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(k, _mm256_set1_epi32(127)), 23)));
+  };
+  return p * power(half) * power(_mm256_sub_epi32(exponent, half));
+#endif
+#else
+  return x.exp();
+#endif
+}
+
+// The first count of a vector, whatever the element type; the rest is 0.
+template <class T>
+inline Vec load_lanes(const T* from, int64_t count = kLanes) {
+  if constexpr (std::is_same_v<T, float>) {
+    return count == kLanes ? Vec::loadu(from) : Vec::loadu(from, count);
+  } else {
+    if (count == kLanes) {
+#if defined(CPU_CAPABILITY_AVX512)
+      const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+      if constexpr (std::is_same_v<T, c10::BFloat16>) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+      } else {
+        return _mm512_cvtph_ps(bits);
+      }
+#elif defined(CPU_CAPABILITY_AVX2)
+      const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+      if constexpr (std::is_same_v<T, c10::BFloat16>) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+      } else {
+        return _mm256_cvtph_ps(bits);
+      }
+#endif
+    }
+    float values[kLanes] = {};
+    for (int64_t i = 0; i < count; ++i) values[i] = static_cast<float>(from[i]);
+    return Vec::loadu(values);
+  }
+}
+
+// The first count of a vector, and fill in the other lanes.
+template <class T>
+inline Vec load_lanes_or(const T* from, int64_t count, float fill) {
+  const Vec values = load_lanes(from, count);
+  return count == kLanes ? values : Vec::set(Vec(fill), values, count);
+}
+
+template <class T>
+inline void store_lanes(T* to, const Vec& values, int64_t count = kLanes) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (count == kLanes) {
+      values.store(to);
+    } else {
+      values.store(to, static_cast<int>(count));
+    }
+  } else {
+#if defined(CPU_CAPABILITY_AVX512)
+    if (count == kLanes) {
+      const __m256i bits = std::is_same_v<T, c10::BFloat16>
+                               ? at::vec::cvtfp32_bf16(static_cast<__m512>(values))
+                               : at::vec::cvtfp32_fp16(static_cast<__m512>(values));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), bits);
+      return;
+    }
+#elif defined(CPU_CAPABILITY_AVX2)
+    if (count == kLanes) {
+      const __m128i bits = std::is_same_v<T, c10::BFloat16>
+                               ? at::vec::cvtfp32_bf16(static_cast<__m256>(values))
+                               : at::vec::cvtfp32_fp16(static_cast<__m256>(values));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bits);
+      return;
+    }
+#endif
+    float buffer[kLanes];
+    values.store(buffer);
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(buffer[i]);
+  }
+}
+
+inline float sum(const Vec& values) {
+  float lanes[kLanes];
+  values.store(lanes);
+  // Pairwise, the same on every machine with these lanes.
+  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+    for (int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+inline float largest(const Vec& values) {
+  float lanes[kLanes];
+  values.store(lanes);
+  float result = lanes[0];
+  for (int64_t i = 1; i < kLanes; ++i) result = result < lanes[i] ? lanes[i] : result;
+  return result;
+}
+
+// All ones in the lanes whose byte is not 0.
+inline Vec lanes_of(const uint8_t* wanted, int64_t count = kLanes) {
+#if defined(CPU_CAPABILITY_AVX512)
+  if (count == kLanes) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(wanted));
+    const __mmask16 mask = _mm_test_epi8_mask(bytes, bytes);
+    return _mm512_castsi512_ps(_mm512_maskz_set1_epi32(mask, -1));
+  }
+#endif
+  float values[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) values[i] = wanted[i] ? 1.0f : 0.0f;
+  return Vec::loadu(values) > Vec(0.0f);
+}
+
+// Rows and columns of a square of lanes change places.
+inline void transpose(Vec (&rows)[kLanes]) {
+#if defined(CPU_CAPABILITY_AVX512)
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_ps(rows[i], rows[i + 1]);
+    a[i + 1] = _mm512_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  // b[4·g + c]: column c of each 128-bit lane, over the four rows of group g.
+  for (int g = 0; g < 16; g += 4) {
+    const auto pd = [&](int i) { return _mm512_castps_pd(a[g + i]); };
+    b[g] = _mm512_castpd_ps(_mm512_unpacklo_pd(pd(0), pd(2)));
+    b[g + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(pd(0), pd(2)));
+    b[g + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(pd(1), pd(3)));
+    b[g + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(pd(1), pd(3)));
+  }
+  for (int c = 0; c < 4; ++c) {
+    const __m512 even_low = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x88), odd_low = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xdd);
+    const __m512 even_high = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x88);
+    const __m512 odd_high = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0xdd);
+    rows[c] = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
+    rows[8 + c] = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
+    rows[4 + c] = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+    rows[12 + c] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
+  }
+#elif defined(CPU_CAPABILITY_AVX2)
+  __m256 a[8], b[8];
+  for (int i = 0; i < 8; i += 2) {
+    a[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+    a[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  for (int g = 0; g < 8; g += 4) {
+    b[g] = _mm256_shuffle_ps(a[g], a[g + 2], 0x44);
+    b[g + 1] = _mm256_shuffle_ps(a[g], a[g + 2], 0xee);
+    b[g + 2] = _mm256_shuffle_ps(a[g + 1], a[g + 3], 0x44);
+    b[g + 3] = _mm256_shuffle_ps(a[g + 1], a[g + 3], 0xee);
+  }
+  for (int c = 0; c < 4; ++c) {
+    rows[c] = _mm256_permute2f128_ps(b[c], b[4 + c], 0x20);
+    rows[4 + c] = _mm256_permute2f128_ps(b[c], b[4 + c], 0x31);
+  }
+#else
+  float square[kLanes][kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) rows[i].store(square[i]);
+  for (int64_t i = 0; i < kLanes; ++i) {
+    float column[kLanes];
+    for (int64_t j = 0; j < kLanes; ++j) column[j] = square[j][i];
+    rows[i] = Vec::loadu(column);
+  }
+#endif
+}
+
+// Calls function with a null pointer of the element type.
+template <class Function>
+inline void for_dtype(Dtype dtype, Function&& function) {
+  switch (dtype) {
+    case Dtype::float32:
+      return function(static_cast<float*>(nullptr));
+    case Dtype::bfloat16:
+      return function(static_cast<c10::BFloat16*>(nullptr));
+    case Dtype::float16:
+      return function(static_cast<c10::Half*>(nullptr));
+  }
+}
+
+}  // namespace RLHF_ISA
+}  // namespace rlhf_kernels::cpu
+
+// The names in which csrc/include writes its formulas, found through the argument's namespace.
+namespace at::vec {
+inline namespace CPU_CAPABILITY {
+
+inline Vectorized<float> where(
+    const Vectorized<float>& condition, const Vectorized<float>& yes, const Vectorized<float>& no) {
+  return Vectorized<float>::blendv(no, yes, condition);
+}
+inline Vectorized<float> absolute(const Vectorized<float>& x) { return x.abs(); }
+inline Vectorized<float> exponential(const Vectorized<float>& x) { return rlhf_kernels::cpu::exp(x); }
+inline Vectorized<float> exponential_minus_1(const Vectorized<float>& x) { return x.expm1(); }
+inline Vectorized<float> logarithm_of_1_plus(const Vectorized<float>& x) { return x.log1p(); }
+
+}  // namespace CPU_CAPABILITY
+}  // namespace at::vec

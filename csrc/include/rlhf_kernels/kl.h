@@ -1,0 +1,41 @@
+// Schulman's estimators of KL(π ‖ π_ref) from samples of π (2020, "Approximating KL divergence").
+#pragma once
+
+#include "rlhf_kernels/math.h"
+
+namespace rlhf_kernels {
+
+enum class KlEstimator { k1, k2, k3, abs };
+
+template <class T>
+RLHF_HOST_DEVICE T kl_penalty(T logprob, T ref_logprob, KlEstimator estimator) {
+  const T d = logprob - ref_logprob;
+  switch (estimator) {
+    case KlEstimator::k1:
+      return d;
+    case KlEstimator::k2:
+      return d * d * T(0.5f);
+    case KlEstimator::k3:
+      return exponential_minus_1(T(0.0f) - d) + d;
+    default:
+      return absolute(d);
+  }
+}
+
+// Its derivative in log π; in log π_ref it is the negative.
+template <class T>
+RLHF_HOST_DEVICE T kl_penalty_gradient(T logprob, T ref_logprob, KlEstimator estimator) {
+  const T d = logprob - ref_logprob;
+  switch (estimator) {
+    case KlEstimator::k1:
+      return T(1.0f);
+    case KlEstimator::k2:
+      return d;
+    case KlEstimator::k3:
+      return T(0.0f) - exponential_minus_1(T(0.0f) - d);
+    default:
+      return where(d > T(0.0f), T(1.0f), where(d < T(0.0f), T(-1.0f), T(0.0f)));
+  }
+}
+
+}  // namespace rlhf_kernels

@@ -1,0 +1,809 @@
+// Every op: its schema, and for CPU tensors the code that allocates results and splits the work over torch's threads.
+// Arguments come checked from the Python functions of the same families; what is checked here guards memory.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace {
+
+using rlhf_kernels::KlEstimator;
+using rlhf_kernels::Moments;
+using rlhf_kernels::OnlineSoftmax;
+using rlhf_kernels::PolicyClip;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+namespace cpu = rlhf_kernels::cpu;
+
+// ------------------------------------------------------------------------------------------------------ arguments
+
+cpu::Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return cpu::Dtype::float32;
+    case ScalarType::BFloat16:
+      return cpu::Dtype::bfloat16;
+    case ScalarType::Half:
+      return cpu::Dtype::float16;
+    default:
+      STD_TORCH_CHECK(false, "the CPU kernels take float32, bfloat16 and float16");
+  }
+}
+
+int64_t size_of(cpu::Dtype dtype) { return dtype == cpu::Dtype::float32 ? 4 : 2; }
+
+Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
+Tensor cast(const Tensor& tensor, ScalarType type) {
+  return dense(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
+}
+
+template <class T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <class T>
+const T* data(const OptionalTensor& tensor) {
+  return tensor ? data<T>(*tensor) : nullptr;
+}
+
+template <class T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+std::vector<int64_t> sizes(const Tensor& tensor) {
+  std::vector<int64_t> result(tensor.dim());
+  for (int64_t d = 0; d < tensor.dim(); ++d) result[d] = tensor.size(d);
+  return result;
+}
+
+// Fresh memory costs a page fault every 4 KiB, which is more than the kernels' arithmetic; every 2 MiB where the system
+// grants huge pages on request.
+void prefer_huge_pages([[maybe_unused]] const Tensor& tensor) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = uintptr_t{1} << 21;
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+  const uintptr_t end = begin + tensor.numel() * tensor.element_size();
+  const uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a wish: no failure to report
+#endif
+}
+
+Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
+  Tensor result = torch::stable::empty(shape, type);
+  prefer_huge_pages(result);
+  return result;
+}
+
+Tensor zeros(const std::vector<int64_t>& shape, ScalarType type) {
+  Tensor result = empty(shape, type);
+  std::memset(result.mutable_data_ptr(), 0, result.numel() * result.element_size());
+  return result;
+}
+
+Tensor scalar(double value) {
+  Tensor result = torch::stable::empty(std::vector<int64_t>{}, ScalarType::Float);
+  *mutable_data<float>(result) = static_cast<float>(value);
+  return result;
+}
+
+Tensor nothing() { return torch::stable::empty(std::vector<int64_t>{0}, ScalarType::Float); }
+
+template <class Function>
+void parallel(int64_t count, int64_t work_per_item, const Function& function) {
+  constexpr int64_t worth_a_thread = 32768;
+  torch::stable::parallel_for(0, count, std::max<int64_t>(1, worth_a_thread / std::max<int64_t>(1, work_per_item)),
+                              function);
+}
+
+cpu::Rows rows_of(const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.dim() - 1 <= cpu::kMaxDims, "the CPU kernels take at most ", cpu::kMaxDims + 1, " dimensions");
+  cpu::Rows rows{static_cast<int>(tensor.dim() - 1), {}, {}};
+  for (int d = 0; d < rows.dims; ++d) {
+    rows.sizes[d] = tensor.size(d);
+    rows.strides[d] = tensor.stride(d);
+  }
+  return rows;
+}
+
+cpu::View view_of(const Tensor& tensor) {
+  const bool matrix = tensor.dim() == 2;
+  return {tensor.const_data_ptr(), dtype_of(tensor), matrix ? tensor.stride(0) : 0, tensor.stride(matrix ? 1 : 0)};
+}
+
+// (B, T); or (N,), which boundaries cut into sequences.
+cpu::Sequences sequences_of(const Tensor& like, const OptionalTensor& boundaries) {
+  if (boundaries) return {boundaries->size(0) - 1, like.size(0), data<int64_t>(boundaries)};
+  return {like.size(0), like.size(1), nullptr};
+}
+
+OptionalTensor as_int64(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(cast(*tensor, ScalarType::Long)) : std::nullopt;
+}
+
+OptionalTensor as_float(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(cast(*tensor, ScalarType::Float)) : std::nullopt;
+}
+
+KlEstimator estimator_of(const std::string& name) {
+  if (name == "k1") return KlEstimator::k1;
+  if (name == "k2") return KlEstimator::k2;
+  if (name == "k3") return KlEstimator::k3;
+  return KlEstimator::abs;
+}
+
+// ------------------------------------------------------------------------------------------------------- log_prob
+
+cpu::LogProbArguments log_prob_arguments(const Tensor& logits, const Tensor& index, const Tensor& wanted,
+                                         double temperature) {
+  return {logits.const_data_ptr(),        dtype_of(logits),  rows_of(logits),
+          logits.size(logits.dim() - 1),  data<int64_t>(index), data<uint8_t>(wanted), temperature};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> selective_log_softmax(Tensor logits, Tensor index, Tensor wanted,
+                                                                 double temperature, bool with_entropy,
+                                                                 bool /*inplace_backward: for autograd*/) {
+  if (logits.stride(logits.dim() - 1) != 1) logits = torch::stable::contiguous(logits);
+  const Tensor dense_index = cast(index, ScalarType::Long), dense_wanted = dense(wanted);
+  const auto shape = sizes(index);
+  Tensor logprobs = empty(shape, ScalarType::Float), maxima = empty(shape, ScalarType::Float),
+         log_sums = empty(shape, ScalarType::Float), entropies = with_entropy ? empty(shape, ScalarType::Float) : nothing();
+  const auto in = log_prob_arguments(logits, dense_index, dense_wanted, temperature);
+  const cpu::LogProbResults out{mutable_data<float>(logprobs), with_entropy ? mutable_data<float>(entropies) : nullptr,
+                                mutable_data<float>(maxima), mutable_data<float>(log_sums)};
+  parallel(index.numel(), in.vocabulary,
+           [&](int64_t begin, int64_t end) { cpu::kernels().log_prob(in, out, begin, end); });
+  return {logprobs, entropies, maxima, log_sums};
+}
+
+void log_prob_backward(const Tensor& logits, const Tensor& index, const Tensor& wanted, double temperature,
+                       const Tensor& entropies, const Tensor& maxima, const Tensor& log_sums,
+                       const Tensor& grad_logprobs, const OptionalTensor& grad_entropies, const Tensor& gradient) {
+  const Tensor dense_index = cast(index, ScalarType::Long), dense_wanted = dense(wanted);
+  const Tensor slopes = cast(grad_logprobs, ScalarType::Float);
+  const OptionalTensor entropy_slopes = as_float(grad_entropies);
+  const auto in = log_prob_arguments(logits, dense_index, dense_wanted, temperature);
+  const cpu::LogProbGradient out{data<float>(entropies), data<float>(maxima), data<float>(log_sums),
+                                 data<float>(slopes), data<float>(entropy_slopes), gradient.mutable_data_ptr(),
+                                 rows_of(gradient)};
+  parallel(index.numel(), in.vocabulary,
+           [&](int64_t begin, int64_t end) { cpu::kernels().log_prob_backward(in, out, begin, end); });
+}
+
+Tensor selective_log_softmax_backward(Tensor logits, Tensor index, Tensor wanted, double temperature, Tensor entropies,
+                                      Tensor maxima, Tensor log_sums, Tensor grad_logprobs,
+                                      OptionalTensor grad_entropies) {
+  if (logits.stride(logits.dim() - 1) != 1) logits = torch::stable::contiguous(logits);
+  Tensor gradient = empty(sizes(logits), logits.scalar_type());
+  log_prob_backward(logits, index, wanted, temperature, entropies, maxima, log_sums, grad_logprobs, grad_entropies,
+                    gradient);
+  return gradient;
+}
+
+void selective_log_softmax_backward_(Tensor logits, Tensor index, Tensor wanted, double temperature, Tensor entropies,
+                                     Tensor maxima, Tensor log_sums, Tensor grad_logprobs,
+                                     OptionalTensor grad_entropies) {
+  if (logits.stride(logits.dim() - 1) != 1) {
+    const Tensor gradient = selective_log_softmax_backward(logits, index, wanted, temperature, entropies, maxima,
+                                                           log_sums, grad_logprobs, grad_entropies);
+    torch::stable::copy_(logits, gradient);
+    return;
+  }
+  log_prob_backward(logits, index, wanted, temperature, entropies, maxima, log_sums, grad_logprobs, grad_entropies,
+                    logits);
+}
+
+// ------------------------------------------------------------------------------------------------ linear_log_prob
+
+// What the workspace of a chunk of logits may take.
+constexpr int64_t kWorkspaceBytes = int64_t{96} << 20;
+// Rows whose log-probs are made together: their packed form and running sums stay well under the workspace.
+constexpr int64_t kForwardRows = 1536;
+
+// The rows that count, side by side; where they all do, hidden itself.
+struct LinearInputs {
+  Tensor hidden, weight;
+  OptionalTensor bias;
+  std::vector<int64_t> rows;  // of the caller's, for each of ours
+  std::vector<int64_t> index;
+  cpu::Projection projection;
+
+  LinearInputs(const Tensor& all_hidden, const Tensor& all_weight, const Tensor& all_index, const Tensor& wanted,
+               const OptionalTensor& all_bias, double temperature, std::optional<double> softcap)
+      : hidden(all_hidden), weight(all_weight), bias(all_bias ? OptionalTensor(dense(*all_bias)) : std::nullopt) {
+    STD_TORCH_CHECK(hidden.scalar_type() == weight.scalar_type() &&
+                        (!bias || bias->scalar_type() == weight.scalar_type()),
+                    "hidden, weight and bias differ in dtype");
+    const Tensor dense_index = cast(all_index, ScalarType::Long), dense_wanted = dense(wanted);
+    const int64_t count = all_index.numel(), depth = weight.size(1);
+    for (int64_t row = 0; row < count; ++row) {
+      if (!data<uint8_t>(dense_wanted)[row]) continue;
+      rows.push_back(row);
+      index.push_back(data<int64_t>(dense_index)[row]);
+    }
+    if (depth > 0 && weight.stride(1) != 1) weight = torch::stable::contiguous(weight);
+    if (hidden.stride(1) != 1) hidden = torch::stable::contiguous(hidden);
+    if (static_cast<int64_t>(rows.size()) < count) {
+      const Tensor some = empty({static_cast<int64_t>(rows.size()), depth}, hidden.scalar_type());
+      const int64_t bytes = depth * static_cast<int64_t>(hidden.element_size());
+      for (size_t i = 0; i < rows.size(); ++i) {
+        std::memcpy(mutable_data<char>(some) + i * bytes,
+                    data<char>(hidden) + rows[i] * hidden.stride(0) * hidden.element_size(), bytes);
+      }
+      hidden = some;
+    }
+    projection = {hidden.const_data_ptr(), hidden.stride(0), weight.const_data_ptr(), weight.stride(0),
+                  bias ? bias->const_data_ptr() : nullptr, dtype_of(hidden), depth, weight.size(0), temperature, softcap.value_or(0.0)};
+  }
+
+  int64_t count() const { return static_cast<int64_t>(rows.size()); }
+
+  // The rows from `first` on.
+  cpu::Projection from(int64_t first) const {
+    cpu::Projection part = projection;
+    part.hidden = static_cast<const char*>(part.hidden) + first * part.hidden_stride * size_of(part.dtype);
+    return part;
+  }
+};
+
+Tensor packed(const cpu::Projection& part, int64_t count) {
+  const auto& k = cpu::kernels();
+  const Tensor result = empty({k.packed_size(part, count)}, ScalarType::Byte);
+  torch::stable::parallel_for(0, k.row_panels(count), 16, [&](int64_t begin, int64_t end) {
+    k.pack_rows(part, count, result.mutable_data_ptr(), begin, end);
+  });
+  return result;
+}
+
+// Logits of a chunk of rows in the workspace.
+void chunk_logits(const cpu::Projection& part, int64_t count, float* logits) {
+  const auto& k = cpu::kernels();
+  const Tensor operand = packed(part, count);
+  torch::stable::parallel_for(0, k.vocabulary_blocks(part), 1, [&](int64_t begin, int64_t end) {
+    k.linear_logits(part, operand.const_data_ptr(), count, logits, begin, end);
+  });
+}
+
+int64_t chunk_rows(const LinearInputs& in) {
+  constexpr int64_t multiple = 12;  // of a tile, so that no chunk but the last has a ragged one
+  const int64_t rows = kWorkspaceBytes / (in.projection.vocabulary * 4) / multiple * multiple;
+  return std::max<int64_t>(1, std::min(std::max(multiple, rows), in.count()));
+}
+
+// Which gradients are wanted; the bias goes with the weight. A frozen output layer costs no matmul.
+struct Needs {
+  bool hidden, weight;
+};
+
+// The gradients of the three operands, filled chunk by chunk from the logits' gradient.
+struct LinearGradients {
+  Tensor hidden, weight, bias, bias_sums;
+
+  Needs needs;
+
+  LinearGradients(const LinearInputs& in, const Tensor& like_hidden, const Tensor& like_weight, Needs which)
+      : hidden(nothing()), weight(nothing()), bias(nothing()), bias_sums(nothing()), needs(which) {
+    // What no row reaches is 0.
+    const auto make = [](const Tensor& like, bool every_row) {
+      return every_row ? empty(sizes(like), like.scalar_type()) : zeros(sizes(like), like.scalar_type());
+    };
+    if (needs.hidden) hidden = make(like_hidden, in.count() == like_hidden.size(0));
+    if (needs.weight) weight = make(like_weight, in.count() > 0);
+    if (needs.weight && in.bias) bias_sums = zeros({like_weight.size(0)}, ScalarType::Float);
+  }
+
+  void add(const LinearInputs& in, int64_t first, int64_t count, const float* logits) {
+    const auto& k = cpu::kernels();
+    const auto part = in.from(first);
+    torch::stable::parallel_for(0, needs.hidden ? k.depth_blocks(part) : 0, 1, [&](int64_t begin, int64_t end) {
+      k.linear_grad_hidden(part, logits, in.rows.data() + first, count, hidden.mutable_data_ptr(), begin, end);
+    });
+    torch::stable::parallel_for(0, needs.weight ? k.weight_blocks(part) : 0, 1, [&](int64_t begin, int64_t end) {
+      k.linear_grad_weight(part, logits, count, first == 0, weight.mutable_data_ptr(),
+                           in.bias ? mutable_data<float>(bias_sums) : nullptr, begin, end);
+    });
+  }
+
+  std::tuple<Tensor, Tensor, Tensor> done(const LinearInputs& in) {
+    if (needs.weight && in.bias) bias = cast(bias_sums, in.bias->scalar_type());
+    return {hidden, weight, bias};
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_selective_log_softmax(
+    Tensor hidden, Tensor weight, Tensor index, Tensor wanted, OptionalTensor bias, double temperature,
+    std::optional<double> softcap, bool with_entropy) {
+  const auto& k = cpu::kernels();
+  const LinearInputs in(hidden, weight, index, wanted, bias, temperature, softcap);
+  const std::vector<int64_t> shape{index.numel()};
+  Tensor logprobs = zeros(shape, ScalarType::Float), maxima = zeros(shape, ScalarType::Float),
+         log_sums = zeros(shape, ScalarType::Float), entropies = with_entropy ? zeros(shape, ScalarType::Float) : nothing();
+  const int64_t blocks = k.vocabulary_blocks(in.projection);
+  std::vector<OnlineSoftmax> partials(blocks * std::min(kForwardRows, in.count()));
+  std::vector<float> chosen(std::min(kForwardRows, in.count()));
+  for (int64_t first = 0; first < in.count(); first += kForwardRows) {
+    const int64_t count = std::min(kForwardRows, in.count() - first);
+    const auto part = in.from(first);
+    const Tensor operand = packed(part, count);
+    std::fill(chosen.begin(), chosen.end(), NAN);
+    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      k.linear_partials(part, operand.const_data_ptr(), count, in.index.data() + first, with_entropy, partials.data(),
+                        chosen.data(), begin, end);
+    });
+    parallel(count, blocks * 64, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        OnlineSoftmax all;
+        for (int64_t b = 0; b < blocks; ++b) merge(all, partials[b * count + i], 1.0 / temperature);
+        const int64_t row = in.rows[first + i];
+        mutable_data<float>(logprobs)[row] = static_cast<float>(log_prob(all, chosen[i], 1.0 / temperature));
+        if (with_entropy) mutable_data<float>(entropies)[row] = static_cast<float>(entropy(all));
+        mutable_data<float>(maxima)[row] = all.maximum;
+        mutable_data<float>(log_sums)[row] = static_cast<float>(std::log(all.sum));
+      }
+    });
+  }
+  return {logprobs, entropies, maxima, log_sums};
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_selective_log_softmax_backward(
+    Tensor hidden, Tensor weight, Tensor index, Tensor wanted, OptionalTensor bias, double temperature,
+    std::optional<double> softcap, Tensor entropies, Tensor maxima, Tensor log_sums, Tensor grad_logprobs,
+    OptionalTensor grad_entropies, bool needs_hidden, bool needs_weight) {
+  const auto& k = cpu::kernels();
+  const LinearInputs in(hidden, weight, index, wanted, bias, temperature, softcap);
+  const Tensor slopes = cast(grad_logprobs, ScalarType::Float);
+  const OptionalTensor entropy_slopes = as_float(grad_entropies);
+  std::vector<float> values[5];  // of the rows that count: maximum, log sum, entropy, both gradients
+  const float* sources[] = {data<float>(maxima), data<float>(log_sums), data<float>(entropies), data<float>(slopes),
+                            data<float>(entropy_slopes)};
+  for (int i = 0; i < 5; ++i) {
+    if (i == 2 && !grad_entropies) continue;
+    for (const int64_t row : in.rows) values[i].push_back(sources[i] ? sources[i][row] : 0.0f);
+  }
+  LinearGradients gradients(in, hidden, weight, {needs_hidden, needs_weight});
+  const int64_t rows = chunk_rows(in);
+  const Tensor workspace = empty({rows * in.projection.vocabulary}, ScalarType::Float);
+  float* logits = mutable_data<float>(workspace);
+  for (int64_t first = 0; first < in.count(); first += rows) {
+    const int64_t count = std::min(rows, in.count() - first);
+    const auto part = in.from(first);
+    chunk_logits(part, count, logits);
+    parallel(count, part.vocabulary, [&](int64_t begin, int64_t end) {
+      k.linear_gradient(part, in.index.data() + first, values[0].data() + first, values[1].data() + first,
+                        grad_entropies ? values[2].data() + first : nullptr, values[3].data() + first,
+                        grad_entropies ? values[4].data() + first : nullptr, logits, begin, end);
+    });
+    gradients.add(in, first, count, logits);
+  }
+  return gradients.done(in);
+}
+
+// Sums of the rows' losses, chunk by chunk, and the gradients of the operands if wanted. loss.weights etc. are per row
+// that counts.
+std::tuple<double, std::tuple<Tensor, Tensor, Tensor>> linear_losses(const LinearInputs& in, const Tensor& hidden,
+                                                                     const Tensor& weight, cpu::RowLoss loss,
+                                                                     float* statistics, Needs needs) {
+  const auto& k = cpu::kernels();
+  const bool with_gradient = needs.hidden || needs.weight;
+  LinearGradients gradients(in, hidden, weight, needs);
+  const int64_t rows = chunk_rows(in);
+  const Tensor workspace = empty({rows * in.projection.vocabulary}, ScalarType::Float);
+  float* logits = mutable_data<float>(workspace);
+  std::vector<double> losses(in.count());
+  for (int64_t first = 0; first < in.count(); first += rows) {
+    const int64_t count = std::min(rows, in.count() - first);
+    const auto part = in.from(first);
+    chunk_logits(part, count, logits);
+    cpu::RowLoss here = loss;
+    here.index += first;
+    here.weights += first;
+    if (here.old_logprobs) here.old_logprobs += first;
+    if (here.advantages) here.advantages += first;
+    const cpu::RowLossResults out{losses.data() + first, statistics ? statistics + 5 * first : nullptr};
+    parallel(count, part.vocabulary, [&](int64_t begin, int64_t end) {
+      k.linear_loss(part, here, out, logits, with_gradient, begin, end);
+    });
+    if (with_gradient) gradients.add(in, first, count, logits);
+  }
+  double total = 0;
+  for (const double row : losses) total += row;
+  return {total, gradients.done(in)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(Tensor hidden, Tensor weight, Tensor labels,
+                                                                Tensor wanted, OptionalTensor bias, double temperature,
+                                                                std::optional<double> softcap, bool mean,
+                                                                bool needs_hidden, bool needs_weight) {
+  const LinearInputs in(hidden, weight, labels, wanted, bias, temperature, softcap);
+  const double scale = mean && in.count() ? 1.0 / static_cast<double>(in.count()) : 1.0;
+  const std::vector<float> scaled(in.count(), static_cast<float>(scale));
+  const auto [loss, gradients] =
+      linear_losses(in, hidden, weight, {in.index.data(), scaled.data(), nullptr, nullptr, {}}, nullptr,
+                    {needs_hidden, needs_weight});
+  return {scalar(loss), std::get<0>(gradients), std::get<1>(gradients), std::get<2>(gradients)};
+}
+
+// ------------------------------------------------------------------------------------------------------- ppo_loss
+
+// How a reduction weighs the positions of each row, from the mask alone.
+struct Weights {
+  std::vector<double> rows;
+  int64_t positions = 0;
+
+  Weights(const uint8_t* wanted, int64_t count, int64_t length, int64_t all, const std::string& reduction)
+      : rows(count) {
+    std::vector<int64_t> counts(count);
+    parallel(count, length / 8, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t stop = std::min(length, all - row * length);
+        int64_t here = 0;
+        for (int64_t t = 0; t < stop; ++t) here += wanted[row * length + t] != 0;
+        counts[row] = here;
+      }
+    });
+    int64_t some = 0;
+    for (const int64_t here : counts) {
+      positions += here;
+      some += here > 0;
+    }
+    for (int64_t row = 0; row < count; ++row) {
+      if (reduction == "token-mean") {
+        rows[row] = positions ? 1.0 / static_cast<double>(positions) : 0.0;
+      } else {
+        const double share = some ? 1.0 / static_cast<double>(some) : 0.0;
+        rows[row] = reduction == "seq-mean-token-mean" && counts[row] ? share / static_cast<double>(counts[row]) : share;
+      }
+    }
+  }
+};
+
+// A 1-D tensor is cut into rows of this length, so that its sums are made in one order on any number of threads.
+constexpr int64_t kFlatRow = 4096;
+
+struct TokenRows {
+  int64_t count, length, positions;
+
+  explicit TokenRows(const Tensor& tensor) {
+    const bool matrix = tensor.dim() == 2;
+    positions = tensor.numel();
+    length = matrix ? tensor.size(1) : kFlatRow;
+    count = matrix ? tensor.size(0) : (positions + kFlatRow - 1) / kFlatRow;
+  }
+
+  cpu::View view(const Tensor& tensor) const {
+    cpu::View result = view_of(tensor);
+    if (tensor.dim() == 1) result.row_stride = length * result.stride;
+    return result;
+  }
+};
+
+PolicyClip policy_clip(double low, double high, std::optional<double> dual) {
+  return {static_cast<float>(1 - low), static_cast<float>(1 + high), static_cast<float>(dual.value_or(0)),
+          dual.has_value()};
+}
+
+std::tuple<Tensor, Tensor, Tensor> ppo_policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages,
+                                                   Tensor wanted, double clip_low, double clip_high,
+                                                   std::optional<double> dual_clip, std::string reduction,
+                                                   bool with_gradient) {
+  const Tensor mask = dense(wanted);
+  const TokenRows rows(logprobs);
+  const Weights weights(data<uint8_t>(mask), rows.count, rows.length, rows.positions, reduction);
+  Tensor gradient = with_gradient ? empty(sizes(logprobs), ScalarType::Float) : nothing();
+  std::vector<cpu::PolicySums> sums(rows.count);
+  const cpu::PolicyArguments in{rows.view(logprobs), rows.view(old_logprobs), rows.view(advantages),
+                                data<uint8_t>(mask), rows.length, rows.positions, weights.rows.data(),
+                                policy_clip(clip_low, clip_high, dual_clip),
+                                with_gradient ? mutable_data<float>(gradient) : nullptr, sums.data()};
+  parallel(rows.count, rows.length * 4,
+           [&](int64_t begin, int64_t end) { cpu::kernels().ppo_policy(in, begin, end); });
+  cpu::PolicySums all{};
+  for (const auto& row : sums) {
+    all.loss += row.loss;
+    all.ratio += row.ratio;
+    all.deviation = row.deviation > all.deviation || row.deviation != row.deviation ? row.deviation : all.deviation;
+    all.kl += row.kl;
+    all.clipped += row.clipped;
+  }
+  const double share = weights.positions ? 1.0 / static_cast<double>(weights.positions) : 0.0;
+  Tensor statistics = torch::stable::empty(std::vector<int64_t>{4}, ScalarType::Float);
+  const double values[] = {all.ratio * share, all.deviation, all.kl * share, all.clipped * share};
+  for (int i = 0; i < 4; ++i) mutable_data<float>(statistics)[i] = static_cast<float>(values[i]);
+  return {scalar(all.loss), statistics, gradient};
+}
+
+std::tuple<Tensor, Tensor, Tensor> ppo_value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor wanted,
+                                                  std::optional<double> clip_range, std::string reduction,
+                                                  bool with_gradient) {
+  const Tensor mask = dense(wanted);
+  const TokenRows rows(values);
+  const Weights weights(data<uint8_t>(mask), rows.count, rows.length, rows.positions, reduction);
+  Tensor gradient = with_gradient ? empty(sizes(values), ScalarType::Float) : nothing();
+  std::vector<cpu::ValueSums> sums(rows.count);
+  const cpu::ValueArguments in{rows.view(values), rows.view(old_values), rows.view(returns), data<uint8_t>(mask),
+                               rows.length, rows.positions, weights.rows.data(),
+                               clip_range ? static_cast<float>(*clip_range) : -1.0f,
+                               with_gradient ? mutable_data<float>(gradient) : nullptr, sums.data()};
+  parallel(rows.count, rows.length, [&](int64_t begin, int64_t end) { cpu::kernels().ppo_value(in, begin, end); });
+  cpu::ValueSums all{};
+  for (const auto& row : sums) {
+    all.loss += row.loss;
+    all.value += row.value;
+    all.target += row.target;
+    all.clipped += row.clipped;
+  }
+  const double share = weights.positions ? 1.0 / static_cast<double>(weights.positions) : 0.0;
+  Tensor statistics = torch::stable::empty(std::vector<int64_t>{3}, ScalarType::Float);
+  const double shares[] = {all.value * share, all.target * share, all.clipped * share};
+  for (int i = 0; i < 3; ++i) mutable_data<float>(statistics)[i] = static_cast<float>(shares[i]);
+  return {scalar(all.loss), statistics, gradient};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_ppo_policy_loss(
+    Tensor hidden, Tensor weight, Tensor index, Tensor old_logprobs, Tensor advantages, Tensor wanted,
+    OptionalTensor bias, double temperature, std::optional<double> softcap, double clip_low, double clip_high,
+    std::optional<double> dual_clip, std::string reduction, bool needs_hidden, bool needs_weight) {
+  const LinearInputs in(hidden, weight, index, wanted, bias, temperature, softcap);
+  const Tensor old = cast(old_logprobs, ScalarType::Float), gains = cast(advantages, ScalarType::Float),
+               mask = dense(wanted);
+  const int64_t length = wanted.dim() == 2 ? wanted.size(1) : std::max<int64_t>(1, wanted.numel());
+  const int64_t count = wanted.dim() == 2 ? wanted.size(0) : 1;
+  const Weights weights(data<uint8_t>(mask), count, length, wanted.numel(), reduction);
+  std::vector<float> row_weights, row_old, row_gains;
+  for (const int64_t row : in.rows) {
+    row_weights.push_back(static_cast<float>(weights.rows[row / length]));
+    row_old.push_back(data<float>(old)[row]);
+    row_gains.push_back(data<float>(gains)[row]);
+  }
+  std::vector<float> statistics(5 * in.count());
+  const auto [loss, gradients] =
+      linear_losses(in, hidden, weight,
+                    {in.index.data(), row_weights.data(), row_old.data(), row_gains.data(),
+                     policy_clip(clip_low, clip_high, dual_clip)},
+                    statistics.data(), {needs_hidden, needs_weight});
+  double all[5] = {};
+  for (int64_t row = 0; row < in.count(); ++row) {
+    for (int i = 0; i < 5; ++i) {
+      const double value = statistics[5 * row + i];
+      all[i] = i != 1 ? all[i] + value : value > all[i] || value != value ? value : all[i];
+    }
+  }
+  const double share = in.count() ? 1.0 / static_cast<double>(in.count()) : 0.0;
+  Tensor result = torch::stable::empty(std::vector<int64_t>{5}, ScalarType::Float);
+  for (int i = 0; i < 5; ++i) mutable_data<float>(result)[i] = static_cast<float>(i == 1 ? all[i] : all[i] * share);
+  return {scalar(loss), result, std::get<0>(gradients), std::get<1>(gradients), std::get<2>(gradients)};
+}
+
+// ------------------------------------------------------------------------------------------------- kl_reward, gae
+
+Tensor kl_penalty(Tensor logprobs, Tensor ref_logprobs, std::string estimator) {
+  const TokenRows rows(logprobs);
+  Tensor result = empty(sizes(logprobs), ScalarType::Float);
+  const auto a = rows.view(logprobs), b = rows.view(ref_logprobs);
+  // A flat tensor's last row may be short, which these kernels do not know: one row then.
+  const int64_t count = logprobs.dim() == 2 ? rows.count : 1, length = logprobs.dim() == 2 ? rows.length : rows.positions;
+  parallel(count, length, [&](int64_t begin, int64_t end) {
+    cpu::kernels().kl_penalty(a, b, length, estimator_of(estimator), mutable_data<float>(result), begin, end);
+  });
+  return result;
+}
+
+Tensor kl_penalty_backward(Tensor logprobs, Tensor ref_logprobs, std::string estimator, Tensor gradient) {
+  const TokenRows rows(logprobs);
+  const Tensor slopes = cast(gradient, ScalarType::Float);
+  Tensor result = empty(sizes(logprobs), ScalarType::Float);
+  const auto a = rows.view(logprobs), b = rows.view(ref_logprobs);
+  const int64_t count = logprobs.dim() == 2 ? rows.count : 1, length = logprobs.dim() == 2 ? rows.length : rows.positions;
+  parallel(count, length, [&](int64_t begin, int64_t end) {
+    cpu::kernels().kl_penalty_backward(a, b, length, estimator_of(estimator), data<float>(slopes),
+                                       mutable_data<float>(result), begin, end);
+  });
+  return result;
+}
+
+cpu::KlShaping shaping_of(const Tensor& scores, const Tensor& logprobs, const Tensor& ref_logprobs, double beta,
+                          const std::string& estimator, std::optional<double> score_clip, const Tensor& rewards,
+                          const Tensor& kl) {
+  return {data<float>(scores), view_of(logprobs), view_of(ref_logprobs), beta, estimator_of(estimator),
+          score_clip.value_or(-1.0), mutable_data<float>(rewards), mutable_data<float>(kl)};
+}
+
+std::tuple<Tensor, Tensor> kl_shaped_rewards(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor wanted,
+                                             double beta, std::string estimator, std::optional<double> score_clip) {
+  const Tensor mask = dense(wanted), row_scores = cast(scores, ScalarType::Float);
+  Tensor rewards = empty(sizes(logprobs), ScalarType::Float), kl = empty(sizes(logprobs), ScalarType::Float);
+  const auto shaping = shaping_of(row_scores, logprobs, ref_logprobs, beta, estimator, score_clip, rewards, kl);
+  const auto sequences = sequences_of(logprobs, std::nullopt);
+  parallel(sequences.count, sequences.length, [&](int64_t begin, int64_t end) {
+    cpu::kernels().kl_shaped_rewards(shaping, sequences, data<uint8_t>(mask), begin, end);
+  });
+  return {rewards, kl};
+}
+
+// GAE, with rewards shaped on the way if there is a shaping; then whitening over everything unmasked.
+std::tuple<Tensor, Tensor> advantages_of(const Tensor& like, cpu::GaeArguments in, const cpu::KlShaping* shaping,
+                                         bool whiten) {
+  Tensor advantages = empty(sizes(like), ScalarType::Float), returns = empty(sizes(like), ScalarType::Float);
+  in.advantages = mutable_data<float>(advantages);
+  in.returns = mutable_data<float>(returns);
+  std::vector<Moments> moments(whiten ? in.sequences.count : 0);
+  in.moments = whiten ? moments.data() : nullptr;
+  const int64_t length = in.sequences.count ? like.numel() / in.sequences.count : 0;
+  parallel(in.sequences.count, 4 * length,
+           [&](int64_t begin, int64_t end) { cpu::kernels().gae(in, shaping, begin, end); });
+  if (whiten) {
+    Moments all;
+    for (const auto& sequence : moments) merge(all, sequence);
+    constexpr double variance_floor = 1e-8;
+    const double scale = all.count > 0 ? 1.0 / std::sqrt(all.squares / all.count + variance_floor) : 0.0;
+    parallel(like.numel(), 1, [&](int64_t begin, int64_t end) {
+      cpu::kernels().whiten(in.advantages, in.wanted, all.mean, scale, begin, end);
+    });
+  }
+  return {advantages, returns};
+}
+
+std::tuple<Tensor, Tensor> masked_gae(Tensor rewards, Tensor values, Tensor wanted, double gamma, double lam,
+                                      OptionalTensor bootstrap, bool whiten, OptionalTensor cu_seqlens) {
+  const Tensor mask = dense(wanted);
+  const OptionalTensor last = as_float(bootstrap), boundaries = as_int64(cu_seqlens);
+  return advantages_of(rewards,
+                       {view_of(rewards), view_of(values), data<uint8_t>(mask), sequences_of(rewards, boundaries), gamma,
+                        lam, data<float>(last), nullptr, nullptr, nullptr},
+                       nullptr, whiten);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_advantages(Tensor scores, Tensor logprobs, Tensor ref_logprobs,
+                                                          Tensor values, Tensor wanted, double beta, double gamma,
+                                                          double lam, bool whiten, OptionalTensor bootstrap,
+                                                          std::string estimator, std::optional<double> score_clip,
+                                                          OptionalTensor cu_seqlens) {
+  const Tensor mask = dense(wanted), row_scores = cast(scores, ScalarType::Float);
+  const OptionalTensor last = as_float(bootstrap), boundaries = as_int64(cu_seqlens);
+  Tensor rewards = empty(sizes(logprobs), ScalarType::Float), kl = empty(sizes(logprobs), ScalarType::Float);
+  const auto shaping = shaping_of(row_scores, logprobs, ref_logprobs, beta, estimator, score_clip, rewards, kl);
+  const auto [advantages, returns] = advantages_of(
+      logprobs,
+      {{}, view_of(values), data<uint8_t>(mask), sequences_of(logprobs, boundaries), gamma, lam, data<float>(last),
+       nullptr, nullptr, nullptr},
+      &shaping, whiten);
+  return {advantages, returns, rewards, kl};
+}
+
+// --------------------------------------------------------------------------------------------------- ranking_loss
+
+std::tuple<Tensor, Tensor, Tensor> pairwise_ranking_loss(Tensor scores, Tensor ranks, OptionalTensor offsets,
+                                                         Tensor wanted, double margin, bool with_gradient) {
+  const auto& k = cpu::kernels();
+  const Tensor dense_ranks = cast(ranks, ScalarType::Long), mask = dense(wanted);
+  const OptionalTensor boundaries = as_int64(offsets);
+  const auto prompts = sequences_of(scores, boundaries);
+  Tensor gradient = with_gradient ? empty(sizes(scores), ScalarType::Float) : nothing();
+  std::vector<double> losses(prompts.count), accuracies(prompts.count);
+  std::vector<uint8_t> counts(prompts.count);
+  const cpu::RankingArguments in{view_of(scores), data<int64_t>(dense_ranks), data<uint8_t>(mask), prompts,
+                                 static_cast<float>(margin), with_gradient ? mutable_data<float>(gradient) : nullptr,
+                                 losses.data(), accuracies.data(), counts.data()};
+  const int64_t groups = (prompts.count + k.prompts_per_group - 1) / k.prompts_per_group;
+  const int64_t width = prompts.count ? scores.numel() / prompts.count : 0;
+  parallel(groups, k.prompts_per_group * width * width * 4,
+           [&](int64_t begin, int64_t end) { k.ranking(in, begin, end); });
+  double loss = 0, accuracy = 0;
+  int64_t some = 0;
+  for (int64_t b = 0; b < prompts.count; ++b) {
+    loss += losses[b];
+    accuracy += accuracies[b];
+    some += counts[b];
+  }
+  const double share = some ? 1.0 / static_cast<double>(some) : 0.0;
+  if (with_gradient) {
+    float* slopes = mutable_data<float>(gradient);
+    parallel(scores.numel(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) slopes[i] = static_cast<float>(slopes[i] * share);
+    });
+  }
+  return {scalar(loss * share), scalar(accuracy * share), gradient};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(rlhf_kernels, library) {
+  library.def(
+      "selective_log_softmax(Tensor logits, Tensor index, Tensor wanted, float temperature, bool with_entropy, "
+      "bool inplace_backward) -> "
+      "(Tensor logprobs, Tensor entropies, Tensor maxima, Tensor log_sums)");
+  library.def(
+      "selective_log_softmax_backward(Tensor logits, Tensor index, Tensor wanted, float temperature, "
+      "Tensor entropies, Tensor maxima, Tensor log_sums, Tensor grad_logprobs, Tensor? grad_entropies) -> Tensor");
+  library.def(
+      "selective_log_softmax_backward_(Tensor(a!) logits, Tensor index, Tensor wanted, float temperature, "
+      "Tensor entropies, Tensor maxima, Tensor log_sums, Tensor grad_logprobs, Tensor? grad_entropies) -> ()");
+  library.def(
+      "linear_selective_log_softmax(Tensor hidden, Tensor weight, Tensor index, Tensor wanted, Tensor? bias, "
+      "float temperature, float? softcap, bool with_entropy) -> "
+      "(Tensor logprobs, Tensor entropies, Tensor maxima, Tensor log_sums)");
+  library.def(
+      "linear_selective_log_softmax_backward(Tensor hidden, Tensor weight, Tensor index, Tensor wanted, Tensor? bias, "
+      "float temperature, float? softcap, Tensor entropies, Tensor maxima, Tensor log_sums, Tensor grad_logprobs, "
+      "Tensor? grad_entropies, bool needs_hidden, bool needs_weight) -> "
+      "(Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
+  library.def(
+      "linear_ppo_policy_loss(Tensor hidden, Tensor weight, Tensor index, Tensor old_logprobs, Tensor advantages, "
+      "Tensor wanted, Tensor? bias, float temperature, float? softcap, float clip_low, float clip_high, "
+      "float? dual_clip, str reduction, bool needs_hidden, bool needs_weight) -> "
+      "(Tensor loss, Tensor statistics, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
+  library.def(
+      "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, Tensor wanted, Tensor? bias, "
+      "float temperature, float? softcap, bool mean, bool needs_hidden, bool needs_weight) -> "
+      "(Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
+  library.def("kl_penalty(Tensor logprobs, Tensor ref_logprobs, str estimator) -> Tensor");
+  library.def(
+      "kl_penalty_backward(Tensor logprobs, Tensor ref_logprobs, str estimator, Tensor gradient) -> Tensor");
+  library.def(
+      "kl_shaped_rewards(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor wanted, float beta, "
+      "str estimator, float? score_clip) -> (Tensor rewards, Tensor kl)");
+  library.def(
+      "masked_gae(Tensor rewards, Tensor values, Tensor wanted, float gamma, float lam, Tensor? bootstrap, "
+      "bool whiten, Tensor? cu_seqlens) -> (Tensor advantages, Tensor returns)");
+  library.def(
+      "ppo_advantages(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor wanted, float beta, "
+      "float gamma, float lam, bool whiten, Tensor? bootstrap, str estimator, float? score_clip, "
+      "Tensor? cu_seqlens) -> (Tensor advantages, Tensor returns, Tensor rewards, Tensor kl)");
+  library.def(
+      "ppo_policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor wanted, float clip_low, "
+      "float clip_high, float? dual_clip, str reduction, bool with_gradient) -> "
+      "(Tensor loss, Tensor statistics, Tensor gradient)");
+  library.def(
+      "ppo_value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor wanted, float? clip_range, "
+      "str reduction, bool with_gradient) -> (Tensor loss, Tensor statistics, Tensor gradient)");
+  library.def(
+      "pairwise_ranking_loss(Tensor scores, Tensor ranks, Tensor? offsets, Tensor wanted, float margin, "
+      "bool with_gradient) -> (Tensor loss, Tensor accuracy, Tensor gradient)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(rlhf_kernels, CPU, library) {
+  library.impl("selective_log_softmax", TORCH_BOX(&selective_log_softmax));
+  library.impl("selective_log_softmax_backward", TORCH_BOX(&selective_log_softmax_backward));
+  library.impl("selective_log_softmax_backward_", TORCH_BOX(&selective_log_softmax_backward_));
+  library.impl("linear_selective_log_softmax", TORCH_BOX(&linear_selective_log_softmax));
+  library.impl("linear_selective_log_softmax_backward", TORCH_BOX(&linear_selective_log_softmax_backward));
+  library.impl("linear_ppo_policy_loss", TORCH_BOX(&linear_ppo_policy_loss));
+  library.impl("linear_cross_entropy", TORCH_BOX(&linear_cross_entropy));
+  library.impl("kl_penalty", TORCH_BOX(&kl_penalty));
+  library.impl("kl_penalty_backward", TORCH_BOX(&kl_penalty_backward));
+  library.impl("kl_shaped_rewards", TORCH_BOX(&kl_shaped_rewards));
+  library.impl("masked_gae", TORCH_BOX(&masked_gae));
+  library.impl("ppo_advantages", TORCH_BOX(&ppo_advantages));
+  library.impl("ppo_policy_loss", TORCH_BOX(&ppo_policy_loss));
+  library.impl("ppo_value_loss", TORCH_BOX(&ppo_value_loss));
+  library.impl("pairwise_ranking_loss", TORCH_BOX(&pairwise_ranking_loss));
+}
+
+// The instruction set in use; or, after a "!", why there is none.
+extern "C" __attribute__((visibility("default"))) const char* rlhf_kernels_isa() {
+  static const std::string answer = [] {
+    try {
+      return std::string(cpu::kernels().isa);
+    } catch (const std::exception& error) {
+      return "!" + std::string(error.what());
+    }
+  }();
+  return answer.c_str();
+}
