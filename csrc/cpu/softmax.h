@@ -38,6 +38,10 @@ void block_sums(const T* logits, int64_t count, float maximum, float inverse_tem
   };
   int64_t i = 0;
   for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+    // The next block travels from memory while this one is computed on; past the end a prefetch does nothing.
+    for (int64_t ahead = 0; ahead < 4 * kLanes; ahead += 64 / static_cast<int64_t>(sizeof(T))) {
+      __builtin_prefetch(logits + i + kBlock + ahead);
+    }
     add(load_lanes(logits + i), 0);
     add(load_lanes(logits + i + kLanes), 1);
     add(load_lanes(logits + i + 2 * kLanes), 2);
