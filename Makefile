@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint asan bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/rlhf demo --seed $(SEED) --output_dir runs/demo --resume
@@ -18,6 +18,17 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The kernel tests with every native access to memory checked. Python does not carry the sanitizer, so it is preloaded.
+ASAN := build/asan
+asan: $(VENV)/installed
+	RLHF_KERNELS_ASAN=ON $(BIN)/python setup.py --quiet build --build-base $(ASAN) --build-lib $(ASAN)/lib
+	nm -D $(ASAN)/lib/rlhf_kernels/_ops.so | grep -q __asan_init
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(ASAN)/lib $(BIN)/pytest -q tests/kernels --import-mode=importlib
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/run.py
 
 # torch first and alone: the build and the other packages must find this one rather than choose their own.
 $(VENV)/installed: $(SOURCES)

@@ -8,7 +8,7 @@ import platform
 import torch
 
 import rlhf_kernels
-from rlhf_kernels.backends import BACKENDS, missing
+from rlhf_kernels.backends import BACKENDS, isa, missing
 
 
 def main() -> None:
@@ -17,8 +17,16 @@ def main() -> None:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can see"
     print(f"GPU: {gpu}")
     for name in BACKENDS:
-        print(f"backend {name:>9}: {missing(name) or 'available'}")
+        print(f"backend {name:>9}: {missing(name) or ('available' if name != 'cpu' else cpu())}")
     print("native module:", native_module())
+
+
+def cpu() -> str:
+    """The instruction set of the CPU kernels, or why none runs."""
+    try:
+        return f"available, with {isa()}"
+    except RuntimeError as error:
+        return str(error)
 
 
 def native_module() -> str:

@@ -324,8 +324,9 @@ def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...], bi
 def _backward_of_loss(ctx: Any, saved: tuple[Any, ...], grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, *gradients = saved
     needs_hidden, needs_weight = ctx.needs
-    # Multiplying gigabytes by 1 costs as much as reading them twice; where the value can't be looked at, it is done.
-    unscaled = not torch.compiler.is_compiling() and grad_loss.device.type == "cpu" and grad_loss.item() == 1
+    # Multiplying gigabytes by 1 costs as much as reading them twice. Where the value can't be looked at (a compiler's
+    # tensors are of types of their own), it is done.
+    unscaled = type(grad_loss) is Tensor and checks.values_can_be_read(grad_loss) and grad_loss.item() == 1
     result: list[Tensor | None] = [None] * ctx.count
     for at, operand, gradient, needed in zip(
         (0, 1, ctx.bias_at), (hidden, weight, bias), gradients, (needs_hidden, needs_weight, needs_weight), strict=True

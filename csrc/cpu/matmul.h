@@ -26,6 +26,7 @@ constexpr int64_t kTileColumns = kTileVectors * kLanes;
 // k is cut here so that a panel of each operand stays in the L1 cache. Part of the result's definition: never tuned at
 // run time.
 constexpr int64_t kDepthBlock = 256;
+constexpr int64_t kChain = 32;
 
 // What is multiplied: floats, or pairs of bfloat16 that follow each other along k.
 struct Floats {
@@ -52,33 +53,39 @@ int64_t units(int64_t depth) {
   return divide_up(depth, Math::kPerUnit);
 }
 
-// One tile of the result: Rows × kTileColumns, over `depth` units of k.
+// One tile of the result: Rows × kTileColumns, over `depth` units of k. Summed in three levels (kChain, kDepthBlock,
+// all of k), none of them long: float32 chains over all of k would lose the digits that eager's matmul keeps.
 template <class Math, int Rows>
 void tile_kernel(int64_t depth, const typename Math::Unit* a, const typename Math::Unit* b, float* c, int64_t stride,
                  bool accumulate) {
-  Vec sums[Rows][kTileVectors];
+  Vec totals[Rows][kTileVectors];
+  for (int64_t start = 0; start < depth; start += kChain) {
+    Vec sums[Rows][kTileVectors];
+    const int64_t steps = std::min(kChain, depth - start);
+    for (int64_t k = 0; k < steps; ++k, a += kTileRows, b += kTileColumns) {
+      decltype(Math::read(b)) columns[kTileVectors];
+#pragma GCC unroll 4
+      for (int j = 0; j < kTileVectors; ++j) columns[j] = Math::read(b + j * kLanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < Rows; ++i) {
+        const auto row = Math::broadcast(a + i);
+#pragma GCC unroll 4
+        for (int j = 0; j < kTileVectors; ++j) sums[i][j] = Math::multiply_add(row, columns[j], sums[i][j]);
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < Rows; ++i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kTileVectors; ++j) totals[i][j] = totals[i][j] + sums[i][j];
+    }
+  }
 #pragma GCC unroll 16
   for (int i = 0; i < Rows; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < kTileVectors; ++j) {
-      sums[i][j] = accumulate ? Vec::loadu(c + i * stride + j * kLanes) : Vec(0.0f);
+      float* to = c + i * stride + j * kLanes;
+      (accumulate ? Vec::loadu(to) + totals[i][j] : totals[i][j]).store(to);
     }
-  }
-  for (int64_t k = 0; k < depth; ++k, a += kTileRows, b += kTileColumns) {
-    decltype(Math::read(b)) columns[kTileVectors];
-#pragma GCC unroll 4
-    for (int j = 0; j < kTileVectors; ++j) columns[j] = Math::read(b + j * kLanes);
-#pragma GCC unroll 16
-    for (int i = 0; i < Rows; ++i) {
-      const auto row = Math::broadcast(a + i);
-#pragma GCC unroll 4
-      for (int j = 0; j < kTileVectors; ++j) sums[i][j] = Math::multiply_add(row, columns[j], sums[i][j]);
-    }
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < Rows; ++i) {
-#pragma GCC unroll 4
-    for (int j = 0; j < kTileVectors; ++j) sums[i][j].store(c + i * stride + j * kLanes);
   }
 }
 

@@ -23,16 +23,18 @@ float block_maximum(const T* logits, int64_t count) {
   return largest(larger(larger(best[0], best[1]), larger(best[2], best[3])));
 }
 
-// Sums over a block relative to a maximum. Eight chains of additions hide their latency and keep each one short, so
+// Sums over a block relative to a maximum, in powers of 2. Four chains of additions hide their latency and keep each one short, so
 // that float32 loses nothing a double would have kept.
 template <class T, bool kEntropy>
-void block_sums(const T* logits, int64_t count, float maximum, float inverse_temperature, double& sum_e,
+void block_sums(const T* logits, int64_t count, float maximum, double inverse_temperature, double& sum_e,
                 double& sum_ed) {
-  const Vec top(maximum), scale(inverse_temperature), floor(kSmallestExponent);
+  constexpr double log2_e = 1.44269504088896341;
+  constexpr float smallest = -150.0f;  // 2^−150 rounds to 0 in float32
+  const Vec top(maximum), scale(static_cast<float>(inverse_temperature * log2_e)), floor(smallest);
   Vec e_sums[4], ed_sums[4];
   const auto add = [&](const Vec& logit, int chain) __attribute__((always_inline)) {
     const Vec d = larger(floor, (logit - top) * scale);
-    const Vec e = exp(d);
+    const Vec e = exp2_nonpositive(d);
     e_sums[chain] = e_sums[chain] + e;
     if constexpr (kEntropy) ed_sums[chain] = fma(e, d, ed_sums[chain]);
   };
@@ -49,7 +51,9 @@ void block_sums(const T* logits, int64_t count, float maximum, float inverse_tem
   }
   for (; i < count; i += kLanes) add(load_lanes_or(logits + i, count - i < kLanes ? count - i : kLanes, -INFINITY), 0);
   sum_e += sum((e_sums[0] + e_sums[1]) + (e_sums[2] + e_sums[3]));
-  if constexpr (kEntropy) sum_ed += sum((ed_sums[0] + ed_sums[1]) + (ed_sums[2] + ed_sums[3]));
+  if constexpr (kEntropy) {
+    sum_ed += sum((ed_sums[0] + ed_sums[1]) + (ed_sums[2] + ed_sums[3])) * 0.69314718055994531;  // back to nats
+  }
 }
 
 template <class T, bool kEntropy>
@@ -69,8 +73,7 @@ OnlineSoftmax reduce_row(const T* logits, int64_t vocabulary, double inverse_tem
     }
     // Nothing but −inf so far: these tokens have probability 0, unless all of them are banned.
     if (row.maximum == -INFINITY && i + count < vocabulary) continue;
-    block_sums<T, kEntropy>(logits + i, count, row.maximum, static_cast<float>(inverse_temperature), row.sum,
-                            row.weighted);
+    block_sums<T, kEntropy>(logits + i, count, row.maximum, inverse_temperature, row.sum, row.weighted);
   }
   return row;
 }

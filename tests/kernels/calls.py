@@ -1,0 +1,102 @@
+"""One call of every op, as (function, tensors, options), for tests that hold all of them to one contract."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import rlhf_kernels as k
+
+
+class Call(NamedTuple):
+    """``function(*tensors, **options)``; gradients are taken in the tensors that are named."""
+
+    function: Callable[..., Any]
+    tensors: dict[str, Tensor]
+    variables: tuple[str, ...] = ()
+    options: dict[str, Any] = {}
+
+    def run(self, **replaced: Tensor) -> list[Tensor]:
+        """Every result, then every gradient of the sum of the differentiable ones."""
+        tensors = self.tensors | replaced
+        tensors = {n: x.detach().requires_grad_(n in self.variables) for n, x in tensors.items()}
+        # A view of the leaf keeps the strides under test, and makes a leaf of none.
+        results = self.function(**tensors, **self.options)
+        results = list(results) if isinstance(results, tuple) else [results]
+        flat = [y for x in results for y in (x.values() if isinstance(x, dict) else [x])]
+        total = sum((i + 1) * x.sum() for i, x in enumerate(flat) if x.requires_grad)
+        variables = [tensors[n] for n in self.variables]
+        gradients = torch.autograd.grad(total, variables) if variables else ()
+        return [x.detach() for x in (*flat, *gradients)]
+
+
+def calls(rows: int = 6, length: int = 9, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
+    """By name. Sizes leave remainders in every vector width."""
+    generator = torch.Generator().manual_seed(rows * 1000 + length)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    mask = torch.rand(rows, length, generator=generator) < 0.7
+    vocabulary, depth = 301, 37
+    logits = {"logits": 3 * randn(rows, length, vocabulary)}
+    index = {"index": torch.randint(0, vocabulary, (rows, length), generator=generator)}
+    linear = {"hidden": randn(rows, length, depth), "weight": randn(vocabulary, depth) / 4}
+    bias = {"bias": randn(vocabulary) / 4}
+    tokens = {"logprobs": randn(rows, length), "old_logprobs": randn(rows, length), "advantages": randn(rows, length)}
+    kl = {"logprobs": randn(rows, length), "ref_logprobs": randn(rows, length)}
+    scores, values = randn(rows), randn(rows, length)
+    ranks = torch.randint(0, 4, (rows, length), generator=generator)
+    softcap = {"softcap": 5.0, "temperature": 0.7}
+    old = {"old_logprobs": randn(rows, length) - 5, "advantages": randn(rows, length)}
+    return {
+        "selective_log_softmax": Call(
+            k.selective_log_softmax, logits | index | {"row_mask": mask}, ("logits",), {"temperature": 0.7}
+        ),
+        "selective_log_softmax_and_entropy": Call(
+            k.selective_log_softmax_and_entropy, logits | index | {"row_mask": mask}, ("logits",)
+        ),
+        "linear_selective_log_softmax": Call(
+            k.linear_selective_log_softmax, linear | index | {"row_mask": mask}, ("hidden", "weight")
+        ),
+        "linear_selective_log_softmax_and_entropy": Call(
+            k.linear_selective_log_softmax_and_entropy, linear | index | bias | {"row_mask": mask},
+            ("hidden", "weight", "bias"), softcap,
+        ),
+        "linear_ppo_policy_loss": Call(
+            k.linear_ppo_policy_loss, linear | index | bias | old | {"mask": mask}, ("hidden", "weight", "bias"),
+            {"reduction": "seq-mean-token-mean", "dual_clip": 2.0},
+        ),
+        "linear_cross_entropy": Call(
+            k.linear_cross_entropy, linear | bias | {"labels": torch.where(mask, index["index"], -100)},
+            ("hidden", "weight", "bias"), softcap,
+        ),
+        "kl_penalty": Call(k.kl_penalty, kl, ("logprobs", "ref_logprobs"), {"estimator": "k3"}),
+        "kl_shaped_rewards": Call(k.kl_shaped_rewards, {"scores": scores} | kl | {"mask": mask}, (), {"beta": 0.1}),
+        "masked_gae": Call(
+            k.masked_gae, {"rewards": randn(rows, length), "values": values, "mask": mask, "bootstrap": scores}, (),
+            {"gamma": 0.9, "whiten": True},
+        ),
+        "ppo_advantages": Call(
+            k.ppo_advantages, {"scores": scores} | kl | {"values": values, "mask": mask}, (),
+            {"beta": 0.1, "estimator": "k2", "score_clip": 1.0},
+        ),
+        "ppo_policy_loss": Call(
+            k.ppo_policy_loss, tokens | {"mask": mask}, ("logprobs",),
+            {"reduction": "seq-mean-token-sum", "dual_clip": 2.0},
+        ),
+        "ppo_value_loss": Call(
+            k.ppo_value_loss, {"values": values, "old_values": randn(rows, length), "returns": randn(rows, length)}
+            | {"mask": mask}, ("values",),
+        ),
+        "pairwise_ranking_loss": Call(
+            k.pairwise_ranking_loss, {"scores": randn(rows, length), "ranks": ranks, "mask": mask}, ("scores",),
+            {"margin": 0.1},
+        ),
+    }  # fmt: skip
+
+
+NAMES = tuple(calls())

@@ -1,0 +1,94 @@
+"""No error is larger than that of the plain formula in float32, on ordinary and on hostile inputs."""
+
+import math
+
+import pytest
+import torch
+from calls import Call
+
+import rlhf_kernels as k
+
+
+def errors(call: Call):
+    """The largest absolute error of each result: ours, then the formula's; and the size of the result."""
+    with k.use_backend("cpu"):
+        ours = call.run()
+    floats = {n: x.float() if x.is_floating_point() else x for n, x in call.tensors.items()}
+    doubles = {n: x.double() if x.is_floating_point() else x for n, x in call.tensors.items()}
+    with k.use_backend("reference"):
+        formula, truth = call.run(**floats), call.run(**doubles)
+    for a, b, t in zip(ours, formula, truth, strict=True):
+        finite = torch.isfinite(t)
+        assert torch.equal(a[~finite].double(), t[~finite])
+        gaps = [(x.double() - t)[finite].abs().max().item() if finite.any() else 0.0 for x in (a, b)]
+        yield (*gaps, t[finite].abs().max().item() if finite.any() else 0.0)
+
+
+def hold(call: Call, outputs: int):
+    """Of the first ``outputs`` results; gradients in half precision are rounded, as the formula's would be."""
+    if "cpu" not in k.available_backends():
+        pytest.skip("no native kernels in this install")
+    for ours, formula, size in list(errors(call))[:outputs]:
+        # A unit in the last place of the largest value: below that, which of two roundings is nearer is luck.
+        assert ours <= max(formula, size * 2**-23)
+
+
+def rows(kind: str, vocabulary: int, dtype: torch.dtype) -> torch.Tensor:
+    x = 3 * torch.randn(16, vocabulary)
+    if kind == "large":
+        x = torch.where(torch.rand_like(x) < 0.5, 1e4, -1e4) + torch.randn_like(x)
+    elif kind == "shifted":
+        x = x + 1e4
+    elif kind == "one huge logit":
+        x[:, vocabulary // 2] = 1e4
+    elif kind == "banned":
+        x[torch.rand_like(x) < 0.5] = -math.inf
+        x[:, 0] = 0
+    elif kind == "flat":
+        x = torch.full_like(x, -7.25)
+    return x.to(dtype)
+
+
+@pytest.mark.parametrize("kind", ["random", "large", "shifted", "one huge logit", "banned", "flat"])
+@pytest.mark.parametrize("vocabulary", [1, 2, 127, 50257, 128256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_log_prob_and_entropy(kind, vocabulary, dtype):
+    index = torch.randint(0, vocabulary, (16,))
+    tensors = {"logits": rows(kind, vocabulary, dtype), "index": index}
+    hold(Call(k.selective_log_softmax_and_entropy, tensors), 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_linear_log_prob(dtype, scale):
+    """In bfloat16 too: the logits are float32, which a bfloat16 matmul's are not."""
+    hidden, weight = (scale * torch.randn(64, 512)).to(dtype), (torch.randn(5003, 512) / 512**0.5).to(dtype)
+    tensors = {"hidden": hidden, "weight": weight, "index": torch.randint(0, 5003, (64,))}
+    hold(Call(k.linear_selective_log_softmax_and_entropy, tensors), 2)
+
+
+@pytest.mark.parametrize(("count", "length"), [(64, 1024), (2, 32768), (3, 1)])
+def test_gae_and_advantages(count, length):
+    mask = torch.rand(count, length) < 0.8
+    tensors = {"rewards": torch.randn(count, length), "values": torch.randn(count, length), "mask": mask}
+    hold(Call(k.masked_gae, tensors, (), {"gamma": 0.999}), 2)
+    tensors = {"scores": torch.randn(count), "logprobs": -torch.rand(count, length)} | tensors
+    tensors["ref_logprobs"] = tensors.pop("rewards") / 10 + tensors["logprobs"]
+    hold(Call(k.ppo_advantages, tensors, (), {"beta": 0.02, "whiten": False}), 4)
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 10.0])
+def test_ppo_losses(spread):
+    logprobs = -5 * torch.rand(64, 1024)
+    tensors = {"logprobs": logprobs, "old_logprobs": logprobs + spread * torch.randn(64, 1024)}
+    tensors |= {"advantages": torch.randn(64, 1024), "mask": torch.rand(64, 1024) < 0.8}
+    # A sum of 50 000 terms ends in bits that depend on its order, so the loss may not beat the formula's by luck.
+    hold(Call(k.ppo_policy_loss, tensors, ("logprobs",)), 1)
+    values = {"values": torch.randn(64, 1024), "old_values": torch.randn(64, 1024), "returns": torch.randn(64, 1024)}
+    hold(Call(k.ppo_value_loss, values | {"mask": tensors["mask"]}, ("values",)), 1)
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 1e4])
+def test_ranking_loss(spread):
+    tensors = {"scores": spread * torch.randn(256, 9), "ranks": torch.rand(256, 9).argsort(1)}
+    hold(Call(k.pairwise_ranking_loss, tensors, ("scores",)), 1)

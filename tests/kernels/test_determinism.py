@@ -1,0 +1,79 @@
+"""The same bits every run, on any number of threads, and for a row in any company."""
+
+import oracles
+import pytest
+import torch
+from calls import NAMES, calls
+
+import rlhf_kernels as k
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def native():
+    if "cpu" not in k.available_backends():
+        pytest.skip("no native kernels in this install")
+    with k.use_backend("cpu"):
+        yield
+
+
+def same(got, want):
+    assert len(got) == len(want)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a.view(torch.uint8) if a.dim() else a, b.view(torch.uint8) if b.dim() else b)
+
+
+@pytest.mark.parametrize("dtype", oracles.DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_and_thread_counts(native, threads, name, dtype):
+    call = calls(23, 67, dtype)[name]
+    threads(1)
+    want = call.run()
+    for count in (1, 2, 3, 2):
+        threads(count)
+        same(call.run(), want)
+
+
+@pytest.mark.parametrize("dtype", oracles.DTYPES)
+@pytest.mark.parametrize(("depth", "vocabulary"), [(37, 301), (600, 1111)])
+def test_a_row_of_linear_log_probs_is_the_same_alone_in_8_and_in_512(native, threads, dtype, depth, vocabulary):
+    hidden, weight = torch.randn(512, depth).to(dtype), (torch.randn(vocabulary, depth) / depth**0.5).to(dtype)
+    index = torch.randint(0, vocabulary, (512,))
+    whole = k.linear_selective_log_softmax_and_entropy(hidden, weight, index)
+    for start, size in ((0, 1), (3, 1), (511, 1), (0, 8), (77, 8), (100, 201)):
+        some = slice(start, start + size)
+        threads(1 + size % 3)
+        part = k.linear_selective_log_softmax_and_entropy(hidden[some], weight, index[some])
+        same(part, [x[some] for x in whole])
+    # Masked neighbours are dropped before the matmul, and change nothing either.
+    mask = torch.rand(512) < 0.3
+    masked = k.linear_selective_log_softmax_and_entropy(hidden, weight, index, row_mask=mask)
+    same([x[mask] for x in masked], [x[mask] for x in whole])
+
+
+@pytest.mark.parametrize("dtype", oracles.DTYPES)
+def test_a_row_of_log_probs_and_its_gradient_are_the_same_alone(native, threads, dtype):
+    logits, index = torch.randn(40, 5003).to(dtype).requires_grad_(), torch.randint(0, 5003, (40,))
+    whole = k.selective_log_softmax_and_entropy(logits, index)
+    (gradient,) = torch.autograd.grad(whole[0].sum() + whole[1].sum(), logits)
+    for row in (0, 17, 39):
+        threads(1 + row % 3)
+        alone = logits[row : row + 1].detach().requires_grad_()
+        part = k.selective_log_softmax_and_entropy(alone, index[row : row + 1])
+        same([x.detach() for x in part], [x[row : row + 1].detach() for x in whole])
+        same(torch.autograd.grad(part[0].sum() + part[1].sum(), alone), [gradient[row : row + 1]])
+
+
+def test_the_rows_of_small_ops_are_the_same_alone(native):
+    for name in ("kl_penalty", "kl_shaped_rewards", "masked_gae", "ppo_advantages"):
+        call = calls(9, 1500)[name]
+        call = call._replace(options=call.options | ({"whiten": False} if "gae" in name or "adv" in name else {}))
+        whole = call.run()
+        part = call.run(**{n: x[4:5] for n, x in call.tensors.items()})
+        same(part, [x[4:5] for x in whole])

@@ -1,0 +1,109 @@
+"""Strides, empty sizes and instruction sets change nothing."""
+
+import os
+import subprocess
+import sys
+
+import oracles
+import pytest
+import torch
+from calls import NAMES, calls
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlhf_kernels import backends
+
+
+@st.composite
+def relaid(draw, x):
+    """The same values under other strides: a slice of something larger, transposed, spread out, or expanded."""
+    if x.dim() == 0 or x.dtype.is_floating_point is False and x.dim() == 1:
+        return x
+    kind = draw(st.sampled_from(("same", "slice", "spread", "transposed", "shifted")))
+    if kind == "slice":
+        larger = x.new_zeros((*x.shape[:-1], x.shape[-1] + 3))
+        larger[..., 1:-2] = x
+        return larger[..., 1:-2]
+    if kind == "spread":
+        larger = x.new_zeros((*x.shape[:-1], x.shape[-1] * 2))
+        larger[..., ::2] = x
+        return larger[..., ::2]
+    if kind == "transposed" and x.dim() >= 2:
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    if kind == "shifted":  # every alignment of the data
+        flat = x.new_zeros(x.numel() + 5)
+        flat[3 : 3 + x.numel()] = x.flatten()
+        return flat[3 : 3 + x.numel()].view(x.shape)
+    return x
+
+
+@given(st.data(), st.sampled_from(NAMES), st.integers(1, 5), st.integers(1, 40), st.sampled_from(oracles.DTYPES))
+def test_strides(backend, data, name, rows, length, dtype):
+    call = calls(rows, length, dtype)[name]
+    want = call.run()
+    got = call.run(**{n: data.draw(relaid(x), label=n) for n, x in call.tensors.items()})
+    for a, b in zip(got, want, strict=True):
+        # The reference's own sums may take another order for other strides.
+        torch.testing.assert_close(a, b, **({} if backend == "reference" else {"rtol": 0, "atol": 0}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_expanded_mask_is_that_mask(backend, name):
+    call = calls(5, 33)[name]
+    key = next((n for n in ("mask", "row_mask") if n in call.tensors), None)
+    if key is None:
+        pytest.skip("takes no mask")
+    row = torch.rand(33) < 0.5
+    got, want = call.run(**{key: row.expand(5, 33)}), call.run(**{key: row.expand(5, 33).contiguous()})
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0)])
+@pytest.mark.parametrize("name", NAMES)
+def test_empty_sizes(backend, name, shape):
+    call = calls(1, 1)[name]
+    empty = {}
+    for n, x in call.tensors.items():
+        if n in ("weight", "bias"):
+            empty[n] = x
+        elif x.dim() == 1:
+            empty[n] = x.new_zeros(shape[0])
+        else:
+            empty[n] = x.new_zeros((*shape, *x.shape[2:]))
+    for result in call.run(**empty):
+        assert not result.isnan().any()
+
+
+ISAS = ("avx512_bf16", "avx512", "avx2", "baseline")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set_gives_the_reference_values(isa):
+    """In a process of its own: the kernels are picked when they are first used."""
+    if backends.missing("cpu"):
+        pytest.skip("no native kernels in this install")
+    code = f"""
+import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})
+import torch, oracles, rlhf_kernels as k
+from calls import NAMES, calls
+from rlhf_kernels.backends import isa
+assert isa() == {isa!r}
+for dtype in oracles.DTYPES:
+    for rows, length in ((3, 5), (4, 70)):
+        for name in NAMES:
+            call = calls(rows, length, dtype)[name]
+            with k.use_backend("reference"):
+                want = call.run()
+            with k.use_backend("cpu"):
+                got = call.run()
+            rough = {{torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}}
+            for a, b in zip(got, want, strict=True):
+                torch.testing.assert_close(a, b, rtol=rough[a.dtype], atol=rough[dtype if "linear" in name else a.dtype])
+print("fine")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"RLHF_KERNELS_ISA": isa}, capture_output=True, text=True
+    )
+    if "which this build has and this processor runs" in done.stderr:
+        pytest.skip(f"this processor has no {isa}")
+    assert done.stdout.strip() == "fine", done.stderr

@@ -1,0 +1,123 @@
+"""What torch is told of the native ops: schema, fake kernels, derivatives."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from calls import NAMES, calls
+
+import rlhf_kernels as k
+from rlhf_kernels import backends
+
+pytestmark = pytest.mark.skipif(backends.missing("cpu") is not None, reason="no native kernels in this install")
+
+
+@pytest.fixture
+def native():
+    with k.use_backend("cpu"):
+        yield
+
+
+class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+    """The native ops that a call makes, with their arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "rlhf_kernels":
+            copies = tuple(x.detach().clone() if isinstance(x, torch.Tensor) else x for x in args)
+            self.seen.append((function, copies))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(native, name):
+    """On the ops that the public function calls, forward and backward, with the arguments it gives them."""
+    call = calls()[name]
+    with Recorder() as recorder:
+        call.run()
+    assert recorder.seen
+    for op, arguments in recorder.seen:
+        torch.library.opcheck(op, arguments)
+        forward = "backward" not in op.name()
+        if forward and call.variables:
+            names = [a.name for a in op._schema.arguments]
+            differentiable = tuple(
+                x.requires_grad_() if name in call.variables else x for name, x in zip(names, arguments, strict=True)
+            )
+            torch.library.opcheck(op, differentiable)
+
+
+def test_opcheck_in_place(native):
+    arguments = (torch.randn(3, 7), torch.tensor([1, 2, 3]), torch.tensor([True, False, True]), 0.7)
+    saved = (torch.rand(3), torch.rand(3), torch.rand(3), torch.rand(3), torch.rand(3))
+    torch.library.opcheck(torch.ops.rlhf_kernels.selective_log_softmax_backward_, (*arguments, *saved))
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if calls()[n].variables])
+def test_gradcheck(native, name):
+    """Against finite differences. The kernels compute in float32, so steps are wide and tolerances loose."""
+    call = calls(2, 3)[name]
+    tensors = dict(call.tensors)
+    if "logits" in tensors:
+        tensors["logits"] = tensors["logits"][..., :11].contiguous()
+        tensors["index"] = tensors["index"] % 11
+    if "weight" in tensors:
+        tensors["weight"], tensors["hidden"] = tensors["weight"][:11, :5].contiguous(), tensors["hidden"][..., :5]
+        key = "labels" if "labels" in tensors else "index"
+        tensors[key] = torch.where(tensors[key] < 0, tensors[key], tensors[key] % 11)
+        if "bias" in tensors:
+            tensors["bias"] = tensors["bias"][:11]
+    if "old_logprobs" in tensors:  # near the policy, and away from where the clipped loss has its kinks
+        tensors["old_logprobs"] = torch.full_like(tensors["old_logprobs"], -2.4 if "hidden" in tensors else 0.0)
+    variables = [tensors[n].clone().contiguous().requires_grad_() for n in call.variables]
+
+    def function(*values):
+        results = call.function(**(tensors | dict(zip(call.variables, values, strict=True))), **call.options)
+        results = results if isinstance(results, tuple) else (results,)
+        return tuple(x for x in results if isinstance(x, torch.Tensor) and x.requires_grad)
+
+    with pytest.warns(UserWarning, match="double precision"):
+        assert torch.autograd.gradcheck(function, variables, eps=2e-3, atol=6e-3, rtol=2e-2, nondet_tol=0.0)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if calls()[n].variables])
+def test_second_derivatives_say_that_there_are_none(native, name):
+    call = calls(2, 3)[name]
+    tensors = {n: x.clone().requires_grad_(n in call.variables) for n, x in call.tensors.items()}
+    results = call.function(**tensors, **call.options)
+    first = results[0] if isinstance(results, tuple) else results
+    variable = tensors[call.variables[0]]
+    (gradient,) = torch.autograd.grad(first.sum(), variable, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"has no second derivative on this backend"):
+        gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_meta_tensors_have_the_shapes_and_dtypes_of_real_ones(native, name):
+    call = calls()[name]
+    with Recorder() as recorder:
+        call.run()
+    for op, arguments in recorder.seen:
+        real = op(*arguments)
+        fake = op(*(x.to("meta") if isinstance(x, torch.Tensor) else x for x in arguments))
+        for a, b in zip(*((x if isinstance(x, tuple | list) else (x,)) for x in (real, fake)), strict=True):
+            assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+def test_the_library_needs_no_symbol_outside_the_stable_abi():
+    """Built once, loaded by every later torch: nothing of libtorch's C++ interface may be asked for."""
+    library = Path(backends.__file__).with_name("_ops.so")
+    try:
+        listing = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)
+    except FileNotFoundError:
+        pytest.skip("needs nm, from binutils")
+    names = [line.split()[-1].partition("@")[0] for line in listing.stdout.splitlines()]
+    stable = ("aoti_torch_", "torch_", "Sleef_")
+    torchs = [n for n in names if n.startswith(stable)]
+    assert any(n.startswith("aoti_torch_") for n in torchs)
+    foreign = [n for n in names if ("c10" in n or "at6" in n or "2at" in n or "torch" in n) and n not in torchs]
+    assert foreign == []
