@@ -31,7 +31,7 @@ SIZES = {
 # Above so many positions a loop over T is left out on a CPU. So is torch.compile of it above so many steps, since it
 # writes the loop out in full.
 LONGEST_LOOP = {"cpu": 1 << 20, "cuda": 1 << 40, "quick": 1 << 20}
-LONGEST_COMPILED = {"cpu": 1024, "cuda": 1024, "quick": 0}
+LONGEST_COMPILED = {"cpu": 128, "cuda": 1024, "quick": 0}
 GAMMA, LAM = 1.0, 0.95
 TAKES = ("rewards", "values", "mask")
 LOOP_TAKES = ("rewards", "values", "float_mask")

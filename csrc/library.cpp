@@ -453,9 +453,7 @@ struct Weights {
     parallel(count, length / 8, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const int64_t stop = std::min(length, all - row * length);
-        int64_t here = 0;
-        for (int64_t t = 0; t < stop; ++t) here += wanted[row * length + t] != 0;
-        counts[row] = here;
+        counts[row] = cpu::kernels().count_wanted(wanted + row * length, stop);
       }
     });
     int64_t some = 0;

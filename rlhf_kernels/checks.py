@@ -101,7 +101,9 @@ def mask(name: str, value: Tensor | None, like: Tensor, expected: tuple[int, ...
         return torch.ones(expected, dtype=torch.bool, device=like.device)
     tensor(name, value, MASKS, like)
     shape(name, value, expected, "one entry per position")
-    if value.dtype != torch.bool and values_can_be_read(value):
+    if value.dtype == torch.bool:
+        return value
+    if values_can_be_read(value):
         bad = (value != 0) & (value != 1)
         if bad.any():
             position = tuple(bad.nonzero()[0].tolist())

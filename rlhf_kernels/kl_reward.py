@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf_kernels import checks, reference
 from rlhf_kernels.backends import choose
-from rlhf_kernels.registration import autograd, fake
+from rlhf_kernels.registration import autograd, call, fake
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 
@@ -36,8 +36,8 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1")
     if choose(logprobs, ref_logprobs) == "reference":
         return reference.kl_reward.kl_penalty(logprobs, ref_logprobs, estimator)
     if logprobs.dim() in (1, 2):
-        return torch.ops.rlhf_kernels.kl_penalty(logprobs, ref_logprobs, estimator)
-    flat = torch.ops.rlhf_kernels.kl_penalty(logprobs.reshape(-1), ref_logprobs.reshape(-1), estimator)
+        return call("kl_penalty", logprobs, ref_logprobs, estimator)
+    flat = call("kl_penalty", logprobs.reshape(-1), ref_logprobs.reshape(-1), estimator)
     return flat.view(logprobs.shape)
 
 

@@ -15,7 +15,7 @@ from rlhf_kernels import checks, reference
 from rlhf_kernels.backends import choose
 from rlhf_kernels.log_prob import wanted_rows
 from rlhf_kernels.ppo_loss import POLICY_STATISTICS, check_clipping, check_reduction
-from rlhf_kernels.registration import autograd, fake, needs_gradient, scaled
+from rlhf_kernels.registration import autograd, call, fake, needs_gradient, scaled
 
 
 def linear_selective_log_softmax(
@@ -144,8 +144,8 @@ def linear_ppo_policy_loss(
             hidden, weight, index, old_logprobs, advantages, wanted, bias, temperature, softcap, *clip
         )
     hidden, weight, bias = _operands(hidden, weight, bias)
-    loss, statistics, *_ = torch.ops.rlhf_kernels.linear_ppo_policy_loss(
-        hidden, weight, index, old_logprobs, advantages, wanted, bias, temperature, softcap, *clip,
+    loss, statistics, *_ = call(
+        "linear_ppo_policy_loss", hidden, weight, index, old_logprobs, advantages, wanted, bias, temperature, softcap, *clip,
         needs_gradient(hidden), needs_gradient(weight, bias),
     )  # fmt: skip
     return loss, dict(zip((*POLICY_STATISTICS, "entropy"), statistics.unbind(), strict=True))
@@ -197,8 +197,8 @@ def linear_cross_entropy(
             hidden, weight, labels, wanted, bias, temperature, softcap, reduction
         )
     hidden, weight, bias = _operands(hidden, weight, bias)
-    return torch.ops.rlhf_kernels.linear_cross_entropy(
-        hidden, weight, labels, wanted, bias, temperature, softcap, reduction == "mean",
+    return call(
+        "linear_cross_entropy", hidden, weight, labels, wanted, bias, temperature, softcap, reduction == "mean",
         needs_gradient(hidden), needs_gradient(weight, bias),
     )[0]  # fmt: skip
 
@@ -230,8 +230,9 @@ def _run(
             hidden, weight, index, wanted, bias, temperature, softcap, with_entropy=with_entropy
         )
     hidden, weight, bias = _operands(hidden, weight, bias)
-    op = torch.ops.rlhf_kernels.linear_selective_log_softmax
-    logprobs, entropies, _, _ = op(hidden, weight, index, wanted, bias, temperature, softcap, with_entropy)
+    logprobs, entropies, _, _ = call(
+        "linear_selective_log_softmax", hidden, weight, index, wanted, bias, temperature, softcap, with_entropy
+    )
     return logprobs.view(index.shape), entropies.view(index.shape) if with_entropy else entropies
 
 
@@ -324,15 +325,12 @@ def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...], bi
 def _backward_of_loss(ctx: Any, saved: tuple[Any, ...], grad_loss: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight, bias, *gradients = saved
     needs_hidden, needs_weight = ctx.needs
-    # Multiplying gigabytes by 1 costs as much as reading them twice. Where the value can't be looked at (a compiler's
-    # tensors are of types of their own), it is done.
-    unscaled = type(grad_loss) is Tensor and checks.values_can_be_read(grad_loss) and grad_loss.item() == 1
     result: list[Tensor | None] = [None] * ctx.count
     for at, operand, gradient, needed in zip(
         (0, 1, ctx.bias_at), (hidden, weight, bias), gradients, (needs_hidden, needs_weight, needs_weight), strict=True
     ):
         if needed and operand is not None:
-            result[at] = gradient if unscaled else scaled(gradient, grad_loss, operand.dtype)
+            result[at] = scaled(gradient, grad_loss, operand.dtype)
     return tuple(result)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf_kernels import checks, reference
 from rlhf_kernels.backends import choose
-from rlhf_kernels.registration import autograd, fake
+from rlhf_kernels.registration import autograd, call, fake
 
 
 def selective_log_softmax(
@@ -77,8 +77,9 @@ def _run(
         return reference.log_prob.selective_log_softmax_and_entropy(
             logits, index, wanted, temperature, inplace_backward, with_entropy=with_entropy
         )
-    op = torch.ops.rlhf_kernels.selective_log_softmax
-    logprobs, entropies, _, _ = op(logits, index, wanted, temperature, with_entropy, inplace_backward)
+    logprobs, entropies, _, _ = call(
+        "selective_log_softmax", logits, index, wanted, temperature, with_entropy, inplace_backward
+    )
     return logprobs, entropies
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf_kernels import checks, reference
 from rlhf_kernels.backends import choose
-from rlhf_kernels.registration import autograd, fake, needs_gradient, scaled
+from rlhf_kernels.registration import autograd, call, fake, needs_gradient, scaled
 
 POLICY_STATISTICS = ("ratio_mean", "ratio_max_deviation", "approx_kl", "clip_fraction")
 VALUE_STATISTICS = ("value_mean", "return_mean", "clip_fraction")
@@ -62,7 +62,7 @@ def ppo_policy_loss(
     arguments = (logprobs, old_logprobs, advantages, wanted, clip_range, high, dual_clip, reduction)
     if choose(logprobs, old_logprobs, advantages) == "reference":
         return reference.ppo_loss.ppo_policy_loss(*arguments)
-    loss, statistics, _ = torch.ops.rlhf_kernels.ppo_policy_loss(*arguments, needs_gradient(logprobs))
+    loss, statistics, _ = call("ppo_policy_loss", *arguments, needs_gradient(logprobs))
     return loss, dict(zip(POLICY_STATISTICS, statistics.unbind(), strict=True))
 
 
@@ -103,7 +103,7 @@ def ppo_value_loss(
     arguments = (values, old_values, returns, wanted, clip_range, reduction)
     if choose(values, old_values, returns) == "reference":
         return reference.ppo_loss.ppo_value_loss(*arguments)
-    loss, statistics, _ = torch.ops.rlhf_kernels.ppo_value_loss(*arguments, needs_gradient(values))
+    loss, statistics, _ = call("ppo_value_loss", *arguments, needs_gradient(values))
     return loss, dict(zip(VALUE_STATISTICS, statistics.unbind(), strict=True))
 
 

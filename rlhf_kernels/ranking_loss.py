@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf_kernels import checks, reference
 from rlhf_kernels.backends import choose
-from rlhf_kernels.registration import autograd, fake, needs_gradient, scaled
+from rlhf_kernels.registration import autograd, call, fake, needs_gradient, scaled
 
 
 def pairwise_ranking_loss(
@@ -63,7 +63,7 @@ def pairwise_ranking_loss(
     arguments = (scores, ranks, offsets, wanted, margin or 0.0)
     if choose(scores) == "reference":
         return reference.ranking_loss.pairwise_ranking_loss(*arguments)
-    loss, accuracy, _ = torch.ops.rlhf_kernels.pairwise_ranking_loss(*arguments, needs_gradient(scores))
+    loss, accuracy, _ = call("pairwise_ranking_loss", *arguments, needs_gradient(scores))
     return loss, accuracy
 
 

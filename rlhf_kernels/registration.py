@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels.backends import missing
+from rlhf_kernels.checks import values_can_be_read
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
@@ -44,11 +45,38 @@ def autograd(name: str, save: Callable[..., None]) -> Callable[[Backward], Backw
             inputs = [x for x in (*saved, *gradients) if isinstance(x, Tensor) and x.requires_grad]
             return tuple(None if x is None else _NoSecondDerivative.apply(x, name, *inputs) for x in results)
 
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                output = getattr(torch.ops.rlhf_kernels, name)(*inputs)
+            save(ctx, inputs, output)
+            return output
+
         if missing("cpu") is None:
             torch.library.register_autograd(f"rlhf_kernels::{name}", once, setup_context=save)
+        _FUNCTIONS[name] = type(
+            name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(once)}
+        )
         return backward
 
     return register
+
+
+_FUNCTIONS: dict[str, Any] = {}
+
+
+def call(name: str, *inputs: Any) -> Any:
+    """The native op ``name``, with its derivative where one will be asked for.
+
+    A compiler sees the registered op. Eager code goes round torch.library's own wrapper, which takes longer than the
+    small ops themselves, to the same derivative.
+    """
+    op = getattr(torch.ops.rlhf_kernels, name)
+    if torch.compiler.is_compiling() or name not in _FUNCTIONS:
+        return op(*inputs)
+    if not needs_gradient(*(x for x in inputs if isinstance(x, Tensor))):
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*inputs)
+    return _FUNCTIONS[name].apply(*inputs)
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -72,5 +100,11 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
 
 
 def scaled(gradient: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
-    """The saved gradient of a scalar loss, times the gradient that came in."""
+    """The saved gradient of a scalar loss, times the gradient that came in.
+
+    Multiplying by 1 costs as much as reading twice what is multiplied, gigabytes for some ops. Where the value can't be
+    looked at (a compiler's tensors are of types of their own), it is done.
+    """
+    if type(by) is Tensor and values_can_be_read(by) and by.item() == 1:
+        return gradient.to(dtype)
     return (gradient * by).to(dtype)

@@ -8,7 +8,6 @@ inline namespace RLHF_ISA {
 
 void ppo_policy(const PolicyArguments& in, int64_t begin, int64_t end) {
   Scratch scratch[3];
-  const Vec zero(0.0f);
   for (int64_t row = begin; row < end; ++row) {
     PolicySums sums{};
     const Vec weight(static_cast<float>(in.weights[row]));
@@ -21,11 +20,11 @@ void ppo_policy(const PolicyArguments& in, int64_t begin, int64_t end) {
       Vec loss(0.0f), ratio(0.0f), deviation(0.0f), kl(0.0f), clipped(0.0f);
       for_lanes(count, [&](int64_t i, int64_t lanes) {
         const Vec keep = lanes_of(in.wanted + flat + i, lanes);
-        const auto kept = [&](const float* from) { return Vec::blendv(zero, load_lanes(from + i, lanes), keep); };
+        const auto kept = [&](const float* from) { return load_lanes(from + i, lanes) & keep; };
         const auto term = policy_term(kept(logprobs), kept(old), kept(advantages), in.clip);
         // A masked position has advantage 0 and ratio 1: only the ratio must be kept out of the sums.
         loss = loss + term.loss;
-        ratio = ratio + Vec::blendv(zero, term.ratio, keep);
+        ratio = ratio + (term.ratio & keep);
         deviation = at::vec::maximum(deviation, term.deviation);
         kl = kl + term.kl;
         clipped = clipped + term.clipped;
@@ -45,7 +44,6 @@ void ppo_policy(const PolicyArguments& in, int64_t begin, int64_t end) {
 
 void ppo_value(const ValueArguments& in, int64_t begin, int64_t end) {
   Scratch scratch[3];
-  const Vec zero(0.0f);
   for (int64_t row = begin; row < end; ++row) {
     ValueSums sums{};
     const Vec weight(static_cast<float>(in.weights[row]));
@@ -58,7 +56,7 @@ void ppo_value(const ValueArguments& in, int64_t begin, int64_t end) {
       Vec loss(0.0f), value(0.0f), target(0.0f), clipped(0.0f);
       for_lanes(count, [&](int64_t i, int64_t lanes) {
         const Vec keep = lanes_of(in.wanted + flat + i, lanes);
-        const auto kept = [&](const float* from) { return Vec::blendv(zero, load_lanes(from + i, lanes), keep); };
+        const auto kept = [&](const float* from) { return load_lanes(from + i, lanes) & keep; };
         const Vec v = kept(values), r = kept(returns);
         const auto term = value_term(v, kept(old), r, in.clip_range);
         loss = loss + term.loss;

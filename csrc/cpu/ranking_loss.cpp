@@ -49,7 +49,7 @@ void ranking(const RankingArguments& in, int64_t begin, int64_t end) {
       }
     }
     Vec loss(0.0f), right(0.0f), pairs(0.0f);
-    const Vec zero(0.0f), half(0.5f), margin(in.margin);
+    const Vec zero(0.0f), half(0.5f), one(1.0f), margin(in.margin);
     for (int64_t i = 0; i + 1 < widest; ++i) {
       const Vec score_i = load_lanes(&scores[i * kLanes]), present_i = load_lanes(&present[i * kLanes]);
       Vec gradient_i = load_lanes(&gradients[i * kLanes]);
@@ -63,14 +63,13 @@ void ranking(const RankingArguments& in, int64_t begin, int64_t end) {
         const Vec counts = sign.abs();
         const Vec difference = sign * (score_i - load_lanes(&scores[j * kLanes]));
         const auto pair = ranking_pair(difference - margin);
-        // Blended, not multiplied: a score that is infinite or NaN stays in its own pairs.
+        // Cut out, not multiplied: a score that is infinite or NaN stays in its own pairs.
         const Vec is_pair = counts > zero;
-        loss = loss + Vec::blendv(zero, pair.loss, is_pair);
-        const Vec credit =
-            Vec::blendv(Vec::blendv(zero, half, difference == zero), Vec(1.0f), difference > zero);
-        right = right + Vec::blendv(zero, credit, is_pair);
+        loss = loss + (pair.loss & is_pair);
+        const Vec credit = where_greater(difference, zero, one, where_greater(zero, difference, zero, half));
+        right = right + (credit & is_pair);
         pairs = pairs + counts;
-        const Vec slope = Vec::blendv(zero, pair.gradient * sign, is_pair);
+        const Vec slope = (pair.gradient * sign) & is_pair;
         gradient_i = gradient_i + slope;
         store_lanes(&gradients[j * kLanes], load_lanes(&gradients[j * kLanes]) - slope);
       }

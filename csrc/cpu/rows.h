@@ -62,11 +62,11 @@ inline void shape_block(const KlShaping& in, const Span& span, const uint8_t* wa
   const float* logprobs = read(in.logprobs, span.row, span.column + start, count, scratch[0]);
   const float* ref = read(in.ref_logprobs, span.row, span.column + start, count, scratch[1]);
   const int64_t flat = span.flat + start;
-  const Vec zero(0.0f), price(static_cast<float>(-in.beta));
+  const Vec price(static_cast<float>(-in.beta));
   for_lanes(count, [&](int64_t i, int64_t lanes) {
     const Vec keep = lanes_of(wanted + flat + i, lanes);
-    const Vec kl = Vec::blendv(
-        zero, rlhf_kernels::kl_penalty(load_lanes(logprobs + i, lanes), load_lanes(ref + i, lanes), in.estimator), keep);
+    const Vec kl =
+        rlhf_kernels::kl_penalty(load_lanes(logprobs + i, lanes), load_lanes(ref + i, lanes), in.estimator) & keep;
     store_lanes(in.kl + flat + i, kl, lanes);
     store_lanes(in.rewards + flat + i, price * kl, lanes);
   });

@@ -32,6 +32,7 @@ const Kernels RLHF_TABLE(RLHF_ISA) = {
     .kl_penalty_backward = &RLHF_ISA::kl_penalty_backward,
     .kl_shaped_rewards = &RLHF_ISA::kl_shaped_rewards,
     .gae = &RLHF_ISA::gae,
+    .count_wanted = &RLHF_ISA::count_wanted,
     .whiten = &RLHF_ISA::whiten,
     .ppo_policy = &RLHF_ISA::ppo_policy,
     .ppo_value = &RLHF_ISA::ppo_value,

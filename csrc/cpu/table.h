@@ -26,6 +26,7 @@ std::remove_pointer_t<decltype(Kernels::kl_penalty)> kl_penalty;
 std::remove_pointer_t<decltype(Kernels::kl_penalty_backward)> kl_penalty_backward;
 std::remove_pointer_t<decltype(Kernels::kl_shaped_rewards)> kl_shaped_rewards;
 std::remove_pointer_t<decltype(Kernels::gae)> gae;
+std::remove_pointer_t<decltype(Kernels::count_wanted)> count_wanted;
 std::remove_pointer_t<decltype(Kernels::whiten)> whiten;
 std::remove_pointer_t<decltype(Kernels::ppo_policy)> ppo_policy;
 std::remove_pointer_t<decltype(Kernels::ppo_value)> ppo_value;

@@ -267,14 +267,16 @@ inline void for_dtype(Dtype dtype, Function&& function) {
 namespace at::vec {
 inline namespace CPU_CAPABILITY {
 
-inline Vectorized<float> where(
-    const Vectorized<float>& condition, const Vectorized<float>& yes, const Vectorized<float>& no) {
-  return Vectorized<float>::blendv(no, yes, condition);
+inline Vectorized<float> where_greater(const Vectorized<float>& a, const Vectorized<float>& b,
+                                       const Vectorized<float>& yes, const Vectorized<float>& no) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), no, yes);
+#else
+  return Vectorized<float>::blendv(no, yes, a > b);
+#endif
 }
 inline Vectorized<float> absolute(const Vectorized<float>& x) { return x.abs(); }
 inline Vectorized<float> exponential(const Vectorized<float>& x) { return rlhf_kernels::cpu::exp(x); }
-inline Vectorized<float> exponential_minus_1(const Vectorized<float>& x) { return x.expm1(); }
-inline Vectorized<float> logarithm_of_1_plus(const Vectorized<float>& x) { return x.log1p(); }
 
 }  // namespace CPU_CAPABILITY
 }  // namespace at::vec

@@ -16,8 +16,7 @@ struct GaeCarry {
 RLHF_HOST_DEVICE GaeCarry gae_step(
     GaeCarry after, double reward, double value, bool wanted, double gamma, double gamma_lambda) {
   const double delta = (reward - value) + gamma * after.next_value;
-  return {where(wanted, delta + gamma_lambda * after.advantage, after.advantage),
-          where(wanted, value, after.next_value)};
+  return {wanted ? delta + gamma_lambda * after.advantage : after.advantage, wanted ? value : after.next_value};
 }
 
 // Count, mean and sum of squared distances to the mean; merged as in Chan, Golub and LeVeque 1979.

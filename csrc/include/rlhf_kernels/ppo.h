@@ -34,20 +34,20 @@ RLHF_HOST_DEVICE PolicyTerm<T> policy_term(T logprob, T old_logprob, T advantage
   const T kept = minimum(maximum(ratio, T(clip.low)), T(clip.high));
   const T unclipped_loss = (zero - advantage) * ratio;
   const T clipped_loss = (zero - advantage) * kept;
-  const T clipped = where(clipped_loss > unclipped_loss, one, zero);
   PolicyTerm<T> term;
   term.loss = maximum(unclipped_loss, clipped_loss);
-  term.gradient = where(clipped_loss > unclipped_loss, zero, where(raw > T(kLargestLogRatio), zero, unclipped_loss));
+  term.gradient = where_greater(clipped_loss, unclipped_loss, zero,
+                                where_greater(raw, T(kLargestLogRatio), zero, unclipped_loss));
   if (clip.has_dual) {
     const T limit = T(-clip.dual) * advantage;
-    const T cut = where(advantage < zero, where(term.loss > limit, one, zero), zero);
-    term.loss = where(cut > zero, limit, term.loss);
-    term.gradient = where(cut > zero, zero, term.gradient);
+    const T cut = where_greater(zero, advantage, where_greater(term.loss, limit, one, zero), zero);
+    term.loss = where_greater(cut, zero, limit, term.loss);
+    term.gradient = where_greater(cut, zero, zero, term.gradient);
   }
   term.ratio = ratio;
   term.deviation = absolute(ratio - one);
-  term.kl = exponential_minus_1(log_ratio) - log_ratio;
-  term.clipped = clipped;
+  term.kl = exponential_minus_1_minus(log_ratio, ratio);
+  term.clipped = where_greater(clipped_loss, unclipped_loss, one, zero);
   return term;
 }
 
@@ -69,10 +69,10 @@ RLHF_HOST_DEVICE ValueTerm<T> value_term(T value, T old_value, T target, float c
     const T low = old_value - T(clip_range), high = old_value + T(clip_range);
     const T clipped_distance = minimum(maximum(value, low), high) - target;
     const T clipped_error = clipped_distance * clipped_distance;
-    term.clipped = where(clipped_error > error, one, zero);
+    term.clipped = where_greater(clipped_error, error, one, zero);
     term.loss = maximum(error, clipped_error) * T(0.5f);
     // A clipped value does not move with V.
-    term.gradient = where(clipped_error > error, zero, distance);
+    term.gradient = where_greater(clipped_error, error, zero, distance);
   }
   return term;
 }

@@ -17,7 +17,7 @@ RLHF_HOST_DEVICE RankingPair<T> ranking_pair(T x) {
   const T zero(0.0f), one(1.0f);
   const T small = exponential(zero - absolute(x));
   const T tail = one / (one + small);  // σ(|x|)
-  return {maximum(zero - x, zero) + logarithm_of_1_plus(small), zero - where(x > zero, small * tail, tail)};
+  return {maximum(zero - x, zero) + logarithm_of_1_plus(small), zero - where_greater(x, zero, small * tail, tail)};
 }
 
 }  // namespace rlhf_kernels
