@@ -690,13 +690,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_advantages(Tensor scores, Tensor 
 std::tuple<Tensor, Tensor, Tensor> pairwise_ranking_loss(Tensor scores, Tensor ranks, OptionalTensor offsets,
                                                          Tensor wanted, double margin, bool with_gradient) {
   const auto& k = cpu::kernels();
-  const Tensor dense_ranks = cast(ranks, ScalarType::Long), mask = dense(wanted);
+  const Tensor values = cast(scores, ScalarType::Float), dense_ranks = cast(ranks, ScalarType::Long),
+               mask = dense(wanted);
   const OptionalTensor boundaries = as_int64(offsets);
   const auto prompts = sequences_of(scores, boundaries);
   Tensor gradient = with_gradient ? empty(sizes(scores), ScalarType::Float) : nothing();
   std::vector<double> losses(prompts.count), accuracies(prompts.count);
   std::vector<uint8_t> counts(prompts.count);
-  const cpu::RankingArguments in{view_of(scores), data<int64_t>(dense_ranks), data<uint8_t>(mask), prompts,
+  const cpu::RankingArguments in{data<float>(values), data<int64_t>(dense_ranks), data<uint8_t>(mask), prompts,
                                  static_cast<float>(margin), with_gradient ? mutable_data<float>(gradient) : nullptr,
                                  losses.data(), accuracies.data(), counts.data()};
   const int64_t groups = (prompts.count + k.prompts_per_group - 1) / k.prompts_per_group;

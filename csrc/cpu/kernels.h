@@ -164,9 +164,9 @@ struct ValueArguments {
 };
 
 struct RankingArguments {
-  View scores;
-  const int64_t* ranks;   // contiguous
-  const uint8_t* wanted;  // contiguous
+  const float* scores;  // these three contiguous
+  const int64_t* ranks;
+  const uint8_t* wanted;
   Sequences prompts;
   float margin;
   float* gradient;   // may be null; not yet divided by the number of prompts that count
