@@ -1,4 +1,4 @@
-"""Builds the native module and the CPU kernels through CMake and Ninja. A failure to do so never breaks the install: it is said, once."""
+"""Builds the native code through CMake and Ninja. A failure to do so never breaks the install: it is said, once."""
 
 from __future__ import annotations
 

@@ -145,8 +145,8 @@ def linear_ppo_policy_loss(
         )
     hidden, weight, bias = _operands(hidden, weight, bias)
     loss, statistics, *_ = call(
-        "linear_ppo_policy_loss", hidden, weight, index, old_logprobs, advantages, wanted, bias, temperature, softcap, *clip,
-        needs_gradient(hidden), needs_gradient(weight, bias),
+        "linear_ppo_policy_loss", hidden, weight, index, old_logprobs, advantages, wanted, bias, temperature, softcap,
+        *clip, needs_gradient(hidden), needs_gradient(weight, bias),
     )  # fmt: skip
     return loss, dict(zip((*POLICY_STATISTICS, "entropy"), statistics.unbind(), strict=True))
 
@@ -224,7 +224,7 @@ def _check_linear(
 def _run(
     hidden: Tensor, weight: Tensor, index: Tensor, wanted: Tensor, bias: Tensor | None, temperature: float,
     softcap: float | None, *, with_entropy: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Any]:  # fmt: skip
     if choose(hidden, weight) == "reference":
         return reference.linear_log_prob.linear_selective_log_softmax_and_entropy(
             hidden, weight, index, wanted, bias, temperature, softcap, with_entropy=with_entropy

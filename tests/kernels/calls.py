@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ class Call(NamedTuple):
     function: Callable[..., Any]
     tensors: dict[str, Tensor]
     variables: tuple[str, ...] = ()
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = MappingProxyType({})
 
     def run(self, **replaced: Tensor) -> list[Tensor]:
         """Every result, then every gradient of the sum of the differentiable ones."""
