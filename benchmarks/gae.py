@@ -58,7 +58,15 @@ def _case(
     op = partial(rlhf_kernels.masked_gae, gamma=GAMMA, lam=LAM, whiten=whiten)
     batch, length = size
     make = partial(_inputs, batch, length, holes)
-    return Case(name, f"B={batch} T={length}", make, TAKES, op, (ours(op), *peers), _work, valid=_mask, remark=remark)
+    # The floor under an op that hands back two new tensors: both inputs read, both outputs written, page faults included.
+    bare = Implementation("bare read and write", lambda: _copies, ("rewards", "values"), compared=False)
+    return Case(
+        name, f"B={batch} T={length}", make, TAKES, op, (ours(op), bare, *peers), _work, valid=_mask, remark=remark
+    )
+
+
+def _copies(rewards: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    return rewards.clone(), values.clone()
 
 
 def _ppo_advantages(size: tuple[int, int]) -> Case:

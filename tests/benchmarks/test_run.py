@@ -1,0 +1,28 @@
+"""The benchmark runs, reports every implementation with its error, and survives what users do to it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+RUN = Path(__file__).parents[2] / "benchmarks" / "run.py"
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, RUN, *arguments], capture_output=True, text=True, check=False)
+
+
+def test_a_quick_run_prints_a_table_and_writes_what_it_measured(tmp_path):
+    done = run("--quick", "--device", "cpu", "--family", "kl_reward", "--json", tmp_path / "results.json")
+    assert done.returncode == 0, done.stderr
+    for word in ("kl_penalty", "rlhf_kernels", "eager", "torch.compile", "median", "of bound", "error"):
+        assert word in done.stdout
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["complete"]
+    assert "rlhf_kernels" in json.dumps(results)
+
+
+def test_an_unknown_family_is_named():
+    done = run("--family", "gpt")
+    assert done.returncode == 2
+    assert "gpt" in done.stderr
