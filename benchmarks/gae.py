@@ -58,7 +58,7 @@ def _case(
     op = partial(rlhf_kernels.masked_gae, gamma=GAMMA, lam=LAM, whiten=whiten)
     batch, length = size
     make = partial(_inputs, batch, length, holes)
-    # The floor under an op that hands back two new tensors: both inputs read, both outputs written, page faults included.
+    # The floor under an op that hands back two new tensors: inputs read, outputs written, page faults and all.
     bare = Implementation("bare read and write", lambda: _copies, ("rewards", "values"), compared=False)
     return Case(
         name, f"B={batch} T={length}", make, TAKES, op, (ours(op), bare, *peers), _work, valid=_mask, remark=remark
