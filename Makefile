@@ -19,13 +19,14 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The kernel tests with every native access to memory checked. Python does not carry the sanitizer, so it is preloaded.
+# The kernel tests with every native access to memory checked. Python does not carry the sanitizer, so it is preloaded; the
+# tests start in the sanitized package's folder, so that the processes they start find it too.
 ASAN := build/asan
 asan: $(VENV)/installed
 	RLHF_KERNELS_ASAN=ON $(BIN)/python setup.py --quiet build --build-base $(ASAN) --build-lib $(ASAN)/lib
 	nm -D $(ASAN)/lib/rlhf_kernels/_ops.so | grep -q __asan_init
-	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=$(ASAN)/lib $(BIN)/pytest -q tests/kernels --import-mode=importlib
+	cd $(ASAN)/lib && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. $(abspath $(BIN))/pytest -c $(abspath pyproject.toml) $(abspath tests/kernels)
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/run.py
