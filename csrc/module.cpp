@@ -15,21 +15,6 @@
 
 namespace {
 
-// What the compiler was allowed to use in this file; kernels that pick at run time have translation units of their own.
-const char* isa() {
-#if defined(__AVX512F__)
-  return "x86-64 with AVX-512";
-#elif defined(__AVX2__)
-  return "x86-64 with AVX2";
-#elif defined(__x86_64__) || defined(_M_X64)
-  return "x86-64 baseline";
-#elif defined(__aarch64__) || defined(_M_ARM64)
-  return "aarch64 with NEON";
-#else
-  return "generic";
-#endif
-}
-
 std::map<std::string, std::string> build_info() {
   std::map<std::string, std::string> info;
 #if defined(__clang__)
@@ -40,7 +25,6 @@ std::map<std::string, std::string> build_info() {
   info["compiler"] = "msvc " + std::to_string(_MSC_VER);
 #endif
   info["standard"] = "C++" + std::to_string(__cplusplus / 100 % 100);
-  info["isa"] = isa();
   info["build"] = RLHF_KERNELS_BUILD_TYPE;
   info["version"] = RLHF_KERNELS_VERSION;
   return info;
@@ -82,7 +66,7 @@ std::vector<std::vector<std::int64_t>> pack_sequences(const std::vector<std::int
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "Native helpers of rlhf_kernels.";
-  module.def("build_info", &build_info, "Compiler, language standard, ISA, build type and version.");
+  module.def("build_info", &build_info, "Compiler, language standard, build type and version.");
   module.def("pack_sequences", &pack_sequences, pybind11::arg("lengths"), pybind11::arg("capacity"),
              pybind11::call_guard<pybind11::gil_scoped_release>(), "Rows of indices; see rlhf_kernels.pack_sequences.");
 }

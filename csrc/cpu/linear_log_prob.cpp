@@ -17,6 +17,8 @@ constexpr int64_t kVocabularyBlock = 8 * kTileColumns;
 constexpr int64_t kRowGroup = 16 * kTileRows;
 // Rows of the weight's gradient, and columns of hidden's, that one task makes.
 constexpr int64_t kWeightBlock = 32 * kTileRows;
+// Rows of it that are summed in float32 before they are added to a gradient in half precision.
+constexpr int64_t kWeightStrip = 4 * kTileRows;
 constexpr int64_t kDepthColumns = 8 * kTileColumns;
 constexpr int64_t kChunkOfVocabulary = 2 * kDepthBlock;
 
@@ -266,7 +268,7 @@ void linear_grad_weight(const Projection& p, const float* logits, int64_t count,
     const int64_t depth = units<Math>(count);
     const int64_t panels = divide_up(p.depth, kTileColumns);
     Array<Unit> a(kWeightBlock * depth), b(panels * kTileColumns * depth);
-    Array<float> sums(std::is_same_v<T, float> ? 1 : kTileRows * panels * kTileColumns);
+    Array<float> sums(std::is_same_v<T, float> ? 1 : kWeightStrip * panels * kTileColumns);
     if (begin < end) {
       pack(math, static_cast<const T*>(p.hidden), 1, p.hidden_stride, p.depth, count, kTileColumns,
            static_cast<Unit*>(b));
@@ -279,8 +281,8 @@ void linear_grad_weight(const Projection& p, const float* logits, int64_t count,
         multiply<Math>(a, b, to, p.depth, rows, p.depth, count, !first_chunk);
       } else {
         const int64_t stride = panels * kTileColumns;
-        for (int64_t i = 0; i < rows; i += kTileRows) {
-          const int64_t some = std::min<int64_t>(kTileRows, rows - i);
+        for (int64_t i = 0; i < rows; i += kWeightStrip) {
+          const int64_t some = std::min(kWeightStrip, rows - i);
           multiply<Math>(static_cast<Unit*>(a) + i * depth, b, sums, stride, some, p.depth, count, false);
           for (int64_t row = 0; row < some; ++row) {
             T* line = to + (i + row) * p.depth;

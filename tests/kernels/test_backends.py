@@ -62,6 +62,23 @@ def test_the_module_runs_as_a_program():
         assert line in report.stdout
 
 
+@pytest.mark.skipif(backends.missing("cpu") is not None, reason="no native kernels in this install")
+def test_the_instruction_set_is_named_and_can_be_forced():
+    assert f"with {backends.isa()}" in run("-m", "rlhf_kernels").stdout
+    assert "with baseline" in run("-m", "rlhf_kernels", RLHF_KERNELS_ISA="baseline").stdout
+    refused = run("-m", "rlhf_kernels", RLHF_KERNELS_ISA="sse9")
+    assert "RLHF_KERNELS_ISA: is 'sse9', must be one of" in refused.stdout
+
+
+@pytest.mark.skipif(backends.missing("cpu") is not None, reason="no native kernels in this install")
+def test_float64_goes_to_the_reference_which_alone_has_it(monkeypatch):
+    x = torch.zeros(2, dtype=torch.float64)
+    monkeypatch.setattr(backends, "_forced", None)
+    assert kl_penalty(x, x).dtype == torch.float64
+    with use_backend("cpu"), pytest.raises(RuntimeError, match="backend 'cpu' was asked for, which has no float64"):
+        kl_penalty(x, x)
+
+
 def test_importing_needs_torch_only():
     code = (
         "import sys, rlhf_kernels; "
