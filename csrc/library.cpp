@@ -5,10 +5,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -74,22 +70,8 @@ std::vector<int64_t> sizes(const Tensor& tensor) {
   return result;
 }
 
-// Fresh memory costs a page fault every 4 KiB, which is more than the kernels' arithmetic; every 2 MiB where the system
-// grants huge pages on request.
-void prefer_huge_pages([[maybe_unused]] const Tensor& tensor) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = uintptr_t{1} << 21;
-  const auto begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
-  const uintptr_t end = begin + tensor.numel() * tensor.element_size();
-  const uintptr_t first = (begin + page - 1) / page * page, last = end / page * page;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // a wish: no failure to report
-#endif
-}
-
 Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
-  Tensor result = torch::stable::empty(shape, type);
-  prefer_huge_pages(result);
-  return result;
+  return torch::stable::empty(shape, type);
 }
 
 Tensor zeros(const std::vector<int64_t>& shape, ScalarType type) {
