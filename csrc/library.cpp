@@ -116,6 +116,12 @@ cpu::Sequences sequences_of(const Tensor& like, const OptionalTensor& boundaries
   return {like.size(0), like.size(1), nullptr};
 }
 
+// Of sequences that share a vector's lanes.
+int64_t groups_of(const cpu::Sequences& sequences) {
+  const int64_t width = cpu::kernels().sequences_per_group;
+  return (sequences.count + width - 1) / width;
+}
+
 OptionalTensor as_int64(const OptionalTensor& tensor) {
   return tensor ? OptionalTensor(cast(*tensor, ScalarType::Long)) : std::nullopt;
 }
@@ -626,8 +632,9 @@ std::tuple<Tensor, Tensor> advantages_of(const Tensor& like, cpu::GaeArguments i
   std::vector<Moments> moments(whiten ? in.sequences.count : 0);
   in.moments = whiten ? moments.data() : nullptr;
   const int64_t length = in.sequences.count ? like.numel() / in.sequences.count : 0;
-  parallel(in.sequences.count, 4 * length,
-           [&](int64_t begin, int64_t end) { cpu::kernels().gae(in, shaping, begin, end); });
+  const auto& k = cpu::kernels();
+  parallel(groups_of(in.sequences), k.sequences_per_group * length,
+           [&](int64_t begin, int64_t end) { k.gae(in, shaping, begin, end); });
   if (whiten) {
     Moments all;
     for (const auto& sequence : moments) merge(all, sequence);
@@ -682,9 +689,8 @@ std::tuple<Tensor, Tensor, Tensor> pairwise_ranking_loss(Tensor scores, Tensor r
   const cpu::RankingArguments in{data<float>(values), data<int64_t>(dense_ranks), data<uint8_t>(mask), prompts,
                                  static_cast<float>(margin), with_gradient ? mutable_data<float>(gradient) : nullptr,
                                  losses.data(), accuracies.data(), counts.data()};
-  const int64_t groups = (prompts.count + k.prompts_per_group - 1) / k.prompts_per_group;
   const int64_t width = prompts.count ? scores.numel() / prompts.count : 0;
-  parallel(groups, k.prompts_per_group * width * width * 4,
+  parallel(groups_of(prompts), k.sequences_per_group * width * width * 4,
            [&](int64_t begin, int64_t end) { k.ranking(in, begin, end); });
   double loss = 0, accuracy = 0;
   int64_t some = 0;

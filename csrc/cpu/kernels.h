@@ -215,7 +215,7 @@ struct Kernels {
   void (*whiten)(float* advantages, const uint8_t* wanted, double mean, double scale, int64_t begin, int64_t end);
   void (*ppo_policy)(const PolicyArguments&, int64_t begin, int64_t end);
   void (*ppo_value)(const ValueArguments&, int64_t begin, int64_t end);
-  int64_t prompts_per_group;
+  int64_t sequences_per_group;
   void (*ranking)(const RankingArguments&, int64_t begin, int64_t end);
 };
 

@@ -36,7 +36,7 @@ const Kernels RLHF_TABLE(RLHF_ISA) = {
     .whiten = &RLHF_ISA::whiten,
     .ppo_policy = &RLHF_ISA::ppo_policy,
     .ppo_value = &RLHF_ISA::ppo_value,
-    .prompts_per_group = kLanes,
+    .sequences_per_group = kLanes,
     .ranking = &RLHF_ISA::ranking,
 };
 

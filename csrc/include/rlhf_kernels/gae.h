@@ -5,18 +5,16 @@
 
 namespace rlhf_kernels {
 
-// What a position needs to know of those after it.
-struct GaeCarry {
-  double advantage;
-  double next_value;
-};
+// δ_t = r_t + γ·V_{t+1} − V_t, where t + 1 is the next unmasked position.
+template <class T>
+RLHF_HOST_DEVICE T gae_delta(T reward, T value, T next_value, double gamma) {
+  return (reward - value) + gamma * next_value;
+}
 
-// A_t = δ_t + γλ·A_{t+1} with δ_t = r_t + γ·V_{t+1} − V_t; a masked position hands on what it was given.
-// Written without a branch: masks are ragged, and a mispredicted branch costs more than the arithmetic.
-RLHF_HOST_DEVICE GaeCarry gae_step(
-    GaeCarry after, double reward, double value, bool wanted, double gamma, double gamma_lambda) {
-  const double delta = (reward - value) + gamma * after.next_value;
-  return {wanted ? delta + gamma_lambda * after.advantage : after.advantage, wanted ? value : after.next_value};
+// A_t = δ_t + γλ·A_{t+1}. A masked position, with δ = 0 and a decay of 1, hands on what it was given.
+template <class T>
+RLHF_HOST_DEVICE T gae_advantage(T delta, T decay, T after) {
+  return delta + decay * after;
 }
 
 // Count, mean and sum of squared distances to the mean; merged as in Chan, Golub and LeVeque 1979.
