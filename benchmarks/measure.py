@@ -22,6 +22,10 @@ Results = tuple[list[Tensor], list[Tensor]]
 
 SLOW_FIRST_CALL_S = 60.0
 
+# Runs of a group that take less than this in all are each timed right after an untimed one of the same implementation.
+# Otherwise it is the one before that decides what is in the caches, and a fast op pays for the code of a slow one.
+BRIEF_S = 0.2
+
 
 @dataclass(frozen=True)
 class Effort:
@@ -170,8 +174,10 @@ def measure(task: Task, rates: bounds.Rates, started: Callable[[Group], None], c
         for trial, row in order.sample(trials, len(trials)):
             if slow and last:
                 _measure_memory(trial, inputs, row, device, timed=True)
-            else:
-                row.times_s.append(_time(trial, trial.prepare(inputs), device))
+                continue
+            if sum(warm) < BRIEF_S:
+                trial.run(trial.prepare(inputs))
+            row.times_s.append(_time(trial, trial.prepare(inputs), device))
     if not slow:
         for trial, row in trials:
             console.say(f"{row.implementation}: memory")

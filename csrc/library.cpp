@@ -702,8 +702,9 @@ std::tuple<Tensor, Tensor, Tensor> pairwise_ranking_loss(Tensor scores, Tensor r
   const double share = some ? 1.0 / static_cast<double>(some) : 0.0;
   if (with_gradient) {
     float* slopes = mutable_data<float>(gradient);
+    const float divisor = static_cast<float>(std::max<int64_t>(1, some));
     parallel(scores.numel(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) slopes[i] = static_cast<float>(slopes[i] * share);
+      for (int64_t i = begin; i < end; ++i) slopes[i] /= divisor;
     });
   }
   return {scalar(loss * share), scalar(accuracy * share), gradient};

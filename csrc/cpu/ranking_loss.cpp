@@ -1,6 +1,7 @@
 // The ranking loss and its gradient, a vector's worth of prompts at a time: one prompt per lane, so that no pair waits
 // for another and nothing of size (K, K) is held.
 
+#include <algorithm>
 #include <memory>
 
 #include "cpu/rows.h"
@@ -10,52 +11,103 @@
 namespace rlhf_kernels::cpu {
 inline namespace RLHF_ISA {
 
-void ranking(const RankingArguments& in, int64_t begin, int64_t end) {
-  int64_t capacity = 0;
-  std::unique_ptr<float[]> scores, ranks, gradients, present;
-  for (int64_t group = begin; group < end; ++group) {
+namespace {
+
+// float32 has every rank up to here as it is.
+constexpr int64_t kExactRank = int64_t{1} << 24;
+
+// Where a group's prompts lie: one behind another.
+struct Group {
+  int64_t start[kLanes] = {}, length[kLanes] = {}, lanes, begin, end, widest = 0;
+
+  Group(const Sequences& prompts, int64_t group) {
     const int64_t first = group * kLanes;
-    const int64_t lanes = in.prompts.count - first < kLanes ? in.prompts.count - first : kLanes;
-    int64_t start[kLanes] = {}, length[kLanes] = {}, widest = 0;
+    lanes = std::min(kLanes, prompts.count - first);
     for (int64_t lane = 0; lane < lanes; ++lane) {
-      const Span span = span_of(in.prompts, first + lane);
+      const Span span = span_of(prompts, first + lane);
       start[lane] = span.flat;
       length[lane] = span.length;
-      widest = span.length > widest ? span.length : widest;
+      widest = std::max(widest, span.length);
     }
+    begin = start[0];
+    end = start[lanes - 1] + length[lanes - 1];
+  }
+};
+
+// Whether some float32 is that of several ranks. Only their order matters, so then how many of the prompt's are smaller
+// takes their place.
+void order_ranks(const Group& group, const int64_t* ranks, float* result) {
+  bool exact = true;
+  for (int64_t i = group.begin; i < group.end; ++i) {
+    result[i - group.begin] = static_cast<float>(ranks[i]);
+    exact &= (ranks[i] <= kExactRank) & (ranks[i] >= -kExactRank);
+  }
+  for (int64_t lane = 0; !exact && lane < group.lanes; ++lane) {
+    const int64_t* own = ranks + group.start[lane];
+    for (int64_t k = 0; k < group.length[lane]; ++k) {
+      int64_t smaller_ones = 0;
+      for (int64_t other = 0; other < group.length[lane]; ++other) smaller_ones += own[other] < own[k];
+      result[group.start[lane] - group.begin + k] = static_cast<float>(smaller_ones);
+    }
+  }
+}
+
+// From a row per prompt to a lane per prompt. Past a prompt's end stands what lies there, which nothing may use.
+void rows_to_lanes(const Group& group, const float* rows, float* lanes) {
+  for (int64_t k = 0; k < group.widest; k += kLanes) {
+    Vec square[kLanes];
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const int64_t at = group.start[lane] - group.begin + k, left = group.end - group.begin - at;
+      square[lane] = lane < group.lanes && left > 0 ? load_lanes(rows + at, std::min(kLanes, left)) : Vec(0.0f);
+    }
+    transpose(square);
+    for (int64_t i = 0; i < std::min(kLanes, group.widest - k); ++i) store_lanes(lanes + (k + i) * kLanes, square[i]);
+  }
+}
+
+void lanes_to_rows(const Group& group, const float* lanes, float* rows) {
+  for (int64_t k = 0; k < group.widest; k += kLanes) {
+    Vec square[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) {
+      square[i] = k + i < group.widest ? load_lanes(lanes + (k + i) * kLanes) : Vec(0.0f);
+    }
+    transpose(square);
+    for (int64_t lane = 0; lane < group.lanes; ++lane) {
+      const int64_t left = group.length[lane] - k;
+      if (left > 0) store_lanes(rows + group.start[lane] + k, square[lane], std::min(kLanes, left));
+    }
+  }
+}
+
+}  // namespace
+
+void ranking(const RankingArguments& in, int64_t begin, int64_t end) {
+  int64_t capacity = 0;
+  std::unique_ptr<float[]> rows, scores, ranks, gradients, present;
+  for (int64_t number = begin; number < end; ++number) {
+    const Group group(in.prompts, number);
+    const int64_t first = number * kLanes, widest = group.widest;
     if (widest > capacity) {
       capacity = widest;
-      scores.reset(new float[capacity * kLanes]);
-      gradients.reset(new float[capacity * kLanes]);
-      present.reset(new float[capacity * kLanes]);
-      ranks.reset(new float[capacity * kLanes]);
+      for (auto* buffer : {&rows, &scores, &ranks, &gradients, &present}) buffer->reset(new float[capacity * kLanes]);
     }
-    // From rows to lanes, without a branch: what lies past a prompt's end is read from its beginning, and not present.
-    constexpr int64_t exact = int64_t{1} << 24;  // up to here float32 has every rank as it is
-    bool ranks_fit = true;
+    rows_to_lanes(group, in.scores + group.begin, scores.get());
+    order_ranks(group, in.ranks, rows.get());
+    rows_to_lanes(group, rows.get(), ranks.get());
+    const Vec one(1.0f), zero(0.0f);
+    for_lanes(group.end - group.begin, [&](int64_t i, int64_t lanes) {
+      store_lanes(rows.get() + i, one & lanes_of(in.wanted + group.begin + i, lanes), lanes);
+    });
+    rows_to_lanes(group, rows.get(), present.get());
+    float lengths[kLanes];
+    for (int64_t lane = 0; lane < kLanes; ++lane) lengths[lane] = static_cast<float>(group.length[lane]);
     for (int64_t k = 0; k < widest; ++k) {
-      for (int64_t lane = 0; lane < kLanes; ++lane) {
-        const bool inside = k < length[lane];
-        const int64_t flat = inside ? start[lane] + k : 0, at = k * kLanes + lane;
-        const bool wanted = inside & (in.wanted[flat] != 0);
-        scores[at] = wanted ? in.scores[flat] : 0.0f;
-        present[at] = wanted ? 1.0f : 0.0f;
-        ranks[at] = static_cast<float>(in.ranks[flat]);
-        ranks_fit &= (in.ranks[flat] <= exact) & (in.ranks[flat] >= -exact);
-        gradients[at] = 0;
-      }
-    }
-    // Only their order matters: how many of the prompt's are smaller serves as well.
-    for (int64_t lane = 0; !ranks_fit && lane < lanes; ++lane) {
-      const int64_t* own = in.ranks + start[lane];
-      for (int64_t k = 0; k < length[lane]; ++k) {
-        int64_t smaller_ones = 0;
-        for (int64_t other = 0; other < length[lane]; ++other) smaller_ones += own[other] < own[k];
-        ranks[k * kLanes + lane] = static_cast<float>(smaller_ones);
-      }
+      const Vec inside = Vec(static_cast<float>(k)) < load_lanes(lengths);
+      store_lanes(&present[k * kLanes], load_lanes(&present[k * kLanes]) & inside);
+      store_lanes(&gradients[k * kLanes], zero);
     }
     Vec loss(0.0f), right(0.0f), pairs(0.0f);
-    const Vec zero(0.0f), half(0.5f), one(1.0f), minus_one(-1.0f), margin(in.margin);
+    const Vec half(0.5f), minus_one(-1.0f), margin(in.margin);
     for (int64_t i = 0; i + 1 < widest; ++i) {
       const Vec score_i = load_lanes(&scores[i * kLanes]), present_i = load_lanes(&present[i * kLanes]);
       const Vec rank_i = load_lanes(&ranks[i * kLanes]);
@@ -84,16 +136,19 @@ void ranking(const RankingArguments& in, int64_t begin, int64_t end) {
     store_lanes(losses, loss);
     store_lanes(rights, right);
     store_lanes(totals, pairs);
-    for (int64_t lane = 0; lane < lanes; ++lane) {
+    for (int64_t lane = 0; lane < group.lanes; ++lane) {
       const bool counts = totals[lane] > 0;
       const double share = counts ? 1.0 / totals[lane] : 0.0;
       in.counts[first + lane] = counts;
       in.losses[first + lane] = counts ? losses[lane] * share : 0;
       in.accuracies[first + lane] = counts ? rights[lane] * share : 0;
-      for (int64_t k = 0; in.gradient && k < length[lane]; ++k) {
-        in.gradient[start[lane] + k] = static_cast<float>(gradients[k * kLanes + lane] * share);
-      }
     }
+    if (!in.gradient) continue;
+    const Vec at_least_1 = larger(one, pairs);  // without a pair the gradient is 0 already
+    for (int64_t k = 0; k < widest; ++k) {
+      store_lanes(&gradients[k * kLanes], load_lanes(&gradients[k * kLanes]) / at_least_1);
+    }
+    lanes_to_rows(group, gradients.get(), in.gradient);
   }
 }
 

@@ -69,7 +69,8 @@ inline Vec exp(const Vec& x) {
   p = fma(p, r, Vec(4.1665795894e-2f));
   p = fma(p, r, Vec(1.6666665459e-1f));
   p = fma(p, r, Vec(5.0000001201e-1f));
-  p = fma(p, r * r, r + Vec(1.0f));
+  // 1 last: the other way round, two roundings are of the size of the result.
+  p = fma(p, r * r, r) + Vec(1.0f);
   return scaled_by_power(p, n);
 #else
   return x.exp();
