@@ -17,20 +17,21 @@ void ppo_policy(const PolicyArguments& in, int64_t begin, int64_t end) {
       const float* logprobs = read(in.logprobs, row, t, count, scratch[0]);
       const float* old = read(in.old_logprobs, row, t, count, scratch[1]);
       const float* advantages = read(in.advantages, row, t, count, scratch[2]);
-      Vec loss(0.0f), ratio(0.0f), deviation(0.0f), kl(0.0f), clipped(0.0f);
+      CompensatedSum loss;
+      Vec ratio(0.0f), deviation(0.0f), kl(0.0f), clipped(0.0f);
       for_lanes(count, [&](int64_t i, int64_t lanes) {
         const Vec keep = lanes_of(in.wanted + flat + i, lanes);
         const auto kept = [&](const float* from) { return load_lanes(from + i, lanes) & keep; };
         const auto term = policy_term(kept(logprobs), kept(old), kept(advantages), in.clip);
         // A masked position has advantage 0 and ratio 1: only the ratio must be kept out of the sums.
-        loss = loss + term.loss;
+        loss.add(term.loss);
         ratio = ratio + (term.ratio & keep);
         deviation = at::vec::maximum(deviation, term.deviation);
         kl = kl + term.kl;
         clipped = clipped + term.clipped;
         if (in.gradient) store_lanes(in.gradient + flat + i, term.gradient * weight, lanes);
       });
-      sums.loss += sum(loss);
+      sums.loss += sum(loss.total);
       sums.ratio += sum(ratio);
       const float largest_here = largest(deviation);
       sums.deviation = largest_here > sums.deviation || largest_here != largest_here ? largest_here : sums.deviation;
@@ -53,19 +54,20 @@ void ppo_value(const ValueArguments& in, int64_t begin, int64_t end) {
       const float* values = read(in.values, row, t, count, scratch[0]);
       const float* old = read(in.old_values, row, t, count, scratch[1]);
       const float* returns = read(in.returns, row, t, count, scratch[2]);
-      Vec loss(0.0f), value(0.0f), target(0.0f), clipped(0.0f);
+      CompensatedSum loss;
+      Vec value(0.0f), target(0.0f), clipped(0.0f);
       for_lanes(count, [&](int64_t i, int64_t lanes) {
         const Vec keep = lanes_of(in.wanted + flat + i, lanes);
         const auto kept = [&](const float* from) { return load_lanes(from + i, lanes) & keep; };
         const Vec v = kept(values), r = kept(returns);
         const auto term = value_term(v, kept(old), r, in.clip_range);
-        loss = loss + term.loss;
+        loss.add(term.loss);
         value = value + v;
         target = target + r;
         clipped = clipped + term.clipped;
         if (in.gradient) store_lanes(in.gradient + flat + i, term.gradient * weight, lanes);
       });
-      sums.loss += sum(loss);
+      sums.loss += sum(loss.total);
       sums.value += sum(value);
       sums.target += sum(target);
       sums.clipped += sum(clipped);

@@ -164,6 +164,18 @@ inline void store_lanes(T* to, const Vec& values, int64_t count = kLanes) {
   }
 }
 
+// Adds up with the rounding of every addition carried along (Kahan 1965).
+struct CompensatedSum {
+  Vec total{0.0f}, lost{0.0f};
+
+  void add(const Vec& x) {
+    const Vec term = x - lost, next = total + term;
+    // Nothing is lost of infinity, which would leave NaN here.
+    lost = ((next - total) - term) & (next - next == Vec(0.0f));
+    total = next;
+  }
+};
+
 inline float sum(const Vec& values) {
   float lanes[kLanes];
   values.store(lanes);
@@ -275,6 +287,12 @@ inline Vectorized<float> where_greater(const Vectorized<float>& a, const Vectori
 #else
   return Vectorized<float>::blendv(no, yes, a > b);
 #endif
+}
+inline Vectorized<float> at_most(const Vectorized<float>& x, const Vectorized<float>& limit) {
+  return rlhf_kernels::cpu::smaller(limit, x);
+}
+inline Vectorized<float> at_least(const Vectorized<float>& x, const Vectorized<float>& limit) {
+  return rlhf_kernels::cpu::larger(limit, x);
 }
 inline Vectorized<float> absolute(const Vectorized<float>& x) { return x.abs(); }
 inline Vectorized<float> exponential(const Vectorized<float>& x) { return rlhf_kernels::cpu::exp(x); }

@@ -14,8 +14,11 @@ namespace rlhf_kernels {
 
 // yes where a > b, else no; NaN is greater than nothing.
 RLHF_HOST_DEVICE float where_greater(float a, float b, float yes, float no) { return a > b ? yes : no; }
-RLHF_HOST_DEVICE float minimum(float a, float b) { return b < a ? b : a; }
-RLHF_HOST_DEVICE float maximum(float a, float b) { return b > a ? b : a; }
+RLHF_HOST_DEVICE float minimum(float a, float b) { return b < a || b != b ? b : a; }
+RLHF_HOST_DEVICE float maximum(float a, float b) { return b > a || b != b ? b : a; }
+// x unless it is beyond the limit; NaN stays. Cheaper than minimum and maximum, which look at both for NaN.
+RLHF_HOST_DEVICE float at_most(float x, float limit) { return x > limit ? limit : x; }
+RLHF_HOST_DEVICE float at_least(float x, float limit) { return x < limit ? limit : x; }
 RLHF_HOST_DEVICE float absolute(float x) { return fabsf(x); }
 RLHF_HOST_DEVICE float exponential(float x) { return expf(x); }
 

@@ -29,13 +29,13 @@ template <class T>
 RLHF_HOST_DEVICE PolicyTerm<T> policy_term(T logprob, T old_logprob, T advantage, const PolicyClip& clip) {
   const T zero(0.0f), one(1.0f);
   const T raw = logprob - old_logprob;
-  const T log_ratio = minimum(raw, T(kLargestLogRatio));
+  const T log_ratio = at_most(raw, T(kLargestLogRatio));
   const T ratio = exponential(log_ratio);
-  const T kept = minimum(maximum(ratio, T(clip.low)), T(clip.high));
+  const T kept = at_most(at_least(ratio, T(clip.low)), T(clip.high));
   const T unclipped_loss = (zero - advantage) * ratio;
   const T clipped_loss = (zero - advantage) * kept;
   PolicyTerm<T> term;
-  term.loss = maximum(unclipped_loss, clipped_loss);
+  term.loss = at_least(unclipped_loss, clipped_loss);
   term.gradient = where_greater(clipped_loss, unclipped_loss, zero,
                                 where_greater(raw, T(kLargestLogRatio), zero, unclipped_loss));
   if (clip.has_dual) {
