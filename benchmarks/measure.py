@@ -14,7 +14,7 @@ import bounds
 import torch
 from cases import BACKWARD, MODES, Case, Implementation, Inputs
 from console import Console
-from memory import peak_extra_bytes
+from memory import peak_extra_bytes, return_free_memory
 from torch import Tensor
 
 Results = tuple[list[Tensor], list[Tensor]]
@@ -22,9 +22,11 @@ Results = tuple[list[Tensor], list[Tensor]]
 
 SLOW_FIRST_CALL_S = 60.0
 
-# Runs of a group that take less than this in all are each timed right after an untimed one of the same implementation.
-# Otherwise it is the one before that decides what is in the caches, and a fast op pays for the code of a slow one.
-BRIEF_S = 0.2
+# Up to here inputs are small: each timed run follows an untimed one of the same implementation. Otherwise what ran before
+# decides what is in the caches, and a fast op pays for the code of a slow one. Above, where fresh pages cost more than
+# cold caches, each timed run starts from a trimmed heap. Otherwise whoever comes after an implementation that leaves
+# large free chunks behind finds its memory ready.
+SMALL_INPUTS = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,7 @@ def measure(task: Task, rates: bounds.Rates, started: Callable[[Group], None], c
         for (_, row), seconds in zip(trials, warm, strict=True):
             row.times_s.append(seconds)
     rounds = effort.rounds(sum(warm)) - slow
+    small = sum(x.nbytes for x in inputs.values()) <= SMALL_INPUTS
     order = random.Random(0)
     for i in range(rounds):
         last = i == rounds - 1
@@ -175,9 +178,12 @@ def measure(task: Task, rates: bounds.Rates, started: Callable[[Group], None], c
             if slow and last:
                 _measure_memory(trial, inputs, row, device, timed=True)
                 continue
-            if sum(warm) < BRIEF_S:
+            if small:
                 trial.run(trial.prepare(inputs))
-            row.times_s.append(_time(trial, trial.prepare(inputs), device))
+            ready = trial.prepare(inputs)
+            if not small and device.type == "cpu":
+                return_free_memory()
+            row.times_s.append(_time(trial, ready, device))
     if not slow:
         for trial, row in trials:
             console.say(f"{row.implementation}: memory")

@@ -24,7 +24,7 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | 
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        _return_free_memory()
+        return_free_memory()
         CLEAR_REFS.write_text("5")  # the resident high-water mark falls to what is resident now
         before = _status("VmRSS")
         call()
@@ -33,8 +33,8 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | 
         return None
 
 
-def _return_free_memory() -> None:
-    # What malloc keeps for later is resident already, and a call that takes it from there would look free.
+def return_free_memory() -> None:
+    """Gives back to the system what malloc keeps for later: a call that takes it from there would look free."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -19,10 +19,11 @@ COLUMNS = (
     "its grad",
 )  # fmt: skip
 LEGEND = """\
-median and quartiles of runs taken in turns, brief ones each after an untimed one of the same kind; × ours: time over
-that of rlhf_kernels; of bound: share of the speed that the machine's memory and matmul allow (above 100% where the
-inputs stay in the caches); peak: memory over what was in use before, and the same without the gradients that are handed
-back; error: largest absolute difference from float64, of values and gradients, on random and adversarial inputs."""
+median and quartiles of runs taken in turns, on small inputs each after an untimed one of the same kind, on large ones
+each from a trimmed heap; × ours: time over that of rlhf_kernels; of bound: share of the speed that the machine's memory
+and matmul allow (above 100% where inputs stay in the caches); peak: memory over what was in use before, and the same
+without the gradients that are handed back; error: largest absolute difference from float64, of values and gradients, on
+random and adversarial inputs."""
 
 
 def quartiles(times: list[float]) -> tuple[float, float, float]:
