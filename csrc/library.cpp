@@ -110,9 +110,15 @@ cpu::View view_of(const Tensor& tensor) {
   return {tensor.const_data_ptr(), dtype_of(tensor), matrix ? tensor.stride(0) : 0, tensor.stride(matrix ? 1 : 0)};
 }
 
-// (B, T); or (N,), which boundaries cut into sequences.
+// (B, T); or (N,), which boundaries cut into sequences. Compiled code comes here with boundaries that nobody looked at.
 cpu::Sequences sequences_of(const Tensor& like, const OptionalTensor& boundaries) {
-  if (boundaries) return {boundaries->size(0) - 1, like.size(0), data<int64_t>(boundaries)};
+  if (boundaries) {
+    const int64_t count = boundaries->size(0) - 1;
+    const int64_t* at = data<int64_t>(boundaries);
+    STD_TORCH_CHECK(at[0] == 0 && at[count] == like.size(0) && std::is_sorted(at, at + count + 1),
+                    "boundaries of packed sequences must rise from 0 to ", like.size(0));
+    return {count, like.size(0), at};
+  }
   return {like.size(0), like.size(1), nullptr};
 }
 
@@ -465,9 +471,16 @@ constexpr int64_t kFlatRow = 4096;
 
 struct TokenRows {
   int64_t count, length, positions;
+  bool matrix;
 
-  explicit TokenRows(const Tensor& tensor) {
-    const bool matrix = tensor.dim() == 2;
+  explicit TokenRows(const Tensor& tensor) : TokenRows(tensor, tensor.dim() == 2) {}
+
+  // A row has its price: where rows mean nothing, and nothing lies between them, short ones are better forgotten.
+  TokenRows(const Tensor& a, const Tensor& b, const Tensor& c, const std::string& reduction)
+      : TokenRows(a, a.dim() == 2 && !(reduction == "token-mean" && a.is_contiguous() && b.is_contiguous() &&
+                                       c.is_contiguous())) {}
+
+  TokenRows(const Tensor& tensor, bool as_matrix) : matrix(as_matrix) {
     positions = tensor.numel();
     length = matrix ? tensor.size(1) : kFlatRow;
     count = matrix ? tensor.size(0) : (positions + kFlatRow - 1) / kFlatRow;
@@ -475,7 +488,7 @@ struct TokenRows {
 
   cpu::View view(const Tensor& tensor) const {
     cpu::View result = view_of(tensor);
-    if (tensor.dim() == 1) result.row_stride = length * result.stride;
+    if (!matrix) result.row_stride = length * result.stride;
     return result;
   }
 };
@@ -490,7 +503,7 @@ std::tuple<Tensor, Tensor, Tensor> ppo_policy_loss(Tensor logprobs, Tensor old_l
                                                    std::optional<double> dual_clip, std::string reduction,
                                                    bool with_gradient) {
   const Tensor mask = dense(wanted);
-  const TokenRows rows(logprobs);
+  const TokenRows rows(logprobs, old_logprobs, advantages, reduction);
   const Weights weights(data<uint8_t>(mask), rows.count, rows.length, rows.positions, reduction);
   Tensor gradient = with_gradient ? empty(sizes(logprobs), ScalarType::Float) : nothing();
   std::vector<cpu::PolicySums> sums(rows.count);
@@ -519,7 +532,7 @@ std::tuple<Tensor, Tensor, Tensor> ppo_value_loss(Tensor values, Tensor old_valu
                                                   std::optional<double> clip_range, std::string reduction,
                                                   bool with_gradient) {
   const Tensor mask = dense(wanted);
-  const TokenRows rows(values);
+  const TokenRows rows(values, old_values, returns, reduction);
   const Weights weights(data<uint8_t>(mask), rows.count, rows.length, rows.positions, reduction);
   Tensor gradient = with_gradient ? empty(sizes(values), ScalarType::Float) : nothing();
   std::vector<cpu::ValueSums> sums(rows.count);

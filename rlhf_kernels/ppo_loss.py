@@ -37,7 +37,7 @@ def ppo_policy_loss(
         old_logprobs: the same shape: under the policy that sampled them.
         advantages: the same shape.
         mask: the same shape, bool or {0, 1}: which positions are response tokens. None: all of them.
-        clip_range: ε in (0, 1).
+        clip_range: ε in (0, 1].
         clip_range_high: ε_high > 0, when it differs from ε (Yu et al. 2025, arXiv 2503.14476, "clip-higher").
         dual_clip: c > 1: where A < 0 the loss is at most −c·A (Ye et al. 2020, arXiv 1912.09729, eq. 5).
         reduction: "token-mean": over all unmasked positions; "seq-mean-token-mean" and "seq-mean-token-sum": mean or

@@ -29,16 +29,16 @@ Moments moments_of(const float* values, const uint8_t* wanted, int64_t count) {
   Moments result;
   result.count = static_cast<double>(count_wanted(wanted, count));
   if (result.count == 0) return result;
-  Vec total(0.0f), squares(0.0f);
+  Vec total(0.0f), squares(0.0f), drift(0.0f);
   for_lanes(count, [&](int64_t i, int64_t lanes) { total = total + load_lanes(values + i, lanes); });
-  // Rounded, so that the distances below are to the very mean that is kept.
+  // Of rounded additions, and rounded itself: what it is off by, the distances below add up to.
   const float mean = static_cast<float>(sum(total) / result.count);
   for_lanes(count, [&](int64_t i, int64_t lanes) {
     const Vec distance = (load_lanes(values + i, lanes) - Vec(mean)) & lanes_of(wanted + i, lanes);
     squares = fma(distance, distance, squares);
+    drift = drift + distance;
   });
-  // The sums are off their true mean by the rounding above, which the next line takes back out.
-  const double offset = sum(total) / result.count - mean;
+  const double offset = sum(drift) / result.count;
   result.mean = mean + offset;
   result.squares = sum(squares) - offset * offset * result.count;
   return result;
@@ -132,7 +132,8 @@ void tile_to_lanes(float (&lanes)[kLanes][kTile], const float (&tile)[kTile][kLa
 void gae(const GaeArguments& in, const KlShaping* shaping, int64_t begin, int64_t end) {
   Scratch scratch[2];
   Tile tile;
-  float rewards[kLanes][kTile], values[kLanes][kTile], wanted[kLanes][kTile];
+  // Before a sequence's first position, and in lanes without one, stands what was there: it moves nothing that is kept.
+  float rewards[kLanes][kTile] = {}, values[kLanes][kTile] = {}, wanted[kLanes][kTile] = {};
   for (int64_t group = begin; group < end; ++group) {
     const int64_t first_sequence = group * kLanes;
     const int64_t lanes = std::min(kLanes, in.sequences.count - first_sequence);
@@ -146,20 +147,11 @@ void gae(const GaeArguments& in, const KlShaping* shaping, int64_t begin, int64_
       if (in.bootstrap) bootstraps[lane] = in.bootstrap[first_sequence + lane];
     }
     Carry carry{{}, {load<Bits>(bootstraps), load<Bits>(bootstraps + kHalf)}};
-    std::memset(wanted, 0, sizeof wanted);  // where a lane has no sequence; what else it reads there does not matter
-    std::memset(rewards, 0, sizeof rewards);
-    std::memset(values, 0, sizeof values);
     for (int64_t from_end = 0; from_end < longest; from_end += kTile) {
       const int64_t first = std::max<int64_t>(0, kTile - (longest - from_end));
       for (int64_t lane = 0; lane < lanes; ++lane) {
         const Span& span = spans[lane];
         const int64_t stop = span.length - from_end, count = std::min(kTile, stop), start = stop - count;
-        if (count < kTile) {
-          const size_t absent = std::min(kTile, kTile - count) * sizeof(float);
-          std::memset(wanted[lane], 0, absent);
-          std::memset(rewards[lane], 0, absent);
-          std::memset(values[lane], 0, absent);
-        }
         if (count <= 0) continue;
         const int64_t flat = span.flat + start;
         const float* own_rewards;

@@ -83,13 +83,13 @@ void lanes_to_rows(const Group& group, const float* lanes, float* rows) {
 
 void ranking(const RankingArguments& in, int64_t begin, int64_t end) {
   int64_t capacity = 0;
-  std::unique_ptr<float[]> rows, scores, ranks, gradients, present;
+  std::unique_ptr<float[]> rows, scores, ranks, gradients, lost, present;
   for (int64_t number = begin; number < end; ++number) {
     const Group group(in.prompts, number);
     const int64_t first = number * kLanes, widest = group.widest;
     if (widest > capacity) {
       capacity = widest;
-      for (auto* buffer : {&rows, &scores, &ranks, &gradients, &present}) buffer->reset(new float[capacity * kLanes]);
+      for (auto* buffer : {&rows, &scores, &ranks, &gradients, &lost, &present}) buffer->reset(new float[capacity * kLanes]);
     }
     rows_to_lanes(group, in.scores + group.begin, scores.get());
     order_ranks(group, in.ranks, rows.get());
@@ -105,13 +105,21 @@ void ranking(const RankingArguments& in, int64_t begin, int64_t end) {
       const Vec inside = Vec(static_cast<float>(k)) < load_lanes(lengths);
       store_lanes(&present[k * kLanes], load_lanes(&present[k * kLanes]) & inside);
       store_lanes(&gradients[k * kLanes], zero);
+      store_lanes(&lost[k * kLanes], zero);
     }
-    Vec loss(0.0f), right(0.0f), pairs(0.0f);
+    double losses[kLanes] = {}, rights[kLanes] = {}, totals[kLanes] = {};
+    const auto add = [](double(&sums)[kLanes], const Vec& values) {
+      float lanes[kLanes];
+      store_lanes(lanes, values);
+      for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += static_cast<double>(lanes[lane]);
+    };
     const Vec half(0.5f), minus_one(-1.0f), margin(in.margin);
     for (int64_t i = 0; i + 1 < widest; ++i) {
       const Vec score_i = load_lanes(&scores[i * kLanes]), present_i = load_lanes(&present[i * kLanes]);
       const Vec rank_i = load_lanes(&ranks[i * kLanes]);
-      Vec gradient_i = load_lanes(&gradients[i * kLanes]);
+      // A float32 counts to 2^24, and sums of more than a few numbers lose digits: no chain is longer than a row.
+      CompensatedSum loss, gradient_i{load_lanes(&gradients[i * kLanes]), load_lanes(&lost[i * kLanes])};
+      Vec right(0.0f), pairs(0.0f);
       for (int64_t j = i + 1; j < widest; ++j) {
         const Vec rank_j = load_lanes(&ranks[j * kLanes]);
         // 1: i is ranked better; −1: j is; 0: a tie, or one of them is not there.
@@ -122,20 +130,22 @@ void ranking(const RankingArguments& in, int64_t begin, int64_t end) {
         const auto pair = ranking_pair(difference - margin);
         // Cut out, not multiplied: a score that is infinite or NaN stays in its own pairs.
         const Vec is_pair = counts > zero;
-        loss = loss + (pair.loss & is_pair);
+        loss.add(pair.loss & is_pair);
         const Vec credit = where_greater(difference, zero, one, where_greater(zero, difference, zero, half));
         right = right + (credit & is_pair);
         pairs = pairs + counts;
         const Vec slope = (pair.gradient * sign) & is_pair;
-        gradient_i = gradient_i + slope;
-        store_lanes(&gradients[j * kLanes], load_lanes(&gradients[j * kLanes]) - slope);
+        gradient_i.add(slope);
+        CompensatedSum gradient_j{load_lanes(&gradients[j * kLanes]), load_lanes(&lost[j * kLanes])};
+        gradient_j.add(zero - slope);
+        store_lanes(&gradients[j * kLanes], gradient_j.total);
+        store_lanes(&lost[j * kLanes], gradient_j.lost);
       }
-      store_lanes(&gradients[i * kLanes], gradient_i);
+      store_lanes(&gradients[i * kLanes], gradient_i.total);
+      add(losses, loss.total);
+      add(rights, right);
+      add(totals, pairs);
     }
-    float losses[kLanes], rights[kLanes], totals[kLanes];
-    store_lanes(losses, loss);
-    store_lanes(rights, right);
-    store_lanes(totals, pairs);
     for (int64_t lane = 0; lane < group.lanes; ++lane) {
       const bool counts = totals[lane] > 0;
       const double share = counts ? 1.0 / totals[lane] : 0.0;
@@ -144,7 +154,9 @@ void ranking(const RankingArguments& in, int64_t begin, int64_t end) {
       in.accuracies[first + lane] = counts ? rights[lane] * share : 0;
     }
     if (!in.gradient) continue;
-    const Vec at_least_1 = larger(one, pairs);  // without a pair the gradient is 0 already
+    float divisors[kLanes];  // without a pair the gradient is 0 already
+    for (int64_t lane = 0; lane < kLanes; ++lane) divisors[lane] = static_cast<float>(std::max(1.0, totals[lane]));
+    const Vec at_least_1 = load_lanes(divisors);
     for (int64_t k = 0; k < widest; ++k) {
       store_lanes(&gradients[k * kLanes], load_lanes(&gradients[k * kLanes]) / at_least_1);
     }

@@ -190,7 +190,7 @@ inline float largest(const Vec& values) {
   float lanes[kLanes];
   values.store(lanes);
   float result = lanes[0];
-  for (int64_t i = 1; i < kLanes; ++i) result = result < lanes[i] ? lanes[i] : result;
+  for (int64_t i = 1; i < kLanes; ++i) result = result < lanes[i] || lanes[i] != lanes[i] ? lanes[i] : result;
   return result;
 }
 

@@ -11,6 +11,12 @@ def upcast(value: Tensor) -> Tensor:
     return value if value.dtype == torch.float64 else value.float()
 
 
+def upcast_alike(*values: Tensor | None) -> tuple[Tensor | None, ...]:
+    """All in one dtype: float64 if one of them is, float32 otherwise. None stays."""
+    double = any(x is not None and x.dtype == torch.float64 for x in values)
+    return tuple(None if x is None else x.to(torch.float64 if double else torch.float32) for x in values)
+
+
 def slots_of(boundaries: Tensor) -> Tensor:
     """(B, T) bool: which entries of the padded form the packed ones fill, in order."""
     lengths = boundaries.diff()

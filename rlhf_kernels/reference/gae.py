@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels.reference import kl_reward
-from rlhf_kernels.reference.common import pad, slots_of, upcast
+from rlhf_kernels.reference.common import pad, slots_of, upcast_alike
 
 VARIANCE_EPS = 1e-8
 
@@ -19,6 +19,7 @@ def _masked_gae(
     rewards: Tensor, values: Tensor, wanted: Tensor, gamma: float, lam: float, bootstrap: Tensor | None, whiten: bool,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rewards, values, bootstrap = upcast_alike(rewards, values, bootstrap)
     if cu_seqlens is None:
         return _rows(rewards, values, wanted, gamma, lam, bootstrap, whiten)
     slots = slots_of(cu_seqlens)
@@ -32,6 +33,7 @@ def _ppo_advantages(
     lam: float, whiten: bool, bootstrap: Tensor | None, estimator: str, score_clip: float | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    scores, logprobs, ref_logprobs, values, bootstrap = upcast_alike(scores, logprobs, ref_logprobs, values, bootstrap)
     if cu_seqlens is not None:
         slots = slots_of(cu_seqlens)
         logprobs, ref_logprobs, values, wanted = (pad(x, slots) for x in (logprobs, ref_logprobs, values, wanted))
@@ -43,13 +45,20 @@ def _ppo_advantages(
 
 
 @_masked_gae.register_fake
-def _(rewards: Tensor, values: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return tuple(upcast(rewards).new_empty(rewards.shape) for _ in range(2))
+def _(
+    rewards: Tensor, values: Tensor, wanted: Tensor, gamma: float, lam: float, bootstrap: Tensor | None, *_: Any
+) -> tuple[Tensor, ...]:
+    rewards, *_ = upcast_alike(rewards, values, bootstrap)
+    return tuple(rewards.new_empty(rewards.shape) for _ in range(2))
 
 
 @_ppo_advantages.register_fake
-def _(scores: Tensor, logprobs: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return tuple(upcast(logprobs).new_empty(logprobs.shape) for _ in range(4))
+def _(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, wanted: Tensor, beta: float, gamma: float,
+    lam: float, whiten: bool, bootstrap: Tensor | None, *_: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    logprobs, *_ = upcast_alike(logprobs, scores, ref_logprobs, values, bootstrap)
+    return tuple(logprobs.new_empty(logprobs.shape) for _ in range(4))
 
 
 @torch.no_grad()
@@ -69,10 +78,10 @@ def _rows(
 ) -> tuple[Tensor, Tensor]:
     """The recursion, for all rows at once."""
     # Garbage at masked positions must not survive: 0·NaN would.
-    rewards = torch.where(wanted, upcast(rewards), 0.0)
-    values = torch.where(wanted, upcast(values), 0.0)
+    rewards = torch.where(wanted, rewards, 0.0)
+    values = torch.where(wanted, values, 0.0)
     advantage = torch.zeros_like(rewards[:, :1].sum(1))
-    next_value = advantage if bootstrap is None else bootstrap.to(values.dtype)
+    next_value = advantage if bootstrap is None else bootstrap
     advantages = torch.zeros_like(rewards)
     for t in range(rewards.shape[1] - 1, -1, -1):
         delta = rewards[:, t] + gamma * next_value - values[:, t]

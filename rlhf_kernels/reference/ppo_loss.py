@@ -18,7 +18,9 @@ def ppo_policy_loss(
     log_ratio = torch.where(wanted, upcast(logprobs) - upcast(old_logprobs).detach(), 0.0)
     advantages = torch.where(wanted, upcast(advantages), 0.0).detach()
     # The exponential stays finite: a clipped ratio takes its gradient out by a factor 0, and 0 · inf is NaN.
-    log_ratio = log_ratio.clamp(max=math.floor(math.log(torch.finfo(log_ratio.dtype).max)))
+    # Not clamp, which takes the gradient out where there is NaN.
+    largest = math.floor(math.log(torch.finfo(log_ratio.dtype).max))
+    log_ratio = torch.where(log_ratio > largest, largest, log_ratio)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
     unclipped_loss, clipped_loss = -advantages * ratio, -advantages * clipped
