@@ -61,7 +61,16 @@ def _case(
     # The floor under an op that hands back two new tensors: inputs read, outputs written, page faults and all.
     bare = Implementation("bare read and write", lambda: _copies, ("rewards", "values"), compared=False)
     return Case(
-        name, f"B={batch} T={length}", make, TAKES, op, (ours(op), bare, *peers), _work, valid=_mask, remark=remark
+        name,
+        f"B={batch} T={length}",
+        make,
+        TAKES,
+        op,
+        (ours(op), bare, *peers),
+        _work,
+        valid=_mask,
+        remark=remark,
+        adversarial=_adversarial if size == SIZES["cpu"][0] else None,
     )
 
 
@@ -82,6 +91,8 @@ def _ppo_advantages(size: tuple[int, int]) -> Case:
         (ours(op), eager(advantages_of_scores, (*takes, "float_mask"), compiles=())),
         lambda inputs, _: Work(3 * inputs["values"].nbytes + inputs["mask"].nbytes, 16 * inputs["mask"].numel()),
         valid=_mask,
+        adversarial=_adversarial,
+        remark="torch.compile of ppo_advantages is left out: it would write out a loop over T",
     )
 
 
@@ -112,6 +123,13 @@ def _inputs(batch: int, length: int, holes: bool, generator: torch.Generator, dt
         "logprobs": logprobs,
         "ref_logprobs": ref_logprobs,
     }
+
+
+def _adversarial(inputs: Inputs) -> Inputs:
+    """Rewards with spikes, and values far from 0 against what they differ by."""
+    rewards = inputs["rewards"].clone()
+    rewards[:, ::97] *= 1e5
+    return inputs | {"rewards": rewards, "values": inputs["values"] + 1e4}
 
 
 def _mask(inputs: Inputs) -> Tensor:

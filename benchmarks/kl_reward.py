@@ -12,7 +12,7 @@ from torch import Tensor
 
 import rlhf_kernels
 
-DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32,)}
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32,)}
 
 # Sequences and response positions.
 SIZES = {"cpu": (64, 1024), "cuda": (512, 4096), "quick": (16, 128)}
@@ -37,6 +37,7 @@ def cases(scale: str) -> list[Case]:
             _penalty_work,
             gradients=("logprobs", "ref_logprobs"),
             steps=(FORWARD, BACKWARD) if scale != "quick" else (BACKWARD,),
+            adversarial=_adversarial,
         ),
         Case(
             "kl_shaped_rewards",
@@ -46,6 +47,7 @@ def cases(scale: str) -> list[Case]:
             rewards,
             (ours(rewards), eager(shaped_rewards)),
             _rewards_work,
+            adversarial=_adversarial,
         ),
     ]
 
@@ -58,6 +60,15 @@ def _inputs(batch: int, length: int, generator: torch.Generator, dtype: torch.dt
         "ref_logprobs": ref_logprobs,
         "mask": batches.ragged_mask(batch, length, generator),
     }
+
+
+def _adversarial(inputs: Inputs) -> Inputs:
+    """Log-ratios so small that k3 is a difference of near equals, and so large that its exponential is."""
+    first = inputs["logprobs"].float()
+    small = torch.linspace(-1e-3, 1e-3, first.shape[1], device=first.device)
+    far = torch.linspace(-20, 20, first.shape[1], device=first.device)
+    even = torch.arange(first.shape[0], device=first.device)[:, None] % 2 == 0
+    return inputs | {"ref_logprobs": (first + torch.where(even, small, far)).to(inputs["logprobs"].dtype)}
 
 
 def _penalty_work(inputs: Inputs, step: str) -> Work:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import rlhf_kernels
 
-DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32,)}
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32,)}
 
 # Sequences and response positions.
 SIZES = {"cpu": (64, 1024), "cuda": (512, 4096), "quick": (16, 128)}
@@ -39,6 +39,7 @@ def cases(scale: str) -> list[Case]:
             _work,
             gradients=takes[op][:1],
             steps=steps,
+            adversarial=_adversarial,
         )
         for op, formula in ((policy, policy_loss), (value, value_loss))
     ]
@@ -56,6 +57,16 @@ def _inputs(batch: int, length: int, generator: torch.Generator, dtype: torch.dt
         "old_values": (values + batches.normal(shape, generator, torch.float32, 0.2)).to(dtype),
         "returns": (values + batches.normal(shape, generator, torch.float32)).to(dtype),
         "mask": batches.ragged_mask(batch, length, generator),
+    }
+
+
+def _adversarial(inputs: Inputs) -> Inputs:
+    """Ratios from e^−20 to e^20, large advantages, and values far from 0 against what they differ by."""
+    drift = torch.linspace(-20, 20, inputs["mask"].shape[1], device=inputs["mask"].device)
+    return inputs | {
+        "old_logprobs": (inputs["old_logprobs"] + drift).to(inputs["old_logprobs"].dtype),
+        "advantages": inputs["advantages"] * 1e3,
+        **{name: inputs[name] + 1e3 for name in ("values", "old_values", "returns")},
     }
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import rlhf_kernels
 
-DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32,)}
+DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32,)}
 
 # Prompts and completions of each; 9 is the most that labellers of InstructGPT ranked.
 SIZES = {"cpu": (4096, 9), "cuda": (65_536, 9), "quick": (256, 9)}
@@ -33,7 +33,8 @@ def cases(scale: str) -> list[Case]:
             (ours(op), eager(ranking_loss)),
             _work,
             gradients=("scores",),
-            steps=(BACKWARD,),
+            steps=(FORWARD, BACKWARD) if scale != "quick" else (BACKWARD,),
+            adversarial=_adversarial,
         )
     ]
 
@@ -45,6 +46,13 @@ def _inputs(prompts: int, completions: int, generator: torch.Generator, dtype: t
         "scores": batches.normal(shape, generator, dtype),
         "ranks": torch.randint(1, 8, shape, generator=generator, device=generator.device),
     }
+
+
+def _adversarial(inputs: Inputs) -> Inputs:
+    """Scores far from 0 against what they differ by, and in every other prompt hundreds apart."""
+    scores = inputs["scores"] + 100
+    scores[::2] *= 300
+    return inputs | {"scores": scores}
 
 
 def _work(inputs: Inputs, step: str) -> Work:

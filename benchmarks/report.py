@@ -23,7 +23,7 @@ median and quartiles of runs taken in turns, on small inputs each after an untim
 each from a trimmed heap; × ours: time over that of rlhf_kernels; of bound: share of the speed that the machine's memory
 and matmul allow (above 100% where inputs stay in the caches); peak: memory over what was in use before, and the same
 without the gradients that are handed back; error: largest absolute difference from float64, of values and gradients, on
-random and adversarial inputs."""
+random inputs and, for all but the linear ops, on adversarial ones."""
 
 
 def quartiles(times: list[float]) -> tuple[float, float, float]:
