@@ -2,7 +2,9 @@
 // for another and nothing of size (K, K) is held.
 
 #include <algorithm>
+#include <cmath>
 #include <memory>
+#include <vector>
 
 #include "cpu/rows.h"
 #include "cpu/table.h"
@@ -37,11 +39,13 @@ struct Group {
 // Whether some float32 is that of several ranks. Only their order matters, so then how many of the prompt's are smaller
 // takes their place.
 void order_ranks(const Group& group, const int64_t* ranks, float* result) {
-  bool exact = true;
+  int64_t least = 0, most = 0;
   for (int64_t i = group.begin; i < group.end; ++i) {
-    result[i - group.begin] = static_cast<float>(ranks[i]);
-    exact &= (ranks[i] <= kExactRank) & (ranks[i] >= -kExactRank);
+    least = ranks[i] < least ? ranks[i] : least;
+    most = ranks[i] > most ? ranks[i] : most;
   }
+  for (int64_t i = group.begin; i < group.end; ++i) result[i - group.begin] = static_cast<float>(ranks[i]);
+  const bool exact = least >= -kExactRank && most <= kExactRank;
   for (int64_t lane = 0; !exact && lane < group.lanes; ++lane) {
     const int64_t* own = ranks + group.start[lane];
     for (int64_t k = 0; k < group.length[lane]; ++k) {
@@ -79,88 +83,113 @@ void lanes_to_rows(const Group& group, const float* lanes, float* rows) {
   }
 }
 
+// A prompt per lane, completion by completion; lost is what additions to the gradients lost.
+struct Lanes {
+  int64_t capacity = 0;
+  std::unique_ptr<float[]> scores, ranks, gradients, lost;
+
+  void make_room(int64_t widest) {
+    if (widest <= capacity) return;
+    capacity = widest;
+    for (auto* buffer : {&scores, &ranks, &gradients, &lost}) buffer->reset(new float[capacity * kLanes]);
+  }
+};
+
+// Per lane. A float32 counts to 2^24 only and sums of more than a few numbers lose digits: every row of pairs goes here.
+struct Totals {
+  double losses[kLanes] = {}, rights[kLanes] = {}, pairs[kLanes] = {};
+
+  static void add(double (&sums)[kLanes], const Vec& values) {
+    float lanes[kLanes];
+    store_lanes(lanes, values);
+    for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += static_cast<double>(lanes[lane]);
+  }
+};
+
+void sum_pairs(Lanes& lanes, int64_t widest, float margin_of_all, Totals& totals) {
+  const Vec zero(0.0f), half(0.5f), one(1.0f), minus_one(-1.0f), margin(margin_of_all);
+  const auto gradient = [&](int64_t k) {
+    return CompensatedSum{load_lanes(&lanes.gradients[k * kLanes]), load_lanes(&lanes.lost[k * kLanes])};
+  };
+  const auto keep = [&](int64_t k, const CompensatedSum& sum) {
+    store_lanes(&lanes.gradients[k * kLanes], sum.total);
+    store_lanes(&lanes.lost[k * kLanes], sum.lost);
+  };
+  for (int64_t i = 0; i + 1 < widest; ++i) {
+    const Vec score_i = load_lanes(&lanes.scores[i * kLanes]), rank_i = load_lanes(&lanes.ranks[i * kLanes]);
+    CompensatedSum gradient_i = gradient(i);
+    Vec loss(0.0f), right(0.0f), pairs(0.0f);
+    for (int64_t j = i + 1; j < widest; ++j) {
+      const Vec rank_j = load_lanes(&lanes.ranks[j * kLanes]);
+      // 1: i is ranked better; −1: j is; 0: a tie, or the rank of one of them is NaN.
+      const Vec sign = where_greater(rank_j, rank_i, one, where_greater(rank_i, rank_j, minus_one, zero));
+      // Cut out, not multiplied: a score that is infinite or NaN stays in its own pairs.
+      const Vec is_pair = sign != zero;
+      const Vec difference = sign * (score_i - load_lanes(&lanes.scores[j * kLanes]));
+      const auto pair = ranking_pair(difference - margin);
+      loss = loss + (pair.loss & is_pair);
+      const Vec credit = where_greater(difference, zero, one, where_greater(zero, difference, zero, half));
+      right = right + (credit & is_pair);
+      pairs = pairs + (one & is_pair);
+      const Vec slope = (pair.gradient * sign) & is_pair;
+      gradient_i.add_finite(slope);
+      CompensatedSum gradient_j = gradient(j);
+      gradient_j.add_finite(zero - slope);
+      keep(j, gradient_j);
+    }
+    keep(i, gradient_i);
+    totals.add(totals.losses, loss);
+    totals.add(totals.rights, right);
+    totals.add(totals.pairs, pairs);
+  }
+}
+
 }  // namespace
 
 void ranking(const RankingArguments& in, int64_t begin, int64_t end) {
-  int64_t capacity = 0;
-  std::unique_ptr<float[]> rows, scores, ranks, gradients, lost, present;
+  Lanes side_by_side;
+  std::vector<float> rows;
+  const Vec zero(0.0f), not_a_number(NAN);
   for (int64_t number = begin; number < end; ++number) {
     const Group group(in.prompts, number);
     const int64_t first = number * kLanes, widest = group.widest;
-    if (widest > capacity) {
-      capacity = widest;
-      for (auto* buffer : {&rows, &scores, &ranks, &gradients, &lost, &present}) buffer->reset(new float[capacity * kLanes]);
-    }
-    rows_to_lanes(group, in.scores + group.begin, scores.get());
-    order_ranks(group, in.ranks, rows.get());
-    rows_to_lanes(group, rows.get(), ranks.get());
-    const Vec one(1.0f), zero(0.0f);
+    side_by_side.make_room(widest);
+    rows.resize(group.end - group.begin);
+    rows_to_lanes(group, in.scores + group.begin, side_by_side.scores.get());
+    order_ranks(group, in.ranks, rows.data());
+    // What is no completion has no order with anything.
     for_lanes(group.end - group.begin, [&](int64_t i, int64_t lanes) {
-      store_lanes(rows.get() + i, one & lanes_of(in.wanted + group.begin + i, lanes), lanes);
+      const Vec wanted = lanes_of(in.wanted + group.begin + i, lanes);
+      store_lanes(rows.data() + i, Vec::blendv(not_a_number, load_lanes(rows.data() + i, lanes), wanted), lanes);
     });
-    rows_to_lanes(group, rows.get(), present.get());
+    rows_to_lanes(group, rows.data(), side_by_side.ranks.get());
     float lengths[kLanes];
     for (int64_t lane = 0; lane < kLanes; ++lane) lengths[lane] = static_cast<float>(group.length[lane]);
     for (int64_t k = 0; k < widest; ++k) {
+      float* ranks = &side_by_side.ranks[k * kLanes];
       const Vec inside = Vec(static_cast<float>(k)) < load_lanes(lengths);
-      store_lanes(&present[k * kLanes], load_lanes(&present[k * kLanes]) & inside);
-      store_lanes(&gradients[k * kLanes], zero);
-      store_lanes(&lost[k * kLanes], zero);
+      store_lanes(ranks, Vec::blendv(not_a_number, load_lanes(ranks), inside));
+      store_lanes(&side_by_side.gradients[k * kLanes], zero);
+      store_lanes(&side_by_side.lost[k * kLanes], zero);
     }
-    double losses[kLanes] = {}, rights[kLanes] = {}, totals[kLanes] = {};
-    const auto add = [](double(&sums)[kLanes], const Vec& values) {
-      float lanes[kLanes];
-      store_lanes(lanes, values);
-      for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += static_cast<double>(lanes[lane]);
-    };
-    const Vec half(0.5f), minus_one(-1.0f), margin(in.margin);
-    for (int64_t i = 0; i + 1 < widest; ++i) {
-      const Vec score_i = load_lanes(&scores[i * kLanes]), present_i = load_lanes(&present[i * kLanes]);
-      const Vec rank_i = load_lanes(&ranks[i * kLanes]);
-      // A float32 counts to 2^24, and sums of more than a few numbers lose digits: no chain is longer than a row.
-      CompensatedSum loss, gradient_i{load_lanes(&gradients[i * kLanes]), load_lanes(&lost[i * kLanes])};
-      Vec right(0.0f), pairs(0.0f);
-      for (int64_t j = i + 1; j < widest; ++j) {
-        const Vec rank_j = load_lanes(&ranks[j * kLanes]);
-        // 1: i is ranked better; −1: j is; 0: a tie, or one of them is not there.
-        const Vec order = where_greater(rank_j, rank_i, one, where_greater(rank_i, rank_j, minus_one, zero));
-        const Vec sign = order * present_i * load_lanes(&present[j * kLanes]);
-        const Vec counts = sign.abs();
-        const Vec difference = sign * (score_i - load_lanes(&scores[j * kLanes]));
-        const auto pair = ranking_pair(difference - margin);
-        // Cut out, not multiplied: a score that is infinite or NaN stays in its own pairs.
-        const Vec is_pair = counts > zero;
-        loss.add(pair.loss & is_pair);
-        const Vec credit = where_greater(difference, zero, one, where_greater(zero, difference, zero, half));
-        right = right + (credit & is_pair);
-        pairs = pairs + counts;
-        const Vec slope = (pair.gradient * sign) & is_pair;
-        gradient_i.add(slope);
-        CompensatedSum gradient_j{load_lanes(&gradients[j * kLanes]), load_lanes(&lost[j * kLanes])};
-        gradient_j.add(zero - slope);
-        store_lanes(&gradients[j * kLanes], gradient_j.total);
-        store_lanes(&lost[j * kLanes], gradient_j.lost);
-      }
-      store_lanes(&gradients[i * kLanes], gradient_i.total);
-      add(losses, loss.total);
-      add(rights, right);
-      add(totals, pairs);
-    }
+    Totals totals;
+    sum_pairs(side_by_side, widest, in.margin, totals);
     for (int64_t lane = 0; lane < group.lanes; ++lane) {
-      const bool counts = totals[lane] > 0;
-      const double share = counts ? 1.0 / totals[lane] : 0.0;
+      const bool counts = totals.pairs[lane] > 0;
       in.counts[first + lane] = counts;
-      in.losses[first + lane] = counts ? losses[lane] * share : 0;
-      in.accuracies[first + lane] = counts ? rights[lane] * share : 0;
+      in.losses[first + lane] = counts ? totals.losses[lane] / totals.pairs[lane] : 0;
+      in.accuracies[first + lane] = counts ? totals.rights[lane] / totals.pairs[lane] : 0;
     }
     if (!in.gradient) continue;
     float divisors[kLanes];  // without a pair the gradient is 0 already
-    for (int64_t lane = 0; lane < kLanes; ++lane) divisors[lane] = static_cast<float>(std::max(1.0, totals[lane]));
-    const Vec at_least_1 = load_lanes(divisors);
-    for (int64_t k = 0; k < widest; ++k) {
-      store_lanes(&gradients[k * kLanes], load_lanes(&gradients[k * kLanes]) / at_least_1);
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      divisors[lane] = static_cast<float>(std::max(1.0, totals.pairs[lane]));
     }
-    lanes_to_rows(group, gradients.get(), in.gradient);
+    for (int64_t k = 0; k < widest; ++k) {
+      float* gradient = &side_by_side.gradients[k * kLanes];
+      store_lanes(gradient, load_lanes(gradient) / load_lanes(divisors));
+    }
+    lanes_to_rows(group, side_by_side.gradients.get(), in.gradient);
   }
 }
 
