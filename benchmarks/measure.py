@@ -23,8 +23,8 @@ Results = tuple[list[Tensor], list[Tensor]]
 SLOW_FIRST_CALL_S = 60.0
 
 # Up to here inputs are small: each timed run follows an untimed one of the same implementation. Otherwise what ran
-# before decides what is in the caches, and a fast op pays for the code of a slow one. Above, where fresh pages cost more
-# than cold caches, each timed run starts from a trimmed heap. Otherwise whoever comes after an implementation that
+# before decides what is in the caches, and a fast op pays for the code of a slow one. Above, where fresh pages cost
+# more than cold caches, each timed run starts from a trimmed heap. Otherwise whoever comes after an implementation that
 # leaves large free chunks behind finds its memory ready.
 SMALL_INPUTS = 32 << 20
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 
 import torch
@@ -18,6 +19,8 @@ def main() -> None:
     print(f"GPU: {gpu}")
     for name in BACKENDS:
         print(f"backend {name:>9}: {missing(name) or ('available' if name != 'cpu' else cpu())}")
+    if os.environ.get("RLHF_KERNELS_BACKEND"):
+        print(f"RLHF_KERNELS_BACKEND forces {os.environ['RLHF_KERNELS_BACKEND']}")
     print("native module:", native_module())
 
 

@@ -82,18 +82,18 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def choose(*tensors: Tensor) -> str:
+def choose(first: Tensor, *others: Tensor | None) -> str:
     """The backend for an op on these tensors, which are on one device: native kernels where there are any for them.
 
     Raises:
         RuntimeError: the forced backend does not run on this device, or not with float64.
     """
-    on_cpu = tensors[0].device.type == "cpu"
-    double = any(x.dtype == torch.float64 for x in tensors)
+    on_cpu = first.device.type == "cpu"
+    double = any(x is not None and x.dtype == torch.float64 for x in (first, *others))
     if _forced is None:
         return "cpu" if on_cpu and not double and _MISSING["cpu"] is None else "reference"
     if _forced == "cpu" and not on_cpu:
-        raise RuntimeError(f"backend 'cpu' was asked for, but these tensors are on {tensors[0].device}")
+        raise RuntimeError(f"backend 'cpu' was asked for, but these tensors are on {first.device}")
     if _forced != "reference" and double:
         raise RuntimeError(f"backend {_forced!r} was asked for, which has no float64; the reference has")
     return _forced

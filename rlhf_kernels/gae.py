@@ -51,7 +51,7 @@ def masked_gae(
     """
     wanted, _ = _check(rewards, values, mask, gamma, lam, bootstrap, whiten, cu_seqlens, "rewards")
     arguments = (rewards, values, wanted, gamma, lam, bootstrap, whiten, cu_seqlens)
-    if choose(rewards, values) == "reference":
+    if choose(rewards, values, bootstrap) == "reference":
         return reference.gae.masked_gae(*arguments)
     with torch.no_grad():
         return torch.ops.rlhf_kernels.masked_gae(*arguments)
@@ -108,7 +108,7 @@ def ppo_advantages(
         scores, logprobs, ref_logprobs, values, wanted, beta, gamma, lam, whiten, bootstrap, estimator, score_clip,
         cu_seqlens,
     )  # fmt: skip
-    if choose(scores, logprobs, ref_logprobs, values) == "reference":
+    if choose(scores, logprobs, ref_logprobs, values, bootstrap) == "reference":
         return reference.gae.ppo_advantages(*arguments)
     with torch.no_grad():
         return torch.ops.rlhf_kernels.ppo_advantages(*arguments)

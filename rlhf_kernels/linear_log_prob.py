@@ -319,6 +319,8 @@ def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...], bi
     hidden, weight, bias = inputs[0], inputs[1], inputs[bias_at]
     ctx.save_for_backward(hidden, weight, bias, *output[-3:])
     ctx.mark_non_differentiable(*output[1:])
+    # Else autograd makes zeros to go with the gradient that is an output here, as large as that.
+    ctx.set_materialize_grads(False)
     ctx.count, ctx.bias_at, ctx.needs = len(inputs), bias_at, inputs[-2:]
 
 

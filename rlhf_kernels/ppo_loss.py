@@ -156,6 +156,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     _, statistics, gradient = output
     ctx.save_for_backward(inputs[0], gradient)
     ctx.mark_non_differentiable(statistics, gradient)
+    # Else autograd makes zeros to go with the gradient that is an output here, as large as that.
+    ctx.set_materialize_grads(False)
     ctx.others = (None,) * (len(inputs) - 1)
 
 

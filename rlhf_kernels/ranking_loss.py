@@ -79,6 +79,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     _, accuracy, gradient = output
     ctx.save_for_backward(inputs[0], gradient)
     ctx.mark_non_differentiable(accuracy, gradient)
+    # Else autograd makes zeros to go with the gradient that is an output here, as large as that.
+    ctx.set_materialize_grads(False)
 
 
 @autograd("pairwise_ranking_loss", _save)

@@ -99,12 +99,14 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def scaled(gradient: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
+def scaled(gradient: Tensor, by: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The saved gradient of a scalar loss, times the gradient that came in.
 
     Multiplying by 1 costs as much as reading twice what is multiplied, gigabytes for some ops. Where the value can't be
-    looked at (a compiler's tensors are of types of their own), it is done.
+    looked at (a compiler's tensors are of types of their own), it is done. None stands for 0, and stays.
     """
+    if by is None:
+        return None
     if type(by) is Tensor and values_can_be_read(by) and by.item() == 1:
         return gradient.to(dtype)
     return (gradient * by).to(dtype)

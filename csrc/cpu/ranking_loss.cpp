@@ -95,7 +95,10 @@ struct Lanes {
   }
 };
 
-// Per lane. A float32 counts to 2^24 only and sums of more than a few numbers lose digits: every row of pairs goes here.
+// Of float32 additions that follow on one another. More lose digits, and a float32 counts to 2^24 only.
+constexpr int64_t kLongestChain = 64;
+
+// Per lane.
 struct Totals {
   double losses[kLanes] = {}, rights[kLanes] = {}, pairs[kLanes] = {};
 
@@ -119,7 +122,14 @@ void sum_pairs(Lanes& lanes, int64_t widest, float margin_of_all, Totals& totals
     const Vec score_i = load_lanes(&lanes.scores[i * kLanes]), rank_i = load_lanes(&lanes.ranks[i * kLanes]);
     CompensatedSum gradient_i = gradient(i);
     Vec loss(0.0f), right(0.0f), pairs(0.0f);
+    const auto flush = [&] {
+      totals.add(totals.losses, loss);
+      totals.add(totals.rights, right);
+      totals.add(totals.pairs, pairs);
+      loss = right = pairs = zero;
+    };
     for (int64_t j = i + 1; j < widest; ++j) {
+      if ((j - i) % kLongestChain == 0) flush();
       const Vec rank_j = load_lanes(&lanes.ranks[j * kLanes]);
       // 1: i is ranked better; −1: j is; 0: a tie, or the rank of one of them is NaN.
       const Vec sign = where_greater(rank_j, rank_i, one, where_greater(rank_i, rank_j, minus_one, zero));
@@ -138,9 +148,7 @@ void sum_pairs(Lanes& lanes, int64_t widest, float margin_of_all, Totals& totals
       keep(j, gradient_j);
     }
     keep(i, gradient_i);
-    totals.add(totals.losses, loss);
-    totals.add(totals.rights, right);
-    totals.add(totals.pairs, pairs);
+    flush();
   }
 }
 

@@ -11,10 +11,10 @@ def upcast(value: Tensor) -> Tensor:
     return value if value.dtype == torch.float64 else value.float()
 
 
-def upcast_alike(*values: Tensor | None) -> tuple[Tensor | None, ...]:
-    """All in one dtype: float64 if one of them is, float32 otherwise. None stays."""
+def common_dtype(*values: Tensor | None) -> torch.dtype:
+    """What all of them are computed in: float64 if one of them is, float32 otherwise."""
     double = any(x is not None and x.dtype == torch.float64 for x in values)
-    return tuple(None if x is None else x.to(torch.float64 if double else torch.float32) for x in values)
+    return torch.float64 if double else torch.float32
 
 
 def slots_of(boundaries: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels.reference import kl_reward
-from rlhf_kernels.reference.common import pad, slots_of, upcast_alike
+from rlhf_kernels.reference.common import common_dtype, pad, slots_of
 
 VARIANCE_EPS = 1e-8
 
@@ -19,7 +19,8 @@ def _masked_gae(
     rewards: Tensor, values: Tensor, wanted: Tensor, gamma: float, lam: float, bootstrap: Tensor | None, whiten: bool,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    rewards, values, bootstrap = upcast_alike(rewards, values, bootstrap)
+    dtype = common_dtype(rewards, values, bootstrap)
+    rewards, values = rewards.to(dtype), values.to(dtype)
     if cu_seqlens is None:
         return _rows(rewards, values, wanted, gamma, lam, bootstrap, whiten)
     slots = slots_of(cu_seqlens)
@@ -33,7 +34,8 @@ def _ppo_advantages(
     lam: float, whiten: bool, bootstrap: Tensor | None, estimator: str, score_clip: float | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    scores, logprobs, ref_logprobs, values, bootstrap = upcast_alike(scores, logprobs, ref_logprobs, values, bootstrap)
+    dtype = common_dtype(scores, logprobs, ref_logprobs, values, bootstrap)
+    scores, logprobs, ref_logprobs, values = (x.to(dtype) for x in (scores, logprobs, ref_logprobs, values))
     if cu_seqlens is not None:
         slots = slots_of(cu_seqlens)
         logprobs, ref_logprobs, values, wanted = (pad(x, slots) for x in (logprobs, ref_logprobs, values, wanted))
@@ -48,8 +50,8 @@ def _ppo_advantages(
 def _(
     rewards: Tensor, values: Tensor, wanted: Tensor, gamma: float, lam: float, bootstrap: Tensor | None, *_: Any
 ) -> tuple[Tensor, ...]:
-    rewards, *_ = upcast_alike(rewards, values, bootstrap)
-    return tuple(rewards.new_empty(rewards.shape) for _ in range(2))
+    dtype = common_dtype(rewards, values, bootstrap)
+    return tuple(rewards.new_empty(rewards.shape, dtype=dtype) for _ in range(2))
 
 
 @_ppo_advantages.register_fake
@@ -57,8 +59,8 @@ def _(
     scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, wanted: Tensor, beta: float, gamma: float,
     lam: float, whiten: bool, bootstrap: Tensor | None, *_: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    logprobs, *_ = upcast_alike(logprobs, scores, ref_logprobs, values, bootstrap)
-    return tuple(logprobs.new_empty(logprobs.shape) for _ in range(4))
+    dtype = common_dtype(scores, logprobs, ref_logprobs, values, bootstrap)
+    return tuple(logprobs.new_empty(logprobs.shape, dtype=dtype) for _ in range(4))
 
 
 @torch.no_grad()
@@ -81,7 +83,7 @@ def _rows(
     rewards = torch.where(wanted, rewards, 0.0)
     values = torch.where(wanted, values, 0.0)
     advantage = torch.zeros_like(rewards[:, :1].sum(1))
-    next_value = advantage if bootstrap is None else bootstrap
+    next_value = advantage if bootstrap is None else bootstrap.to(values.dtype)
     advantages = torch.zeros_like(rewards)
     for t in range(rewards.shape[1] - 1, -1, -1):
         delta = rewards[:, t] + gamma * next_value - values[:, t]

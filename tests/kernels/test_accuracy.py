@@ -89,6 +89,19 @@ def test_ppo_losses(spread):
 
 
 @pytest.mark.parametrize("spread", [0.01, 1.0, 1e4])
-def test_ranking_loss(spread):
-    tensors = {"scores": spread * torch.randn(256, 9), "ranks": torch.rand(256, 9).argsort(1)}
-    hold(Call(k.pairwise_ranking_loss, tensors, ("scores",)), 1)
+@pytest.mark.parametrize("shape", [(256, 9), (2, 400)])
+def test_ranking_loss(spread, shape):
+    tensors = {"scores": spread * torch.randn(shape), "ranks": torch.rand(shape).argsort(1)}
+    hold(Call(k.pairwise_ranking_loss, tensors, ("scores",)), 3)
+
+
+def test_more_pairs_than_a_float32_counts():
+    loss, accuracy = k.pairwise_ranking_loss(torch.zeros(1, 6000), torch.arange(6000)[None])
+    assert loss.item() == pytest.approx(math.log(2), rel=1e-6)
+    assert accuracy == 0.5
+
+
+def test_whitening_far_from_zero():
+    rewards = torch.randn(64, 1024) + 1e3
+    tensors = {"rewards": rewards, "values": torch.zeros(64, 1024), "mask": torch.rand(64, 1024) < 0.8}
+    hold(Call(k.masked_gae, tensors, (), {"gamma": 0.0, "whiten": True}), 2)

@@ -132,6 +132,34 @@ def test_flat_ranking_refuses_a_second_derivative(backend):
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("boundaries", [[0, 3, 3000], [0, 4, 2, 6], [1, 6]])
+def test_bad_boundaries_are_an_error_where_values_cannot_be_looked_at(boundaries):
+    if "cpu" not in k.available_backends():
+        pytest.skip("no native kernels in this install")
+    x, at = torch.randn(6), torch.tensor(boundaries)
+    for function in (
+        lambda x, at: k.pairwise_ranking_loss(x, torch.arange(6), offsets=at),
+        lambda x, at: k.masked_gae(x, x, None, cu_seqlens=at),
+        lambda x, at: k.ppo_advantages(x[: len(boundaries) - 1], x, x, x, None, beta=0.1, cu_seqlens=at),
+    ):
+        with torch.enable_grad(), pytest.raises(RuntimeError, match="boundaries"):
+            torch.compile(function, fullgraph=True, backend="aot_eager")(x, at)
+
+
+@pytest.mark.parametrize("double", ["scores", "logprobs", "ref_logprobs", "values", "bootstrap"])
+def test_one_float64_among_the_inputs_has_the_dtypes_that_the_compiler_was_told(double):
+    x = {"logprobs": torch.randn(2, 3), "ref_logprobs": torch.randn(2, 3), "values": torch.randn(2, 3)}
+    x |= {"scores": torch.randn(2), "bootstrap": torch.randn(2)}
+    x[double] = x[double].double()
+
+    def function(x):
+        return [2 * y for y in k.ppo_advantages(**x, mask=None, beta=0.1)]
+
+    for got, want in zip(torch.compile(function, fullgraph=True)(x), function(x), strict=True):
+        assert got.dtype == want.dtype == torch.float64
+        torch.testing.assert_close(got, want)
+
+
 def test_a_bad_index_is_nan_where_values_cannot_be_looked_at(backend):
     """As on a GPU: no error, no read out of bounds, and every other row as it was."""
     logits = torch.randn(4, 5)

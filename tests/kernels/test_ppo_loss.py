@@ -115,6 +115,18 @@ def test_equal_policies_have_a_ratio_of_one(backend):
     assert stats["approx_kl"] == stats["clip_fraction"] == stats["ratio_max_deviation"] == 0
 
 
+@pytest.mark.parametrize("position", [0, 3, 20])
+def test_nan_shows_wherever_it_stands(backend, position):
+    logprobs = torch.zeros(37)
+    logprobs[position] = torch.nan
+    logprobs.requires_grad_()
+    loss, stats = ppo_policy_loss(logprobs, torch.zeros(37), torch.ones(37), None)
+    loss.backward()
+    assert loss.isnan()
+    assert all(stats[name].isnan() for name in ("ratio_mean", "ratio_max_deviation", "approx_kl"))
+    assert logprobs.grad.isnan().nonzero().flatten().tolist() == [position]
+
+
 @pytest.mark.parametrize("advantage", [1.0, 0.0])
 def test_a_ratio_that_overflows_is_clipped_without_nan(backend, advantage):
     logprobs = torch.tensor([0.0, -1.0], requires_grad=True)
