@@ -206,8 +206,9 @@ void selective_log_softmax_backward_(Tensor logits, Tensor index, Tensor wanted,
 
 // ------------------------------------------------------------------------------------------------ linear_log_prob
 
-// What the workspace of a chunk of logits may take.
-constexpr int64_t kWorkspaceBytes = int64_t{96} << 20;
+// What the workspace of a chunk of logits may take, and of it the operands and sums that a backward needs beside them.
+constexpr int64_t kWorkspaceBytes = int64_t{112} << 20;
+constexpr int64_t kOperandBytes = int64_t{24} << 20;
 // Rows whose log-probs are made together: their packed form and running sums stay well under the workspace.
 constexpr int64_t kForwardRows = 1536;
 
@@ -249,36 +250,35 @@ struct LinearInputs {
 
   int64_t count() const { return static_cast<int64_t>(rows.size()); }
 
-  // The rows from `first` on.
-  cpu::Projection from(int64_t first) const {
+  // The rows from `first` on, and of the vocabulary the tokens from `token` on.
+  cpu::Projection from(int64_t first) const { return from(first, 0, projection.vocabulary); }
+  cpu::Projection from(int64_t first, int64_t token, int64_t tokens) const {
     cpu::Projection part = projection;
-    part.hidden = static_cast<const char*>(part.hidden) + first * part.hidden_stride * size_of(part.dtype);
+    const int64_t size = size_of(part.dtype);
+    part.hidden = static_cast<const char*>(part.hidden) + first * part.hidden_stride * size;
+    part.weight = static_cast<const char*>(part.weight) + token * part.weight_stride * size;
+    if (part.bias) part.bias = static_cast<const char*>(part.bias) + token * size;
+    part.vocabulary = tokens;
     return part;
   }
 };
 
-Tensor packed(const cpu::Projection& part, int64_t count) {
+// Rows of hidden as the logits' matmul reads them.
+Tensor packed_rows(const cpu::Projection& part, int64_t count) {
   const auto& k = cpu::kernels();
-  const Tensor result = empty({k.packed_size(part, count)}, ScalarType::Byte);
-  torch::stable::parallel_for(0, k.row_panels(count), 16, [&](int64_t begin, int64_t end) {
+  const Tensor result = empty({k.packed_rows_size(part, count)}, ScalarType::Byte);
+  torch::stable::parallel_for(0, k.row_panels(part, count), 16, [&](int64_t begin, int64_t end) {
     k.pack_rows(part, count, result.mutable_data_ptr(), begin, end);
   });
   return result;
 }
 
-// Logits of a chunk of rows in the workspace.
-void chunk_logits(const cpu::Projection& part, int64_t count, float* logits) {
+// The logits of these rows, into the workspace.
+void make_logits(const cpu::Projection& part, const Tensor& operand, int64_t count, float* logits) {
   const auto& k = cpu::kernels();
-  const Tensor operand = packed(part, count);
   torch::stable::parallel_for(0, k.vocabulary_blocks(part), 1, [&](int64_t begin, int64_t end) {
     k.linear_logits(part, operand.const_data_ptr(), count, logits, begin, end);
   });
-}
-
-int64_t chunk_rows(const LinearInputs& in) {
-  constexpr int64_t multiple = 12;  // of a tile, so that no chunk but the last has a ragged one
-  const int64_t rows = kWorkspaceBytes / (in.projection.vocabulary * 4) / multiple * multiple;
-  return std::max<int64_t>(1, std::min(std::max(multiple, rows), in.count()));
 }
 
 // Which gradients are wanted; the bias goes with the weight. A frozen output layer costs no matmul.
@@ -286,14 +286,19 @@ struct Needs {
   bool hidden, weight;
 };
 
-// The gradients of the three operands, filled chunk by chunk from the logits' gradient.
+// The gradients of the three operands, from the logits' gradient: of some rows at a time, and of all or a part of the
+// vocabulary.
 struct LinearGradients {
+  const LinearInputs& in;
   Tensor hidden, weight, bias, bias_sums;
-
   Needs needs;
+  // Of the rows at hand: their columns packed, and hidden's gradient before it is rounded.
+  Tensor columns, sums;
+  int64_t first = 0, count = 0;
 
-  LinearGradients(const LinearInputs& in, const Tensor& like_hidden, const Tensor& like_weight, Needs which)
-      : hidden(nothing()), weight(nothing()), bias(nothing()), bias_sums(nothing()), needs(which) {
+  LinearGradients(const LinearInputs& inputs, const Tensor& like_hidden, const Tensor& like_weight, Needs which)
+      : in(inputs), hidden(nothing()), weight(nothing()), bias(nothing()), bias_sums(nothing()), needs(which),
+        columns(nothing()), sums(nothing()) {
     // What no row reaches is 0.
     const auto make = [](const Tensor& like, bool every_row) {
       return every_row ? empty(sizes(like), like.scalar_type()) : zeros(sizes(like), like.scalar_type());
@@ -303,19 +308,48 @@ struct LinearGradients {
     if (needs.weight && in.bias) bias_sums = zeros({like_weight.size(0)}, ScalarType::Float);
   }
 
-  void add(const LinearInputs& in, int64_t first, int64_t count, const float* logits) {
+  void begin_rows(int64_t first_row, int64_t rows) {
     const auto& k = cpu::kernels();
-    const auto part = in.from(first);
-    torch::stable::parallel_for(0, needs.hidden ? k.depth_blocks(part) : 0, 1, [&](int64_t begin, int64_t end) {
-      k.linear_grad_hidden(part, logits, in.rows.data() + first, count, hidden.mutable_data_ptr(), begin, end);
-    });
-    torch::stable::parallel_for(0, needs.weight ? k.weight_blocks(part) : 0, 1, [&](int64_t begin, int64_t end) {
-      k.linear_grad_weight(part, logits, count, first == 0, weight.mutable_data_ptr(),
-                           in.bias ? mutable_data<float>(bias_sums) : nullptr, begin, end);
+    const auto part = in.from(first_row);
+    first = first_row;
+    count = rows;
+    if (needs.hidden) sums = empty({count, part.depth}, ScalarType::Float);
+    if (!needs.weight) return;
+    columns = empty({k.packed_depth_size(part, count)}, ScalarType::Byte);
+    torch::stable::parallel_for(0, k.depth_panels(part), 1, [&](int64_t begin, int64_t end) {
+      k.pack_depth(part, count, columns.mutable_data_ptr(), begin, end);
     });
   }
 
-  std::tuple<Tensor, Tensor, Tensor> done(const LinearInputs& in) {
+  // From the gradient of the logits of these rows and of the tokens that part.weight holds, the first of them `token`.
+  void add(const cpu::Projection& part, int64_t token, const float* logits) {
+    const auto& k = cpu::kernels();
+    // A task reads its columns of every row of the weight: as wide as the threads allow. An entry's sum is the same.
+    constexpr int64_t narrowest = 128, widest = 512;
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t width = std::clamp((part.depth + threads * narrowest - 1) / (threads * narrowest) * narrowest, narrowest, widest);
+    const int64_t tasks = needs.hidden ? (part.depth + width - 1) / width : 0;
+    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t task = begin; task < end; ++task) {
+        k.linear_grad_hidden(part, logits, count, token > 0, mutable_data<float>(sums), task * width,
+                             std::min(part.depth, (task + 1) * width));
+      }
+    });
+    torch::stable::parallel_for(0, needs.weight ? k.weight_blocks(part) : 0, 1, [&](int64_t begin, int64_t end) {
+      k.linear_grad_weight(part, logits, columns.const_data_ptr(), count, first > 0,
+                           mutable_data<char>(weight) + token * part.depth * size_of(part.dtype),
+                           in.bias ? mutable_data<float>(bias_sums) + token : nullptr, begin, end);
+    });
+  }
+
+  void end_rows() {
+    const auto part = in.from(first);
+    parallel(needs.hidden ? count : 0, part.depth, [&](int64_t begin, int64_t end) {
+      cpu::kernels().store_rows(part, data<float>(sums), in.rows.data() + first, hidden.mutable_data_ptr(), begin, end);
+    });
+  }
+
+  std::tuple<Tensor, Tensor, Tensor> done() {
     if (needs.weight && in.bias) bias = cast(bias_sums, in.bias->scalar_type());
     return {hidden, weight, bias};
   }
@@ -335,7 +369,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_selective_log_softmax(
   for (int64_t first = 0; first < in.count(); first += kForwardRows) {
     const int64_t count = std::min(kForwardRows, in.count() - first);
     const auto part = in.from(first);
-    const Tensor operand = packed(part, count);
+    const Tensor operand = packed_rows(part, count);
     std::fill(chosen.begin(), chosen.end(), NAN);
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       k.linear_partials(part, operand.const_data_ptr(), count, in.index.data() + first, with_entropy, partials.data(),
@@ -371,22 +405,35 @@ std::tuple<Tensor, Tensor, Tensor> linear_selective_log_softmax_backward(
     if (i == 2 && !grad_entropies) continue;
     for (const int64_t row : in.rows) values[i].push_back(sources[i] ? sources[i][row] : 0.0f);
   }
+  for (int64_t i = 0; i < in.count(); ++i) {
+    if (in.index[i] < 0 || in.index[i] >= in.projection.vocabulary) values[3][i] = 0;  // its log-prob is NaN
+  }
+  // By blocks of the vocabulary, all rows at once: each entry of the weight's gradient is summed in float32 and rounded
+  // once. The sums of the forward stand for the rest of the row.
   LinearGradients gradients(in, hidden, weight, {needs_hidden, needs_weight});
-  const int64_t rows = chunk_rows(in);
-  const Tensor workspace = empty({rows * in.projection.vocabulary}, ScalarType::Float);
+  const auto& p = in.projection;
+  const int64_t rows = std::min(in.count(), std::max<int64_t>(384, kOperandBytes / (12 * std::max<int64_t>(1, p.depth))));
+  const int64_t tokens =
+      std::min(p.vocabulary, std::max<int64_t>(256, (kWorkspaceBytes - kOperandBytes) / (4 * std::max<int64_t>(1, rows)) / 256 * 256));
+  const Tensor workspace = empty({rows * tokens}, ScalarType::Float);
   float* logits = mutable_data<float>(workspace);
   for (int64_t first = 0; first < in.count(); first += rows) {
     const int64_t count = std::min(rows, in.count() - first);
-    const auto part = in.from(first);
-    chunk_logits(part, count, logits);
-    parallel(count, part.vocabulary, [&](int64_t begin, int64_t end) {
-      k.linear_gradient(part, in.index.data() + first, values[0].data() + first, values[1].data() + first,
-                        grad_entropies ? values[2].data() + first : nullptr, values[3].data() + first,
-                        grad_entropies ? values[4].data() + first : nullptr, logits, begin, end);
-    });
-    gradients.add(in, first, count, logits);
+    const Tensor operand = packed_rows(in.from(first), count);
+    gradients.begin_rows(first, count);
+    for (int64_t token = 0; token < p.vocabulary; token += tokens) {
+      const auto part = in.from(first, token, std::min(tokens, p.vocabulary - token));
+      make_logits(part, operand, count, logits);
+      parallel(count, part.vocabulary, [&](int64_t begin, int64_t end) {
+        k.linear_gradient(part, in.index.data() + first, token, values[0].data() + first, values[1].data() + first,
+                          grad_entropies ? values[2].data() + first : nullptr, values[3].data() + first,
+                          grad_entropies ? values[4].data() + first : nullptr, logits, begin, end);
+      });
+      gradients.add(part, token, logits);
+    }
+    gradients.end_rows();
   }
-  return gradients.done(in);
+  return gradients.done();
 }
 
 // Sums of the rows' losses, chunk by chunk, and the gradients of the operands if wanted. loss.weights etc. are per row
@@ -397,14 +444,18 @@ std::tuple<double, std::tuple<Tensor, Tensor, Tensor>> linear_losses(const Linea
   const auto& k = cpu::kernels();
   const bool with_gradient = needs.hidden || needs.weight;
   LinearGradients gradients(in, hidden, weight, needs);
-  const int64_t rows = chunk_rows(in);
+  // By rows, since a loss is known, and its gradient can begin, only when all logits of its row are.
+  constexpr int64_t multiple = 4;  // of the rows that a tile takes, or near it
+  const int64_t fitting = std::max<int64_t>(96, kWorkspaceBytes / (std::max<int64_t>(1, in.projection.vocabulary) * 4));
+  const int64_t chunks = std::max<int64_t>(1, (in.count() + fitting - 1) / fitting);
+  const int64_t rows = std::max<int64_t>(1, ((in.count() + chunks - 1) / chunks + multiple - 1) / multiple * multiple);
   const Tensor workspace = empty({rows * in.projection.vocabulary}, ScalarType::Float);
   float* logits = mutable_data<float>(workspace);
   std::vector<double> losses(in.count());
   for (int64_t first = 0; first < in.count(); first += rows) {
     const int64_t count = std::min(rows, in.count() - first);
     const auto part = in.from(first);
-    chunk_logits(part, count, logits);
+    make_logits(part, packed_rows(part, count), count, logits);
     cpu::RowLoss here = loss;
     here.index += first;
     here.weights += first;
@@ -414,11 +465,14 @@ std::tuple<double, std::tuple<Tensor, Tensor, Tensor>> linear_losses(const Linea
     parallel(count, part.vocabulary, [&](int64_t begin, int64_t end) {
       k.linear_loss(part, here, out, logits, with_gradient, begin, end);
     });
-    if (with_gradient) gradients.add(in, first, count, logits);
+    if (!with_gradient) continue;
+    gradients.begin_rows(first, count);
+    gradients.add(part, 0, logits);
+    gradients.end_rows();
   }
   double total = 0;
   for (const double row : losses) total += row;
-  return {total, gradients.done(in)};
+  return {total, gradients.done()};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(Tensor hidden, Tensor weight, Tensor labels,

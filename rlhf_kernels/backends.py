@@ -102,7 +102,7 @@ def choose(first: Tensor, *others: Tensor | None) -> str:
 def isa() -> str:
     """The instruction set whose build of the CPU kernels runs here.
 
-    ``RLHF_KERNELS_ISA`` forces a lesser one: avx512_bf16, avx512, avx2 or baseline.
+    ``RLHF_KERNELS_ISA`` forces a lesser one: amx_bf16, avx512_bf16, avx512, avx2 or baseline.
 
     Raises:
         RuntimeError: this install has no CPU kernels, or this processor does not run the ones asked for.

@@ -6,14 +6,31 @@
 
 #include "cpu/kernels.h"
 
+#if defined(RLHF_X86) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace rlhf_kernels::cpu {
 
 extern const Kernels kernels_baseline;
 #if defined(RLHF_X86)
-extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16;
+extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16, kernels_amx_bf16;
 #endif
 
 namespace {
+
+#if defined(RLHF_X86)
+// Whether the processor has the matrix unit and Linux lets this process use its registers, for which one has to ask.
+bool matrix_unit() {
+#if defined(__linux__)
+  constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+#endif
 
 const Kernels& pick() {
   struct Choice {
@@ -22,6 +39,7 @@ const Kernels& pick() {
   };
   const Choice choices[] = {
 #if defined(RLHF_X86)
+      {&kernels_amx_bf16, __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && matrix_unit()},
       {&kernels_avx512_bf16, __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw")},
       {&kernels_avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},

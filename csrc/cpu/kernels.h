@@ -182,10 +182,14 @@ struct Kernels {
   void (*log_prob)(const LogProbArguments&, const LogProbResults&, int64_t begin, int64_t end);
   void (*log_prob_backward)(const LogProbArguments&, const LogProbGradient&, int64_t begin, int64_t end);
 
-  // Rows in the form the matmul reads, packed in parallel by panels.
-  int64_t (*packed_size)(const Projection&, int64_t rows);
+  // Rows of hidden in the form the logits' matmul reads, packed in parallel by panels; and its columns, for the weight's
+  // gradient.
+  int64_t (*row_panels)(const Projection&, int64_t rows);
+  int64_t (*packed_rows_size)(const Projection&, int64_t rows);
   void (*pack_rows)(const Projection&, int64_t count, void* packed, int64_t begin, int64_t end);
-  int64_t (*row_panels)(int64_t rows);
+  int64_t (*depth_panels)(const Projection&);
+  int64_t (*packed_depth_size)(const Projection&, int64_t rows);
+  void (*pack_depth)(const Projection&, int64_t count, void* packed, int64_t begin, int64_t end);
   int64_t (*vocabulary_blocks)(const Projection&);
   // Running sums of each (block of the vocabulary, row), without the logits.
   void (*linear_partials)(const Projection&, const void* packed, int64_t rows, const int64_t* index, bool with_entropy,
@@ -195,16 +199,20 @@ struct Kernels {
   // Logits to the loss and, over the logits, its gradient: float32, or bfloat16 where the matmul takes that.
   void (*linear_loss)(const Projection&, const RowLoss&, const RowLossResults&, float* logits, bool with_gradient,
                       int64_t begin, int64_t end);
-  void (*linear_gradient)(const Projection&, const int64_t* index, const float* maxima, const float* log_sums,
-                          const float* entropies, const float* grad_logprobs, const float* grad_entropies,
-                          float* logits, int64_t begin, int64_t end);
-  // gradient of hidden = logits' gradient · weight, in blocks of D; of weight += its transpose · hidden, of V.
-  int64_t (*depth_blocks)(const Projection&);
-  void (*linear_grad_hidden)(const Projection&, const float* logits, const int64_t* rows, int64_t count, void* gradient,
+  // The same from the sums that the forward kept, for a projection to a part of the vocabulary that begins at `first`.
+  void (*linear_gradient)(const Projection&, const int64_t* index, int64_t first, const float* maxima,
+                          const float* log_sums, const float* entropies, const float* grad_logprobs,
+                          const float* grad_entropies, float* logits, int64_t begin, int64_t end);
+  // sums (rows, D) (+)= logits' gradient · weight, a range of D's columns to a call; then rounded into the rows of
+  // hidden's gradient that they are of.
+  void (*linear_grad_hidden)(const Projection&, const float* logits, int64_t rows, bool accumulate, float* sums,
                              int64_t begin, int64_t end);
+  void (*store_rows)(const Projection&, const float* sums, const int64_t* rows, void* gradient, int64_t begin,
+                     int64_t end);
+  // The weight's gradient (+)= the transpose of the logits' · hidden, packed by pack_depth.
   int64_t (*weight_blocks)(const Projection&);
-  void (*linear_grad_weight)(const Projection&, const float* logits, int64_t count, bool first_chunk, void* gradient,
-                             float* bias, int64_t begin, int64_t end);
+  void (*linear_grad_weight)(const Projection&, const float* logits, const void* packed, int64_t count, bool accumulate,
+                             void* gradient, float* bias, int64_t begin, int64_t end);
 
   void (*kl_penalty)(const View&, const View&, int64_t length, KlEstimator, float* result, int64_t begin, int64_t end);
   void (*kl_penalty_backward)(const View&, const View&, int64_t length, KlEstimator, const float* grad, float* result,

@@ -14,12 +14,15 @@ namespace {
 
 // Columns of logits that one task makes: a few tiles wide, so that packing pays; small enough for the L2 cache.
 constexpr int64_t kVocabularyBlock = 8 * kTileColumns;
-constexpr int64_t kRowGroup = 16 * kTileRows;
-// Rows of the weight's gradient, and columns of hidden's, that one task makes.
-constexpr int64_t kWeightBlock = 32 * kTileRows;
-// Rows of it that are summed in float32 before they are added to a gradient in half precision.
-constexpr int64_t kWeightStrip = 4 * kTileRows;
-constexpr int64_t kDepthColumns = 8 * kTileColumns;
+// Rows that are worked on together, so that their operand and their part of the result stay in the L2 cache.
+template <class Math>
+constexpr int64_t kRowGroup = 192 / Math::kTileRows * Math::kTileRows;
+// Rows of the weight's gradient that one task makes, and how many of them are summed in float32 before they are rounded.
+template <class Math>
+constexpr int64_t kWeightBlock = 192 / Math::kTileRows * Math::kTileRows;
+template <class Math>
+constexpr int64_t kWeightStrip = 64 / Math::kTileRows * Math::kTileRows;
+// How much of the vocabulary a task of hidden's gradient packs at a time.
 constexpr int64_t kChunkOfVocabulary = 2 * kDepthBlock;
 
 template <class T>
@@ -65,65 +68,89 @@ void finish_logits(const Projection& p, float* logits, int64_t stride, int64_t r
   });
 }
 
-// The gradient of one row's log-prob and entropy, over its logits; bfloat16 where the matmuls behind take pairs.
+// The gradient of one row's log-prob and entropy, over its logits, or over a block of them, which need not have the
+// chosen one; bfloat16 where the matmuls behind take pairs: an entry of it never lies ahead of the logits still to be read.
 template <class T>
-void gradient_row(const Projection& p, float* logits, int64_t index, float maximum, float log_sum, float entropy,
-                  float grad_logprob, float grad_entropy) {
-  const float inverse_temperature = static_cast<float>(1.0 / p.temperature);
-  const Vec top(maximum), scale(inverse_temperature), sums(log_sum), floor(kSmallestExponent);
-  const Vec go(grad_logprob), gh(grad_entropy), h(entropy), one(1.0f);
-  const Vec cap_inverse(p.softcap == 0 ? 0.0f : static_cast<float>(1 / p.softcap));
+void gradient_in_place(const Projection& p, float* logits, int64_t index, float maximum, float log_sum, float entropy,
+                       float grad_logprob, float grad_entropy) {
+  const LogitGradient<Vec> slopes(maximum, log_sum, entropy, grad_logprob, grad_entropy, p.temperature);
   T* gradient = reinterpret_cast<T*>(logits);
-  const auto slope = [&](float logit) {  // of the softcap
-    const double y = p.softcap == 0 ? 0 : logit / p.softcap;
-    return 1 - y * y;
-  };
-  const float chosen = logits[index];
-  // Sequential: an entry of the gradient never lies ahead of the logits still to be read.
-  for (int64_t i = 0; i < p.vocabulary; i += kLanes) {
-    const int64_t count = std::min(kLanes, p.vocabulary - i);
-    const Vec logit = load_lanes(logits + i, count);
-    const Vec log_p = larger(floor, (logit - top) * scale - sums);
-    Vec g = logit_gradient(log_p, go, gh, h, scale);
-    if (p.softcap != 0) {
-      const Vec y = logit * cap_inverse;
-      g = g * (one - y * y);
+  const bool here = index >= 0 && index < p.vocabulary;
+  const float chosen = here ? logits[index] : 0.0f;
+  if (p.softcap != 0) {
+    const Vec one(1.0f), cap_inverse(static_cast<float>(1 / p.softcap));
+    for (int64_t i = 0; i < p.vocabulary; i += kLanes) {
+      const int64_t count = std::min(kLanes, p.vocabulary - i);
+      const Vec logit = load_lanes(logits + i, count), y = logit * cap_inverse;
+      store_lanes(gradient + i, slopes.of<true>(logit) * (one - y * y), count);
     }
-    store_lanes(gradient + i, g, count);
+  } else if (grad_entropy != 0) {
+    gradient_row<true>(slopes, logits, p.vocabulary, gradient);
+  } else {
+    gradient_row<false>(slopes, logits, p.vocabulary, gradient);
   }
-  const double log_p = (static_cast<double>(chosen) - maximum) / p.temperature - log_sum;
-  const double probability = std::exp(log_p);
-  const double from_entropy =
-      grad_entropy == 0 || probability == 0 ? 0.0 : probability * grad_entropy * (log_p + entropy);
-  gradient[index] = static_cast<T>(
-      static_cast<float>((grad_logprob * (1 - probability) - from_entropy) / p.temperature * slope(chosen)));
+  if (!here) return;
+  const double y = p.softcap == 0 ? 0 : chosen / p.softcap;
+  gradient[index] = static_cast<T>(static_cast<float>(
+      chosen_logit_gradient(chosen, maximum, log_sum, entropy, grad_logprob, grad_entropy, p.temperature) * (1 - y * y)));
 }
 
 void gradient_over_logits(const Projection& p, float* logits, int64_t index, float maximum, float log_sum,
                           float entropy, float grad_logprob, float grad_entropy) {
   if (in_pairs(p.dtype)) {
-    gradient_row<c10::BFloat16>(p, logits, index, maximum, log_sum, entropy, grad_logprob, grad_entropy);
+    gradient_in_place<c10::BFloat16>(p, logits, index, maximum, log_sum, entropy, grad_logprob, grad_entropy);
   } else {
-    gradient_row<float>(p, logits, index, maximum, log_sum, entropy, grad_logprob, grad_entropy);
+    gradient_in_place<float>(p, logits, index, maximum, log_sum, entropy, grad_logprob, grad_entropy);
   }
 }
 
 }  // namespace
 
-int64_t packed_size(const Projection& p, int64_t rows) {
-  return divide_up(rows, kTileRows) * kTileRows * (in_pairs(p.dtype) ? divide_up(p.depth, 2) : p.depth) * 4;
+int64_t row_panels(const Projection& p, int64_t rows) {
+  int64_t panels = 0;
+  for_math(p.dtype, [&](auto math, auto*) { panels = divide_up(rows, decltype(math)::kTileRows); });
+  return panels;
 }
 
-int64_t row_panels(int64_t rows) { return divide_up(rows, kTileRows); }
+int64_t packed_rows_size(const Projection& p, int64_t rows) {
+  int64_t bytes = 0;
+  for_math(p.dtype, [&](auto math, auto*) {
+    using Math = decltype(math);
+    bytes = padded_rows<Math>(rows) * units<Math>(p.depth) * static_cast<int64_t>(sizeof(typename Math::Unit));
+  });
+  return bytes;
+}
 
 void pack_rows(const Projection& p, int64_t count, void* packed, int64_t begin, int64_t end) {
   for_math(p.dtype, [&](auto math, auto* type) {
     using Math = decltype(math);
     using T = std::remove_pointer_t<decltype(type)>;
-    const int64_t first = begin * kTileRows;
-    pack(math, static_cast<const T*>(p.hidden) + first * p.hidden_stride, p.hidden_stride, 1,
-         std::min(count, end * kTileRows) - first, p.depth, kTileRows,
-         static_cast<typename Math::Unit*>(packed) + first * units<Math>(p.depth));
+    const int64_t first = begin * Math::kTileRows;
+    pack_left(math, static_cast<const T*>(p.hidden) + first * p.hidden_stride, p.hidden_stride, 1,
+              std::min(count, end * Math::kTileRows) - first, p.depth,
+              static_cast<typename Math::Unit*>(packed) + first * units<Math>(p.depth));
+  });
+}
+
+int64_t depth_panels(const Projection& p) { return divide_up(p.depth, kTileColumns); }
+
+int64_t packed_depth_size(const Projection& p, int64_t rows) {
+  int64_t bytes = 0;
+  for_math(p.dtype, [&](auto math, auto*) {
+    using Math = decltype(math);
+    bytes = padded_columns(p.depth) * units<Math>(rows) * static_cast<int64_t>(sizeof(typename Math::Unit));
+  });
+  return bytes;
+}
+
+void pack_depth(const Projection& p, int64_t count, void* packed, int64_t begin, int64_t end) {
+  for_math(p.dtype, [&](auto math, auto* type) {
+    using Math = decltype(math);
+    using T = std::remove_pointer_t<decltype(type)>;
+    const int64_t first = begin * kTileColumns;
+    pack_right(math, static_cast<const T*>(p.hidden) + first, 1, p.hidden_stride,
+               std::min(p.depth, end * kTileColumns) - first, count,
+               static_cast<typename Math::Unit*>(packed) + first * units<Math>(count));
   });
 }
 
@@ -138,13 +165,13 @@ void linear_partials(const Projection& p, const void* packed, int64_t rows, cons
     using T = std::remove_pointer_t<decltype(type)>;
     const int64_t depth = units<Math>(p.depth);
     Array<Unit> weights(depth * kVocabularyBlock);
-    Array<float> logits(std::min(kRowGroup, rows) * kVocabularyBlock);
+    Array<float> logits(std::min(kRowGroup<Math>, rows) * kVocabularyBlock);
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * kVocabularyBlock, columns = std::min(kVocabularyBlock, p.vocabulary - first);
-      pack(math, static_cast<const T*>(p.weight) + first * p.weight_stride, p.weight_stride, 1, columns, p.depth,
-           kTileColumns, static_cast<Unit*>(weights));
-      for (int64_t group = 0; group < rows; group += kRowGroup) {
-        const int64_t count = std::min(kRowGroup, rows - group);
+      pack_right(math, static_cast<const T*>(p.weight) + first * p.weight_stride, p.weight_stride, 1, columns, p.depth,
+                 static_cast<Unit*>(weights));
+      for (int64_t group = 0; group < rows; group += kRowGroup<Math>) {
+        const int64_t count = std::min(kRowGroup<Math>, rows - group);
         multiply<Math>(static_cast<const Unit*>(packed) + group * depth, weights, logits, kVocabularyBlock, count,
                        columns, p.depth, false);
         finish_logits(p, logits, kVocabularyBlock, count, first, columns);
@@ -168,10 +195,13 @@ void linear_logits(const Projection& p, const void* packed, int64_t rows, float*
     Array<Unit> weights(units<Math>(p.depth) * kVocabularyBlock);
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * kVocabularyBlock, columns = std::min(kVocabularyBlock, p.vocabulary - first);
-      pack(math, static_cast<const T*>(p.weight) + first * p.weight_stride, p.weight_stride, 1, columns, p.depth,
-           kTileColumns, static_cast<Unit*>(weights));
-      multiply<Math>(static_cast<const Unit*>(packed), weights, logits + first, p.vocabulary, rows, columns, p.depth,
-                     false);
+      pack_right(math, static_cast<const T*>(p.weight) + first * p.weight_stride, p.weight_stride, 1, columns, p.depth,
+                 static_cast<Unit*>(weights));
+      for (int64_t row = 0; row < rows; row += kRowGroup<Math>) {
+        multiply<Math>(static_cast<const Unit*>(packed) + row * units<Math>(p.depth), weights,
+                       logits + row * p.vocabulary + first, p.vocabulary, std::min(kRowGroup<Math>, rows - row), columns,
+                       p.depth, false);
+      }
       finish_logits(p, logits + first, p.vocabulary, rows, first, columns);
     }
   });
@@ -208,20 +238,17 @@ void linear_loss(const Projection& p, const RowLoss& in, const RowLossResults& o
   }
 }
 
-void linear_gradient(const Projection& p, const int64_t* index, const float* maxima, const float* log_sums,
-                     const float* entropies, const float* grad_logprobs, const float* grad_entropies, float* logits,
-                     int64_t begin, int64_t end) {
+void linear_gradient(const Projection& p, const int64_t* index, int64_t first, const float* maxima,
+                     const float* log_sums, const float* entropies, const float* grad_logprobs,
+                     const float* grad_entropies, float* logits, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row) {
-    const bool valid = index[row] >= 0 && index[row] < p.vocabulary;
-    gradient_over_logits(p, logits + row * p.vocabulary, valid ? index[row] : 0, maxima[row], log_sums[row],
-                         grad_entropies ? entropies[row] : 0, valid ? grad_logprobs[row] : 0,
+    gradient_over_logits(p, logits + row * p.vocabulary, index[row] - first, maxima[row], log_sums[row],
+                         grad_entropies ? entropies[row] : 0, grad_logprobs[row],
                          grad_entropies ? grad_entropies[row] : 0);
   }
 }
 
-int64_t depth_blocks(const Projection& p) { return divide_up(p.depth, kDepthColumns); }
-
-void linear_grad_hidden(const Projection& p, const float* logits, const int64_t* rows, int64_t count, void* gradient,
+void linear_grad_hidden(const Projection& p, const float* logits, int64_t rows, bool accumulate, float* sums,
                         int64_t begin, int64_t end) {
   for_math(p.dtype, [&](auto math, auto* type) {
     using Math = decltype(math);
@@ -231,65 +258,72 @@ void linear_grad_hidden(const Projection& p, const float* logits, const int64_t*
     using G = std::conditional_t<Math::kPerUnit == 2, T, float>;
     const G* slopes = reinterpret_cast<const G*>(logits);
     const int64_t slope_stride = p.vocabulary * static_cast<int64_t>(sizeof(float) / sizeof(G));
-    const int64_t padded = divide_up(count, kTileRows) * kTileRows;
-    Array<Unit> a(padded * units<Math>(kChunkOfVocabulary)), b(kDepthColumns * units<Math>(kChunkOfVocabulary));
-    Array<float> sums(count * kDepthColumns);
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * kDepthColumns, columns = std::min(kDepthColumns, p.depth - first);
-      for (int64_t v = 0; v < p.vocabulary; v += kChunkOfVocabulary) {
-        const int64_t some = std::min(kChunkOfVocabulary, p.vocabulary - v);
-        pack(math, slopes + v, slope_stride, 1, count, some, kTileRows, static_cast<Unit*>(a));
-        pack(math, static_cast<const T*>(p.weight) + v * p.weight_stride + first, 1, p.weight_stride, columns, some,
-             kTileColumns, static_cast<Unit*>(b));
-        multiply<Math>(a, b, sums, kDepthColumns, count, columns, some, v > 0);
-      }
-      for (int64_t row = 0; row < count; ++row) {
-        T* to = static_cast<T*>(gradient) + rows[row] * p.depth + first;
-        for (int64_t i = 0; i < columns; i += kLanes) {
-          const int64_t lanes = std::min(kLanes, columns - i);
-          store_lanes(to + i, load_lanes(sums + row * kDepthColumns + i, lanes), lanes);
-        }
+    const int64_t group = std::min(kRowGroup<Math>, rows), columns = end - begin;
+    Array<Unit> a(padded_rows<Math>(group) * units<Math>(kChunkOfVocabulary));
+    Array<Unit> b(padded_columns(columns) * units<Math>(kChunkOfVocabulary));
+    for (int64_t v = 0; v < p.vocabulary; v += kChunkOfVocabulary) {
+      const int64_t some = std::min(kChunkOfVocabulary, p.vocabulary - v);
+      pack_right(math, static_cast<const T*>(p.weight) + v * p.weight_stride + begin, 1, p.weight_stride, columns, some,
+                 static_cast<Unit*>(b));
+      for (int64_t row = 0; row < rows; row += group) {
+        const int64_t count = std::min(group, rows - row);
+        pack_left(math, slopes + row * slope_stride + v, slope_stride, 1, count, some, static_cast<Unit*>(a));
+        multiply<Math>(a, b, sums + row * p.depth + begin, p.depth, count, columns, some, accumulate || v > 0);
       }
     }
   });
 }
 
-int64_t weight_blocks(const Projection& p) { return divide_up(p.vocabulary, kWeightBlock); }
+void store_rows(const Projection& p, const float* sums, const int64_t* rows, void* to, int64_t begin, int64_t end) {
+  for_dtype(p.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    for (int64_t row = begin; row < end; ++row) {
+      T* line = static_cast<T*>(to) + rows[row] * p.depth;
+      for (int64_t i = 0; i < p.depth; i += kLanes) {
+        const int64_t lanes = std::min(kLanes, p.depth - i);
+        store_lanes(line + i, load_lanes(sums + row * p.depth + i, lanes), lanes);
+      }
+    }
+  });
+}
 
-void linear_grad_weight(const Projection& p, const float* logits, int64_t count, bool first_chunk, void* gradient,
-                        float* bias, int64_t begin, int64_t end) {
+int64_t weight_blocks(const Projection& p) {
+  int64_t blocks = 0;
+  for_math(p.dtype, [&](auto math, auto*) { blocks = divide_up(p.vocabulary, kWeightBlock<decltype(math)>); });
+  return blocks;
+}
+
+void linear_grad_weight(const Projection& p, const float* logits, const void* packed, int64_t count, bool accumulate,
+                        void* gradient, float* bias, int64_t begin, int64_t end) {
   for_math(p.dtype, [&](auto math, auto* type) {
     using Math = decltype(math);
     using Unit = typename Math::Unit;
     using T = std::remove_pointer_t<decltype(type)>;
     using G = std::conditional_t<Math::kPerUnit == 2, T, float>;
+    constexpr int64_t block_rows = kWeightBlock<Math>, strip = kWeightStrip<Math>;
     const G* slopes = reinterpret_cast<const G*>(logits);
     const int64_t slope_stride = p.vocabulary * static_cast<int64_t>(sizeof(float) / sizeof(G));
-    const int64_t depth = units<Math>(count);
-    const int64_t panels = divide_up(p.depth, kTileColumns);
-    Array<Unit> a(kWeightBlock * depth), b(panels * kTileColumns * depth);
-    Array<float> sums(std::is_same_v<T, float> ? 1 : kWeightStrip * panels * kTileColumns);
-    if (begin < end) {
-      pack(math, static_cast<const T*>(p.hidden), 1, p.hidden_stride, p.depth, count, kTileColumns,
-           static_cast<Unit*>(b));
-    }
+    const int64_t depth = units<Math>(count), stride = padded_columns(p.depth);
+    const auto* b = static_cast<const Unit*>(packed);
+    Array<Unit> a(block_rows * depth);
+    Array<float> sums(std::is_same_v<T, float> ? 1 : strip * stride);
     for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * kWeightBlock, rows = std::min(kWeightBlock, p.vocabulary - first);
-      pack(math, slopes + first, 1, slope_stride, rows, count, kTileRows, static_cast<Unit*>(a));
+      const int64_t first = block * block_rows, rows = std::min(block_rows, p.vocabulary - first);
+      pack_left(math, slopes + first, 1, slope_stride, rows, count, static_cast<Unit*>(a));
       T* to = static_cast<T*>(gradient) + first * p.depth;
       if constexpr (std::is_same_v<T, float>) {
-        multiply<Math>(a, b, to, p.depth, rows, p.depth, count, !first_chunk);
+        multiply<Math>(a, b, to, p.depth, rows, p.depth, count, accumulate);
       } else {
-        const int64_t stride = panels * kTileColumns;
-        for (int64_t i = 0; i < rows; i += kWeightStrip) {
-          const int64_t some = std::min(kWeightStrip, rows - i);
+        for (int64_t i = 0; i < rows; i += strip) {
+          const int64_t some = std::min(strip, rows - i);
           multiply<Math>(static_cast<Unit*>(a) + i * depth, b, sums, stride, some, p.depth, count, false);
           for (int64_t row = 0; row < some; ++row) {
             T* line = to + (i + row) * p.depth;
             for (int64_t d = 0; d < p.depth; d += kLanes) {
               const int64_t lanes = std::min(kLanes, p.depth - d);
+              if (accumulate) __builtin_prefetch(line + d + 1024, 1);
               Vec value = load_lanes(sums + row * stride + d, lanes);
-              if (!first_chunk) value = value + load_lanes(line + d, lanes);
+              if (accumulate) value = value + load_lanes(line + d, lanes);
               store_lanes(line + d, value, lanes);
             }
           }
@@ -297,7 +331,7 @@ void linear_grad_weight(const Projection& p, const float* logits, int64_t count,
       }
       if (!bias) continue;
       for (int64_t i = 0; i < rows; ++i) {
-        double total = first_chunk ? 0.0 : bias[first + i];
+        double total = accumulate ? bias[first + i] : 0.0;
         for (int64_t r = 0; r < count; ++r) total += static_cast<float>(slopes[r * slope_stride + first + i]);
         bias[first + i] = static_cast<float>(total);
       }

@@ -7,22 +7,6 @@
 
 namespace rlhf_kernels::cpu {
 inline namespace RLHF_ISA {
-namespace {
-
-template <class T>
-void backward_row(const T* logits, T* gradient, int64_t vocabulary, float maximum, float log_sum, float grad_logprob,
-                  float grad_entropy, float entropy, float inverse_temperature) {
-  const Vec top(maximum), scale(inverse_temperature), sums(log_sum), floor(kSmallestExponent);
-  const Vec go(grad_logprob), gh(grad_entropy), h(entropy);
-  for (int64_t i = 0; i < vocabulary; i += kLanes) {
-    const int64_t count = vocabulary - i < kLanes ? vocabulary - i : kLanes;
-    const Vec log_p = larger(floor, (load_lanes(logits + i, count) - top) * scale - sums);
-    store_lanes(gradient + i, logit_gradient(log_p, go, gh, h, scale), count);
-  }
-}
-
-}  // namespace
-
 void log_prob(const LogProbArguments& in, const LogProbResults& out, int64_t begin, int64_t end) {
   const double inverse_temperature = 1.0 / in.temperature;
   for_dtype(in.dtype, [&](auto* type) {
@@ -47,7 +31,6 @@ void log_prob(const LogProbArguments& in, const LogProbResults& out, int64_t beg
 }
 
 void log_prob_backward(const LogProbArguments& in, const LogProbGradient& out, int64_t begin, int64_t end) {
-  const float inverse_temperature = static_cast<float>(1.0 / in.temperature);
   for_dtype(in.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for (int64_t row = begin; row < end; ++row) {
@@ -63,13 +46,16 @@ void log_prob_backward(const LogProbArguments& in, const LogProbGradient& out, i
       const float grad_entropy = out.grad_entropies ? out.grad_entropies[row] : 0.0f;
       // Read before it is written over, and added in float32: one rounding, as for every other token.
       const float chosen = valid ? static_cast<float>(logits[index]) : 0.0f;
-      backward_row(logits, gradient, in.vocabulary, out.maxima[row], out.log_sums[row], grad_logprob, grad_entropy,
-                   grad_entropy != 0 ? out.entropies[row] : 0.0f, inverse_temperature);
+      const float entropy = grad_entropy != 0 ? out.entropies[row] : 0.0f;
+      const LogitGradient<Vec> slopes(out.maxima[row], out.log_sums[row], entropy, grad_logprob, grad_entropy, in.temperature);
+      if (grad_entropy != 0) {
+        gradient_row<true>(slopes, logits, in.vocabulary, gradient);
+      } else {
+        gradient_row<false>(slopes, logits, in.vocabulary, gradient);
+      }
       if (!valid) continue;
-      const double log_p = (static_cast<double>(chosen) - out.maxima[row]) / in.temperature - out.log_sums[row];
-      const double p = std::exp(log_p);
-      const double from_entropy = grad_entropy == 0 || p == 0 ? 0.0 : p * grad_entropy * (log_p + out.entropies[row]);
-      gradient[index] = static_cast<T>(static_cast<float>((grad_logprob * (1 - p) - from_entropy) / in.temperature));
+      gradient[index] = static_cast<T>(static_cast<float>(chosen_logit_gradient(
+          chosen, out.maxima[row], out.log_sums[row], entropy, grad_logprob, grad_entropy, in.temperature)));
     }
   });
 }

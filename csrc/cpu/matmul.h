@@ -16,11 +16,11 @@ namespace rlhf_kernels::cpu {
 inline namespace RLHF_ISA {
 
 #if defined(CPU_CAPABILITY_AVX512)
-constexpr int kTileRows = 12, kTileVectors = 2;
+constexpr int kRegisterRows = 12, kTileVectors = 2;
 #elif defined(CPU_CAPABILITY_AVX2)
-constexpr int kTileRows = 6, kTileVectors = 2;
+constexpr int kRegisterRows = 6, kTileVectors = 2;
 #else
-constexpr int kTileRows = 4, kTileVectors = 1;
+constexpr int kRegisterRows = 4, kTileVectors = 1;
 #endif
 constexpr int64_t kTileColumns = kTileVectors * kLanes;
 // k is cut here so that a panel of each operand stays in the L1 cache. Part of the result's definition: never tuned at
@@ -28,19 +28,26 @@ constexpr int64_t kTileColumns = kTileVectors * kLanes;
 constexpr int64_t kDepthBlock = 256;
 constexpr int64_t kChain = 32;
 
-// What is multiplied: floats, or pairs of bfloat16 that follow each other along k.
+// What is multiplied: floats, or pairs of bfloat16 that follow each other along k. k is filled up with zeros to a
+// multiple of kDepthMultiple units.
 struct Floats {
   using Unit = float;
-  static constexpr int64_t kPerUnit = 1;
+  static constexpr int64_t kPerUnit = 1, kDepthMultiple = 1, kTileRows = kRegisterRows;
   static Vec broadcast(const float* a) { return Vec(*a); }
   static Vec read(const float* b) { return Vec::loadu(b); }
   static Vec multiply_add(const Vec& a, const Vec& b, const Vec& c) { return fma(a, b, c); }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+// Multiplied by the matrix unit: see tiles.h.
 struct BfloatPairs {
   using Unit = uint32_t;
-  static constexpr int64_t kPerUnit = 2;
+  static constexpr int64_t kPerUnit = 2, kDepthMultiple = 16, kTileRows = 32;
+};
+#elif defined(__AVX512BF16__)
+struct BfloatPairs {
+  using Unit = uint32_t;
+  static constexpr int64_t kPerUnit = 2, kDepthMultiple = 1, kTileRows = kRegisterRows;
   static __m512bh broadcast(const uint32_t* a) { return (__m512bh)_mm512_set1_epi32(static_cast<int>(*a)); }
   static __m512bh read(const uint32_t* b) { return (__m512bh)_mm512_loadu_si512(b); }
   static Vec multiply_add(__m512bh a, __m512bh b, const Vec& c) { return _mm512_dpbf16_ps(c, a, b); }
@@ -50,7 +57,17 @@ struct BfloatPairs {
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <class Math>
 int64_t units(int64_t depth) {
-  return divide_up(depth, Math::kPerUnit);
+  return divide_up(depth, Math::kPerUnit * Math::kDepthMultiple) * Math::kDepthMultiple;
+}
+template <class Math>
+int64_t padded_rows(int64_t rows) {
+  return divide_up(rows, Math::kTileRows) * Math::kTileRows;
+}
+inline int64_t padded_columns(int64_t columns) { return divide_up(columns, kTileColumns) * kTileColumns; }
+
+inline void copy_rows(const float* from, int64_t from_stride, float* to, int64_t to_stride, int64_t rows,
+                      int64_t columns) {
+  for (int64_t i = 0; i < rows; ++i) std::memcpy(to + i * to_stride, from + i * from_stride, columns * sizeof(float));
 }
 
 // One tile of the result: Rows × kTileColumns, over `depth` units of k. Summed in three levels (kChain, kDepthBlock,
@@ -58,11 +75,16 @@ int64_t units(int64_t depth) {
 template <class Math, int Rows>
 void tile_kernel(int64_t depth, const typename Math::Unit* a, const typename Math::Unit* b, float* c, int64_t stride,
                  bool accumulate) {
+  if (accumulate) {  // what is added to may lie in memory
+    for (int i = 0; i < Rows; ++i) {
+      for (int64_t j = 0; j < kTileColumns; j += 16) __builtin_prefetch(c + i * stride + j, 1);
+    }
+  }
   Vec totals[Rows][kTileVectors];
   for (int64_t start = 0; start < depth; start += kChain) {
     Vec sums[Rows][kTileVectors];
     const int64_t steps = std::min(kChain, depth - start);
-    for (int64_t k = 0; k < steps; ++k, a += kTileRows, b += kTileColumns) {
+    for (int64_t k = 0; k < steps; ++k, a += kRegisterRows, b += kTileColumns) {
       decltype(Math::read(b)) columns[kTileVectors];
 #pragma GCC unroll 4
       for (int j = 0; j < kTileVectors; ++j) columns[j] = Math::read(b + j * kLanes);
@@ -102,14 +124,12 @@ constexpr TileKernel<Math> tile_kernel_of(int rows, std::integer_sequence<int, R
 template <class Math>
 void tile(int64_t depth, const typename Math::Unit* a, const typename Math::Unit* b, float* c, int64_t stride,
           int64_t rows, int64_t columns, bool accumulate) {
-  const auto kernel = tile_kernel_of<Math>(static_cast<int>(rows), std::make_integer_sequence<int, kTileRows>{});
+  const auto kernel = tile_kernel_of<Math>(static_cast<int>(rows), std::make_integer_sequence<int, kRegisterRows>{});
   if (columns == kTileColumns) return kernel(depth, a, b, c, stride, accumulate);
-  float whole[kTileRows * kTileColumns] = {};
-  if (accumulate) {
-    for (int64_t i = 0; i < rows; ++i) std::memcpy(whole + i * kTileColumns, c + i * stride, columns * sizeof(float));
-  }
+  float whole[kRegisterRows * kTileColumns] = {};
+  if (accumulate) copy_rows(c, stride, whole, kTileColumns, rows, columns);
   kernel(depth, a, b, whole, kTileColumns, accumulate);
-  for (int64_t i = 0; i < rows; ++i) std::memcpy(c + i * stride, whole + i * kTileColumns, columns * sizeof(float));
+  copy_rows(whole, kTileColumns, c, stride, rows, columns);
 }
 
 // C (rows × columns) (+)= A · B from packed operands, each panel after panel, a panel being units(depth) × its width.
@@ -122,9 +142,9 @@ void multiply(const typename Math::Unit* a, const typename Math::Unit* b, float*
     const int64_t count = std::min(kDepthBlock, all - k);
     for (int64_t j = 0; j < columns; j += kTileColumns) {
       const auto* b_panel = b + j * all + k * kTileColumns;
-      for (int64_t i = 0; i < rows; i += kTileRows) {
-        const auto* a_panel = a + i * all + k * kTileRows;
-        tile<Math>(count, a_panel, b_panel, c + i * stride + j, stride, std::min<int64_t>(kTileRows, rows - i),
+      for (int64_t i = 0; i < rows; i += Math::kTileRows) {
+        const auto* a_panel = a + i * all + k * Math::kTileRows;
+        tile<Math>(count, a_panel, b_panel, c + i * stride + j, stride, std::min(Math::kTileRows, rows - i),
                    std::min(kTileColumns, columns - j), accumulate || k > 0);
       }
     }
@@ -174,11 +194,11 @@ void pack(Floats, const T* from, int64_t line_stride, int64_t depth_stride, int6
 #if defined(__AVX512BF16__)
 inline void pack(BfloatPairs, const c10::BFloat16* from, int64_t line_stride, int64_t depth_stride, int64_t count,
                  int64_t depth, int64_t width, uint32_t* to) {
-  const int64_t pairs = divide_up(depth, 2), whole = depth / 2;
-  for (int64_t first = 0; first < count; first += width, to += pairs * width) {
+  const int64_t all = units<BfloatPairs>(depth), pairs = divide_up(depth, 2), whole = depth / 2;
+  for (int64_t first = 0; first < count; first += width, to += all * width) {
     const int64_t lines = std::min(width, count - first);
     const auto* panel = reinterpret_cast<const uint16_t*>(from) + first * line_stride;
-    if (lines < width) std::memset(to, 0, pairs * width * sizeof(uint32_t));
+    if (lines < width || whole < all) std::memset(to, 0, all * width * sizeof(uint32_t));
     if (depth_stride != 1) {
       for (int64_t k = 0; k < pairs; ++k) {
         const uint16_t* even = panel + 2 * k * depth_stride;
@@ -202,5 +222,21 @@ inline void pack(BfloatPairs, const c10::BFloat16* from, int64_t line_stride, in
 }
 #endif
 
+// The rows of A and the columns of B, for multiply.
+template <class Math, class T>
+void pack_left(Math math, const T* from, int64_t line_stride, int64_t depth_stride, int64_t count, int64_t depth,
+               typename Math::Unit* to) {
+  pack(math, from, line_stride, depth_stride, count, depth, Math::kTileRows, to);
+}
+template <class Math, class T>
+void pack_right(Math math, const T* from, int64_t line_stride, int64_t depth_stride, int64_t count, int64_t depth,
+                typename Math::Unit* to) {
+  pack(math, from, line_stride, depth_stride, count, depth, kTileColumns, to);
+}
+
 }  // namespace RLHF_ISA
 }  // namespace rlhf_kernels::cpu
+
+#if defined(__AMX_BF16__)
+#include "cpu/tiles.h"
+#endif

@@ -6,8 +6,18 @@
 namespace rlhf_kernels::cpu {
 inline namespace RLHF_ISA {
 
-// Read twice, the second time from the L1 cache: once for the maximum, once for the sums.
+// Read once, unless its maximum is a new one for the row: then a second time, from the L1 cache.
 constexpr int64_t kBlock = 2048;
+
+// Four vectors of what lies a page ahead, into the L2 cache: the arithmetic is too slow for the processor to see a stream
+// that it should fetch early, and prefetches into L1 would wait for one of its few line buffers. Past the end of memory
+// a prefetch does nothing.
+template <class T>
+inline void fetch_ahead(const T* at) {
+  constexpr int64_t distance = 4096, line = 64;
+  const char* start = reinterpret_cast<const char*>(at) + distance;
+  for (int64_t i = 0; i < 4 * kLanes * static_cast<int64_t>(sizeof(T)); i += line) __builtin_prefetch(start + i, 0, 2);
+}
 
 template <class T>
 float block_maximum(const T* logits, int64_t count) {
@@ -23,37 +33,43 @@ float block_maximum(const T* logits, int64_t count) {
   return largest(larger(larger(best[0], best[1]), larger(best[2], best[3])));
 }
 
-// Sums over a block relative to a maximum, in powers of 2. Four chains of additions hide their latency and keep each one short, so
-// that float32 loses nothing a double would have kept.
+// Sums over a block relative to a maximum, in powers of 2, and the block's own maximum. Four chains of additions hide
+// their latency and keep each one short, so that float32 loses nothing a double would have kept.
+struct BlockSums {
+  double e = 0, ed = 0;
+  float maximum = -INFINITY;
+};
+
 template <class T, bool kEntropy>
-void block_sums(const T* logits, int64_t count, float maximum, double inverse_temperature, double& sum_e,
-                double& sum_ed) {
+BlockSums block_sums(const T* logits, int64_t count, float maximum, double inverse_temperature) {
   constexpr double log2_e = 1.44269504088896341;
   constexpr float smallest = -150.0f;  // 2^−150 rounds to 0 in float32
   const Vec top(maximum), scale(static_cast<float>(inverse_temperature * log2_e)), floor(smallest);
   Vec e_sums[4], ed_sums[4];
+  Vec best[4] = {Vec(-INFINITY), Vec(-INFINITY), Vec(-INFINITY), Vec(-INFINITY)};
   const auto add = [&](const Vec& logit, int chain) __attribute__((always_inline)) {
+    best[chain] = larger(logit, best[chain]);
     const Vec d = larger(floor, (logit - top) * scale);
-    const Vec e = exp2_nonpositive(d);
+    const Vec e = exp2(d);
     e_sums[chain] = e_sums[chain] + e;
     if constexpr (kEntropy) ed_sums[chain] = fma(e, d, ed_sums[chain]);
   };
   int64_t i = 0;
   for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
-    // The next block travels from memory while this one is computed on; past the end a prefetch does nothing.
-    for (int64_t ahead = 0; ahead < 4 * kLanes; ahead += 64 / static_cast<int64_t>(sizeof(T))) {
-      __builtin_prefetch(logits + i + kBlock + ahead);
-    }
+    fetch_ahead(logits + i);
     add(load_lanes(logits + i), 0);
     add(load_lanes(logits + i + kLanes), 1);
     add(load_lanes(logits + i + 2 * kLanes), 2);
     add(load_lanes(logits + i + 3 * kLanes), 3);
   }
   for (; i < count; i += kLanes) add(load_lanes_or(logits + i, count - i < kLanes ? count - i : kLanes, -INFINITY), 0);
-  sum_e += sum((e_sums[0] + e_sums[1]) + (e_sums[2] + e_sums[3]));
+  BlockSums block;
+  block.maximum = largest(larger(larger(best[0], best[1]), larger(best[2], best[3])));
+  block.e = sum((e_sums[0] + e_sums[1]) + (e_sums[2] + e_sums[3]));
   if constexpr (kEntropy) {
-    sum_ed += sum((ed_sums[0] + ed_sums[1]) + (ed_sums[2] + ed_sums[3])) * 0.69314718055994531;  // back to nats
+    block.ed = sum((ed_sums[0] + ed_sums[1]) + (ed_sums[2] + ed_sums[3])) * 0.69314718055994531;  // back to nats
   }
+  return block;
 }
 
 template <class T, bool kEntropy>
@@ -61,21 +77,39 @@ OnlineSoftmax reduce_row(const T* logits, int64_t vocabulary, double inverse_tem
   OnlineSoftmax row;
   for (int64_t i = 0; i < vocabulary; i += kBlock) {
     const int64_t count = vocabulary - i < kBlock ? vocabulary - i : kBlock;
-    const float maximum = block_maximum(logits + i, count);
-    if (maximum > row.maximum) {
-      if (row.sum != 0) {
-        const double shift = (static_cast<double>(row.maximum) - maximum) * inverse_temperature;
-        const double scale = std::exp(shift);
-        row.weighted = scale == 0 ? 0 : (row.weighted + shift * row.sum) * scale;
-        row.sum *= scale;
-      }
-      row.maximum = maximum;
-    }
+    const T* at = logits + i;
+    if (row.maximum == -INFINITY) row.maximum = block_maximum(at, count);
     // Nothing but −inf so far: these tokens have probability 0, unless all of them are banned.
     if (row.maximum == -INFINITY && i + count < vocabulary) continue;
-    block_sums<T, kEntropy>(logits + i, count, row.maximum, inverse_temperature, row.sum, row.weighted);
+    BlockSums block = block_sums<T, kEntropy>(at, count, row.maximum, inverse_temperature);
+    if (block.maximum > row.maximum) {
+      const double shift = (static_cast<double>(row.maximum) - block.maximum) * inverse_temperature;
+      const double scale = std::exp(shift);
+      row.weighted = scale == 0 ? 0 : (row.weighted + shift * row.sum) * scale;
+      row.sum *= scale;
+      row.maximum = block.maximum;
+      block = block_sums<T, kEntropy>(at, count, row.maximum, inverse_temperature);
+    }
+    row.sum += block.e;
+    row.weighted += block.ed;
   }
   return row;
+}
+
+// The gradient over a row of logits, the chosen one apart; may be written over them.
+template <bool kEntropy, class T, class G>
+void gradient_row(const LogitGradient<Vec>& gradient, const T* logits, int64_t count, G* to) {
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+    fetch_ahead(logits + i);
+    Vec values[4];
+    for (int j = 0; j < 4; ++j) values[j] = gradient.template of<kEntropy>(load_lanes(logits + i + j * kLanes));
+    for (int j = 0; j < 4; ++j) store_lanes(to + i + j * kLanes, values[j]);
+  }
+  for (; i < count; i += kLanes) {
+    const int64_t lanes = count - i < kLanes ? count - i : kLanes;
+    store_lanes(to + i, gradient.template of<kEntropy>(load_lanes(logits + i, lanes)), lanes);
+  }
 }
 
 }  // namespace RLHF_ISA

@@ -79,9 +79,8 @@ inline Vec exp(const Vec& x) {
 #endif
 }
 
-// 2^x for x of at most 0, to about 1 ulp: a shorter way than exp, for the one loop that is all exponentials. The
-// polynomial is the least-squares fit to the relative error over [−½, ½], reweighted until its peaks were level (2e-9).
-inline Vec exp2_nonpositive(const Vec& x) {
+// 2^x for x below 128, to about 1 ulp: a shorter way than exp, for the loops that are all exponentials. The polynomial is the least-squares fit to the relative error over [−½, ½], reweighted until its peaks were level (2e-9).
+inline Vec exp2(const Vec& x) {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   const Vec n = x.round();
   const Vec f = x - n;
@@ -307,6 +306,11 @@ inline Vectorized<float> at_least(const Vectorized<float>& x, const Vectorized<f
 }
 inline Vectorized<float> absolute(const Vectorized<float>& x) { return x.abs(); }
 inline Vectorized<float> exponential(const Vectorized<float>& x) { return rlhf_kernels::cpu::exp(x); }
+inline Vectorized<float> power_of_two(const Vectorized<float>& x) { return rlhf_kernels::cpu::exp2(x); }
+inline Vectorized<float> multiply_add(const Vectorized<float>& a, const Vectorized<float>& b,
+                                      const Vectorized<float>& c) {
+  return rlhf_kernels::cpu::fma(a, b, c);
+}
 
 }  // namespace CPU_CAPABILITY
 }  // namespace at::vec

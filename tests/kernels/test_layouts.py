@@ -74,7 +74,7 @@ def test_empty_sizes(backend, name, shape):
         assert not result.isnan().any()
 
 
-ISAS = ("avx512_bf16", "avx512", "avx2", "baseline")
+ISAS = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "baseline")
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -21,6 +21,8 @@ RLHF_HOST_DEVICE float at_most(float x, float limit) { return x > limit ? limit 
 RLHF_HOST_DEVICE float at_least(float x, float limit) { return x < limit ? limit : x; }
 RLHF_HOST_DEVICE float absolute(float x) { return fabsf(x); }
 RLHF_HOST_DEVICE float exponential(float x) { return expf(x); }
+RLHF_HOST_DEVICE float power_of_two(float x) { return exp2f(x); }
+RLHF_HOST_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 
 // e^x − 1 − x given e^x: from its Taylor series where the difference would cancel, |x| < 1 (remainder below 1e-8 of it).
 template <class T>

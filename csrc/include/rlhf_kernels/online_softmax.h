@@ -42,11 +42,38 @@ RLHF_HOST_DEVICE double log_prob(const OnlineSoftmax& row, float logit, double i
   return (static_cast<double>(logit) - row.maximum) * inverse_temperature - log(row.sum);
 }
 
-// d(go·log p_chosen + gh·H) / d logit for a logit that was not chosen, given its log p: −p·(go + gh·(log p + H))·1/τ.
-// The chosen one gets go/τ on top.
+// The gradient d(go·log p_chosen + gh·H) / d logit of the logits that were not chosen, −p·(go + gh·(log p + H))/τ, as a
+// function of the logit, in powers of 2. The chosen one gets go/τ on top.
 template <class T>
-RLHF_HOST_DEVICE T logit_gradient(T log_p, T grad_logprob, T grad_entropy, T entropy, T inverse_temperature) {
-  return (T(0.0f) - exponential(log_p)) * (grad_logprob + grad_entropy * (log_p + entropy)) * inverse_temperature;
+struct LogitGradient {
+  T maximum, scale, log2_sum;  // log₂ p = (logit − maximum)·scale − log2_sum
+  T slope, offset;             // the gradient is p·(slope·log₂ p + offset)
+
+  // log_sum = log Σ e^d. Without an entropy's gradient, neither it nor its row's entropy is looked at.
+  LogitGradient(float row_maximum, float log_sum, float entropy, float grad_logprob, float grad_entropy,
+                double temperature)
+      : maximum(row_maximum),
+        scale(static_cast<float>(1.44269504088896341 / temperature)),
+        log2_sum(static_cast<float>(1.44269504088896341 * log_sum)),
+        slope(static_cast<float>(-0.69314718055994531 * grad_entropy / temperature)),
+        offset(static_cast<float>(-(grad_logprob + (grad_entropy == 0 ? 0.0 : double{grad_entropy} * entropy)) / temperature)) {}
+
+  template <bool kEntropy>
+  RLHF_HOST_DEVICE T of(T logit) const {
+    // 2^−150 rounds to 0 in float32; a banned token's −inf would make 0·inf of the slope.
+    const T log2_p = at_least(multiply_add(logit - maximum, scale, T(0.0f) - log2_sum), T(-150.0f));
+    const T p = power_of_two(log2_p);
+    if constexpr (kEntropy) return p * multiply_add(slope, log2_p, offset);
+    return p * offset;
+  }
+};
+
+// The same for the chosen logit.
+RLHF_HOST_DEVICE double chosen_logit_gradient(double logit, double maximum, double log_sum, double entropy,
+                                              double grad_logprob, double grad_entropy, double temperature) {
+  const double log_p = (logit - maximum) / temperature - log_sum, p = exp(log_p);
+  const double from_entropy = grad_entropy == 0 || p == 0 ? 0.0 : p * grad_entropy * (log_p + entropy);
+  return (grad_logprob * (1 - p) - from_entropy) / temperature;
 }
 
 }  // namespace rlhf_kernels
