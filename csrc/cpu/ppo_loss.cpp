@@ -1,10 +1,32 @@
 // PPO's losses: loss, statistics and gradient from one read of the three inputs.
 
+#include <cmath>
+
 #include "cpu/rows.h"
 #include "cpu/table.h"
 
 namespace rlhf_kernels::cpu {
 inline namespace RLHF_ISA {
+
+namespace {
+
+// Loss terms may be infinite, which leaves NaN of what an addition lost: then the plain sum is the result.
+struct LossSum {
+  CompensatedSum exact;
+  Vec plain{0.0f};
+
+  void add(const Vec& x) {
+    exact.add(x);
+    plain = plain + x;
+  }
+
+  double value() const {
+    const double rough = sum(plain);
+    return std::isfinite(rough) ? sum(exact.total) : rough;
+  }
+};
+
+}  // namespace
 
 void ppo_policy(const PolicyArguments& in, int64_t begin, int64_t end) {
   Scratch scratch[3];
@@ -17,7 +39,7 @@ void ppo_policy(const PolicyArguments& in, int64_t begin, int64_t end) {
       const float* logprobs = read(in.logprobs, row, t, count, scratch[0]);
       const float* old = read(in.old_logprobs, row, t, count, scratch[1]);
       const float* advantages = read(in.advantages, row, t, count, scratch[2]);
-      CompensatedSum loss;
+      LossSum loss;
       Vec ratio(0.0f), deviation(0.0f), kl(0.0f), clipped(0.0f);
       for_lanes(count, [&](int64_t i, int64_t lanes) {
         const Vec keep = lanes_of(in.wanted + flat + i, lanes);
@@ -26,15 +48,16 @@ void ppo_policy(const PolicyArguments& in, int64_t begin, int64_t end) {
         // A masked position has advantage 0 and ratio 1: only the ratio must be kept out of the sums.
         loss.add(term.loss);
         ratio = ratio + (term.ratio & keep);
-        deviation = at::vec::maximum(deviation, term.deviation);
+        deviation = larger(term.deviation, deviation);
         kl = kl + term.kl;
         clipped = clipped + term.clipped;
         if (in.gradient) store_lanes(in.gradient + flat + i, term.gradient * weight, lanes);
       });
-      sums.loss += sum(loss.total);
+      sums.loss += loss.value();
       sums.ratio += sum(ratio);
-      const float largest_here = largest(deviation);
-      sums.deviation = largest_here > sums.deviation || largest_here != largest_here ? largest_here : sums.deviation;
+      // Where a ratio was NaN, so is their sum; the largest deviation has passed over it.
+      const double largest_here = std::isnan(sums.ratio) ? NAN : static_cast<double>(largest(deviation));
+      sums.deviation = largest_here > sums.deviation || std::isnan(largest_here) ? largest_here : sums.deviation;
       sums.kl += sum(kl);
       sums.clipped += sum(clipped);
     }
@@ -54,7 +77,7 @@ void ppo_value(const ValueArguments& in, int64_t begin, int64_t end) {
       const float* values = read(in.values, row, t, count, scratch[0]);
       const float* old = read(in.old_values, row, t, count, scratch[1]);
       const float* returns = read(in.returns, row, t, count, scratch[2]);
-      CompensatedSum loss;
+      LossSum loss;
       Vec value(0.0f), target(0.0f), clipped(0.0f);
       for_lanes(count, [&](int64_t i, int64_t lanes) {
         const Vec keep = lanes_of(in.wanted + flat + i, lanes);
@@ -67,7 +90,7 @@ void ppo_value(const ValueArguments& in, int64_t begin, int64_t end) {
         clipped = clipped + term.clipped;
         if (in.gradient) store_lanes(in.gradient + flat + i, term.gradient * weight, lanes);
       });
-      sums.loss += sum(loss.total);
+      sums.loss += loss.value();
       sums.value += sum(value);
       sums.target += sum(target);
       sums.clipped += sum(clipped);

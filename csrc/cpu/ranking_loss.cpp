@@ -142,9 +142,9 @@ void sum_pairs(Lanes& lanes, int64_t widest, float margin_of_all, Totals& totals
       right = right + (credit & is_pair);
       pairs = pairs + (one & is_pair);
       const Vec slope = (pair.gradient * sign) & is_pair;
-      gradient_i.add_finite(slope);
+      gradient_i.add(slope);
       CompensatedSum gradient_j = gradient(j);
-      gradient_j.add_finite(zero - slope);
+      gradient_j.add(zero - slope);
       keep(j, gradient_j);
     }
     keep(i, gradient_i);

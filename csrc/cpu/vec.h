@@ -165,21 +165,13 @@ inline void store_lanes(T* to, const Vec& values, int64_t count = kLanes) {
   }
 }
 
-// Adds up with the rounding of every addition carried along (Kahan 1965).
+// Adds up terms that are finite or NaN, with the rounding of every addition carried along (Kahan 1965).
 struct CompensatedSum {
   Vec total{0.0f}, lost{0.0f};
 
-  // Of terms that are finite or NaN.
-  void add_finite(const Vec& x) {
-    const Vec term = x - lost, next = total + term;
-    lost = (next - total) - term;
-    total = next;
-  }
-
   void add(const Vec& x) {
     const Vec term = x - lost, next = total + term;
-    // Nothing is lost of infinity, which would leave NaN here.
-    lost = ((next - total) - term) & (next - next == Vec(0.0f));
+    lost = (next - total) - term;
     total = next;
   }
 };
