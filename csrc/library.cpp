@@ -208,6 +208,7 @@ void selective_log_softmax_backward_(Tensor logits, Tensor index, Tensor wanted,
 
 // What the workspace of a chunk of logits may take, and of it the operands and sums that a backward needs beside them.
 constexpr int64_t kWorkspaceBytes = int64_t{112} << 20;
+constexpr int64_t kBackwardBytes = int64_t{88} << 20;
 constexpr int64_t kOperandBytes = int64_t{24} << 20;
 // Rows whose log-probs are made together: their packed form and running sums stay well under the workspace.
 constexpr int64_t kForwardRows = 1536;
@@ -414,7 +415,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_selective_log_softmax_backward(
   const auto& p = in.projection;
   const int64_t rows = std::min(in.count(), std::max<int64_t>(384, kOperandBytes / (12 * std::max<int64_t>(1, p.depth))));
   const int64_t tokens =
-      std::min(p.vocabulary, std::max<int64_t>(256, (kWorkspaceBytes - kOperandBytes) / (4 * std::max<int64_t>(1, rows)) / 256 * 256));
+      std::min(p.vocabulary, std::max<int64_t>(256, (kBackwardBytes - kOperandBytes) / (4 * std::max<int64_t>(1, rows)) / 256 * 256));
   const Tensor workspace = empty({rows * tokens}, ScalarType::Float);
   float* logits = mutable_data<float>(workspace);
   for (int64_t first = 0; first < in.count(); first += rows) {

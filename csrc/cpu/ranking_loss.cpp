@@ -118,18 +118,20 @@ void sum_pairs(Lanes& lanes, int64_t widest, float margin_of_all, Totals& totals
     store_lanes(&lanes.gradients[k * kLanes], sum.total);
     store_lanes(&lanes.lost[k * kLanes], sum.lost);
   };
+  Vec loss(0.0f), right(0.0f), pairs(0.0f);
+  int64_t chain = 0;
+  const auto flush = [&] {
+    totals.add(totals.losses, loss);
+    totals.add(totals.rights, right);
+    totals.add(totals.pairs, pairs);
+    loss = right = pairs = zero;
+    chain = 0;
+  };
   for (int64_t i = 0; i + 1 < widest; ++i) {
     const Vec score_i = load_lanes(&lanes.scores[i * kLanes]), rank_i = load_lanes(&lanes.ranks[i * kLanes]);
     CompensatedSum gradient_i = gradient(i);
-    Vec loss(0.0f), right(0.0f), pairs(0.0f);
-    const auto flush = [&] {
-      totals.add(totals.losses, loss);
-      totals.add(totals.rights, right);
-      totals.add(totals.pairs, pairs);
-      loss = right = pairs = zero;
-    };
     for (int64_t j = i + 1; j < widest; ++j) {
-      if ((j - i) % kLongestChain == 0) flush();
+      if (++chain > kLongestChain) flush();
       const Vec rank_j = load_lanes(&lanes.ranks[j * kLanes]);
       // 1: i is ranked better; −1: j is; 0: a tie, or the rank of one of them is NaN.
       const Vec sign = where_greater(rank_j, rank_i, one, where_greater(rank_i, rank_j, minus_one, zero));
@@ -148,8 +150,8 @@ void sum_pairs(Lanes& lanes, int64_t widest, float margin_of_all, Totals& totals
       keep(j, gradient_j);
     }
     keep(i, gradient_i);
-    flush();
   }
+  flush();
 }
 
 }  // namespace

@@ -298,6 +298,15 @@ inline Vectorized<float> at_least(const Vectorized<float>& x, const Vectorized<f
 }
 inline Vectorized<float> absolute(const Vectorized<float>& x) { return x.abs(); }
 inline Vectorized<float> exponential(const Vectorized<float>& x) { return rlhf_kernels::cpu::exp(x); }
+// Of numbers far from 0 and infinity, to about 1 ulp.
+inline Vectorized<float> reciprocal(const Vectorized<float>& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m512 rough = _mm512_rcp14_ps(x);  // then one step of Newton's method, a third of a division's time
+  return _mm512_fmadd_ps(rough, _mm512_fnmadd_ps(x, rough, _mm512_set1_ps(1.0f)), rough);
+#else
+  return Vectorized<float>(1.0f) / x;
+#endif
+}
 inline Vectorized<float> power_of_two(const Vectorized<float>& x) { return rlhf_kernels::cpu::exp2(x); }
 inline Vectorized<float> multiply_add(const Vectorized<float>& a, const Vectorized<float>& b,
                                       const Vectorized<float>& c) {

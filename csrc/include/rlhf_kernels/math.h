@@ -21,6 +21,7 @@ RLHF_HOST_DEVICE float at_most(float x, float limit) { return x > limit ? limit 
 RLHF_HOST_DEVICE float at_least(float x, float limit) { return x < limit ? limit : x; }
 RLHF_HOST_DEVICE float absolute(float x) { return fabsf(x); }
 RLHF_HOST_DEVICE float exponential(float x) { return expf(x); }
+RLHF_HOST_DEVICE float reciprocal(float x) { return 1.0f / x; }
 RLHF_HOST_DEVICE float power_of_two(float x) { return exp2f(x); }
 RLHF_HOST_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 
@@ -40,11 +41,10 @@ RLHF_HOST_DEVICE T exponential_minus_1_minus(T x, T exponential_of_x) {
   return where_greater(T(1.0f), absolute(x), series * x * x, exponential_of_x - T(1.0f) - x);
 }
 
-// log(1 + u) for u in [0, 1], as 2·artanh(s) with s = u/(2 + u) ≤ ⅓: a Chebyshev fit of artanh(s)/s in s², with a
+// log(1 + u) for u in [0, 1] from s = u/(2 + u) ≤ ⅓, as 2·artanh(s): a Chebyshev fit of artanh(s)/s in s², with a
 // relative error below 1e-8 before rounding.
 template <class T>
-RLHF_HOST_DEVICE T logarithm_of_1_plus(T u) {
-  const T s = u / (u + T(2.0f));
+RLHF_HOST_DEVICE T logarithm_of_1_plus(T s) {
   const T square = s * s;
   T series = T(0.1408732831478119f);
   series = series * square + T(0.1398070901632309f);

@@ -15,9 +15,11 @@ struct RankingPair {
 template <class T>
 RLHF_HOST_DEVICE RankingPair<T> ranking_pair(T x) {
   const T zero(0.0f), one(1.0f);
-  const T small = exponential(zero - absolute(x));
-  const T tail = one / (one + small);  // σ(|x|)
-  return {maximum(zero - x, zero) + logarithm_of_1_plus(small), zero - where_greater(x, zero, small * tail, tail)};
+  const T small = exponential(zero - absolute(x)), more = one + small, most = one + more;
+  const T both = reciprocal(more * most);  // one division for two: σ(|x|), and the argument of the logarithm's series
+  const T tail = both * most;
+  return {at_least(zero - x, zero) + logarithm_of_1_plus(small * both * more),
+          zero - where_greater(x, zero, small * tail, tail)};
 }
 
 }  // namespace rlhf_kernels
