@@ -58,7 +58,8 @@ def bars_of(groups: list[Group]) -> list[Bar]:
                 bars.append(Bar(f"{title}{seconds(middle)}, {percent(group.bound_s / middle)} of bound", at))
             else:
                 ratio = ratio_to_ours(group, row) or 1.0
-                bars.append(Bar(row.implementation, at, ratio, f" {ratio:.2g}×   {seconds(middle)}"))
+                times = f"{ratio:.0f}" if ratio >= 100 else f"{ratio:.2g}"
+                bars.append(Bar(row.implementation, at, ratio, f" {times}×   {seconds(middle)}"))
             at += 1
         at += 0.5
     return bars
