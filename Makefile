@@ -6,13 +6,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test lint asan bench clean
+.PHONY: demo test test-gpu lint asan bench triton-report clean
 
 demo: $(VENV)/installed
 	$(BIN)/rlhf demo --seed $(SEED) --output_dir runs/demo --resume
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# The kernel tests on a GPU, for a torch that sees one.
+test-gpu: $(VENV)/installed
+	$(BIN)/python -m pytest tests/kernels -k triton
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -27,6 +31,10 @@ asan: $(VENV)/installed
 	nm -D $(ASAN)/lib/rlhf_kernels/_ops.so | grep -q __asan_init
 	cd $(ASAN)/lib && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. $(abspath $(BIN))/pytest -c $(abspath pyproject.toml) $(abspath tests/kernels)
+
+# Registers, spills and shared memory of every Triton kernel, compiled for every GPU generation. Needs no GPU.
+triton-report: $(VENV)/installed
+	$(BIN)/python benchmarks/triton_report.py
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/run.py

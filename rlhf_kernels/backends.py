@@ -2,13 +2,15 @@
 
 ``RLHF_KERNELS_BACKEND=name`` or ``with use_backend("name"):`` forces a backend for every op; forcing one that this
 install or this device does not have raises, and says why. Otherwise the device decides: the native kernels on the CPU
-(float64 goes to the reference, which alone has it), the reference elsewhere.
+(float64 goes to the reference, which alone has it), the reference elsewhere. The Triton kernels have to be asked for:
+no GPU has run them yet.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,14 +37,20 @@ def _load() -> str | None:
 _MISSING: dict[str, str | None] = {
     "reference": None,
     "cpu": _load(),
-    "triton": "the Triton kernels are not part of this version",
+    "triton": None if importlib.util.find_spec("triton") else "triton is not installed (pip install triton)",
     "cuda": "the CUDA kernels are not part of this version",
 }
 
 
 def missing(name: str) -> str | None:
     """Why this install does not have backend ``name``, one of :data:`BACKENDS`; None if it has it."""
+    if name == "triton" and _MISSING[name] is None and not _interpreted() and not torch.cuda.is_available():
+        return "torch sees no GPU (TRITON_INTERPRET=1 runs the kernels on a CPU, a thousand times slower)"
     return _MISSING[name]
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def available_backends() -> list[str]:
@@ -92,8 +100,8 @@ def choose(first: Tensor, *others: Tensor | None) -> str:
     double = any(x is not None and x.dtype == torch.float64 for x in (first, *others))
     if _forced is None:
         return "cpu" if on_cpu and not double and _MISSING["cpu"] is None else "reference"
-    if _forced == "cpu" and not on_cpu:
-        raise RuntimeError(f"backend 'cpu' was asked for, but these tensors are on {first.device}")
+    if (_forced == "cpu" and not on_cpu) or (_forced == "triton" and on_cpu and not _interpreted()):
+        raise RuntimeError(f"backend {_forced!r} was asked for, but these tensors are on {first.device}")
     if _forced != "reference" and double:
         raise RuntimeError(f"backend {_forced!r} was asked for, which has no float64; the reference has")
     return _forced

@@ -10,7 +10,7 @@ from torch import Tensor
 from rlhf_kernels import checks, reference
 from rlhf_kernels.backends import choose
 from rlhf_kernels.kl_reward import ESTIMATORS, check_shaping
-from rlhf_kernels.registration import fake
+from rlhf_kernels.registration import call, fake
 
 
 def masked_gae(
@@ -51,10 +51,11 @@ def masked_gae(
     """
     wanted, _ = _check(rewards, values, mask, gamma, lam, bootstrap, whiten, cu_seqlens, "rewards")
     arguments = (rewards, values, wanted, gamma, lam, bootstrap, whiten, cu_seqlens)
-    if choose(rewards, values, bootstrap) == "reference":
+    backend = choose(rewards, values, bootstrap)
+    if backend == "reference":
         return reference.gae.masked_gae(*arguments)
     with torch.no_grad():
-        return torch.ops.rlhf_kernels.masked_gae(*arguments)
+        return call(backend, "masked_gae", *arguments)
 
 
 def ppo_advantages(
@@ -108,10 +109,11 @@ def ppo_advantages(
         scores, logprobs, ref_logprobs, values, wanted, beta, gamma, lam, whiten, bootstrap, estimator, score_clip,
         cu_seqlens,
     )  # fmt: skip
-    if choose(scores, logprobs, ref_logprobs, values, bootstrap) == "reference":
+    backend = choose(scores, logprobs, ref_logprobs, values, bootstrap)
+    if backend == "reference":
         return reference.gae.ppo_advantages(*arguments)
     with torch.no_grad():
-        return torch.ops.rlhf_kernels.ppo_advantages(*arguments)
+        return call(backend, "ppo_advantages", *arguments)
 
 
 def _check(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf_kernels import checks, reference
 from rlhf_kernels.backends import choose
-from rlhf_kernels.registration import autograd, call, fake
+from rlhf_kernels.registration import autograd, call, fake, run
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 
@@ -33,11 +33,12 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1")
         ValueError: shapes or devices differ, or the estimator is unknown.
     """
     _check(logprobs, ref_logprobs, estimator)
-    if choose(logprobs, ref_logprobs) == "reference":
+    backend = choose(logprobs, ref_logprobs)
+    if backend == "reference":
         return reference.kl_reward.kl_penalty(logprobs, ref_logprobs, estimator)
     if logprobs.dim() in (1, 2):
-        return call("kl_penalty", logprobs, ref_logprobs, estimator)
-    flat = call("kl_penalty", logprobs.reshape(-1), ref_logprobs.reshape(-1), estimator)
+        return call(backend, "kl_penalty", logprobs, ref_logprobs, estimator)
+    flat = call(backend, "kl_penalty", logprobs.reshape(-1), ref_logprobs.reshape(-1), estimator)
     return flat.view(logprobs.shape)
 
 
@@ -81,10 +82,11 @@ def kl_shaped_rewards(
     wanted = checks.mask("mask", mask, logprobs, logprobs.shape)
     check_shaping(scores, logprobs, logprobs.shape[0], beta, score_clip)
     arguments = (scores, logprobs, ref_logprobs, wanted, beta, estimator, score_clip)
-    if choose(scores, logprobs, ref_logprobs) == "reference":
+    backend = choose(scores, logprobs, ref_logprobs)
+    if backend == "reference":
         return reference.kl_reward.kl_shaped_rewards(*arguments)
     with torch.no_grad():
-        return torch.ops.rlhf_kernels.kl_shaped_rewards(*arguments)
+        return call(backend, "kl_shaped_rewards", *arguments)
 
 
 def _check(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> None:
@@ -126,5 +128,5 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 @autograd("kl_penalty", _save)
 def _backward(ctx: Any, saved: tuple[Tensor, ...], gradient: Tensor) -> tuple[Tensor | None, ...]:
     logprobs, ref_logprobs = saved
-    slope = torch.ops.rlhf_kernels.kl_penalty_backward(logprobs, ref_logprobs, ctx.estimator, gradient)
+    slope = run(ctx.backend, "kl_penalty_backward", logprobs, ref_logprobs, ctx.estimator, gradient)
     return slope.to(logprobs.dtype), -slope.to(ref_logprobs.dtype), None

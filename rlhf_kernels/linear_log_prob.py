@@ -15,7 +15,7 @@ from rlhf_kernels import checks, reference
 from rlhf_kernels.backends import choose
 from rlhf_kernels.log_prob import wanted_rows
 from rlhf_kernels.ppo_loss import POLICY_STATISTICS, check_clipping, check_reduction
-from rlhf_kernels.registration import autograd, call, fake, needs_gradient, scaled
+from rlhf_kernels.registration import autograd, call, fake, needs_gradient, run, scaled
 
 
 def linear_selective_log_softmax(
@@ -139,14 +139,15 @@ def linear_ppo_policy_loss(
     check_clipping(clip_range, clip_range_high, dual_clip)
     check_reduction(reduction, len(rows))
     clip = (clip_range, clip_range if clip_range_high is None else clip_range_high, dual_clip, reduction)
-    if choose(hidden, weight) == "reference":
+    backend = choose(hidden, weight)
+    if backend == "reference":
         return reference.linear_log_prob.linear_ppo_policy_loss(
             hidden, weight, index, old_logprobs, advantages, wanted, bias, temperature, softcap, *clip
         )
     hidden, weight, bias = _operands(hidden, weight, bias)
     loss, statistics, *_ = call(
-        "linear_ppo_policy_loss", hidden, weight, index, old_logprobs, advantages, wanted, bias, temperature, softcap,
-        *clip, needs_gradient(hidden), needs_gradient(weight, bias),
+        backend, "linear_ppo_policy_loss", hidden, weight, index, old_logprobs, advantages, wanted, bias, temperature,
+        softcap, *clip, needs_gradient(hidden), needs_gradient(weight, bias),
     )  # fmt: skip
     return loss, dict(zip((*POLICY_STATISTICS, "entropy"), statistics.unbind(), strict=True))
 
@@ -192,14 +193,15 @@ def linear_cross_entropy(
     checks.integer("ignore_index", ignore_index)
     wanted = labels != ignore_index
     checks.index_range("labels", labels, weight.shape[0], wanted)
-    if choose(hidden, weight) == "reference":
+    backend = choose(hidden, weight)
+    if backend == "reference":
         return reference.linear_log_prob.linear_cross_entropy(
             hidden, weight, labels, wanted, bias, temperature, softcap, reduction
         )
     hidden, weight, bias = _operands(hidden, weight, bias)
     return call(
-        "linear_cross_entropy", hidden, weight, labels, wanted, bias, temperature, softcap, reduction == "mean",
-        needs_gradient(hidden), needs_gradient(weight, bias),
+        backend, "linear_cross_entropy", hidden, weight, labels, wanted, bias, temperature, softcap,
+        reduction == "mean", needs_gradient(hidden), needs_gradient(weight, bias),
     )[0]  # fmt: skip
 
 
@@ -225,13 +227,14 @@ def _run(
     hidden: Tensor, weight: Tensor, index: Tensor, wanted: Tensor, bias: Tensor | None, temperature: float,
     softcap: float | None, *, with_entropy: bool,
 ) -> tuple[Tensor, Any]:  # fmt: skip
-    if choose(hidden, weight) == "reference":
+    backend = choose(hidden, weight)
+    if backend == "reference":
         return reference.linear_log_prob.linear_selective_log_softmax_and_entropy(
             hidden, weight, index, wanted, bias, temperature, softcap, with_entropy=with_entropy
         )
     hidden, weight, bias = _operands(hidden, weight, bias)
     logprobs, entropies, _, _ = call(
-        "linear_selective_log_softmax", hidden, weight, index, wanted, bias, temperature, softcap, with_entropy
+        backend, "linear_selective_log_softmax", hidden, weight, index, wanted, bias, temperature, softcap, with_entropy
     )
     return logprobs.view(index.shape), entropies.view(index.shape) if with_entropy else entropies
 
@@ -301,7 +304,8 @@ def _backward_of_rows(
 ) -> tuple[Tensor | None, ...]:
     hidden, weight, index, wanted, bias, entropies, maxima, log_sums = saved
     needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[4]
-    gradients = torch.ops.rlhf_kernels.linear_selective_log_softmax_backward(
+    gradients = run(
+        ctx.backend, "linear_selective_log_softmax_backward",
         hidden, weight, index, wanted, bias, ctx.temperature, ctx.softcap, entropies, maxima, log_sums, grad_logprobs,
         grad_entropies if ctx.with_entropy else None, needs_hidden, needs_weight,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf_kernels import checks, reference
 from rlhf_kernels.backends import choose
-from rlhf_kernels.registration import autograd, call, fake
+from rlhf_kernels.registration import autograd, call, fake, run
 
 
 def selective_log_softmax(
@@ -73,12 +73,13 @@ def selective_log_softmax_and_entropy(
 def _run(
     logits: Tensor, index: Tensor, wanted: Tensor, temperature: float, inplace_backward: bool, *, with_entropy: bool
 ) -> tuple[Tensor, Any]:
-    if choose(logits) == "reference":
+    backend = choose(logits)
+    if backend == "reference":
         return reference.log_prob.selective_log_softmax_and_entropy(
             logits, index, wanted, temperature, inplace_backward, with_entropy=with_entropy
         )
     logprobs, entropies, _, _ = call(
-        "selective_log_softmax", logits, index, wanted, temperature, with_entropy, inplace_backward
+        backend, "selective_log_softmax", logits, index, wanted, temperature, with_entropy, inplace_backward
     )
     return logprobs, entropies
 
@@ -162,10 +163,10 @@ def _backward(
         grad_entropies if ctx.with_entropy else None,
     )  # fmt: skip
     if ctx.inplace:
-        torch.ops.rlhf_kernels.selective_log_softmax_backward_(*arguments)
+        run(ctx.backend, "selective_log_softmax_backward_", *arguments)
         # Autograd then refuses a second pass over these logits.
         torch.autograd.graph.increment_version(logits)
         gradient = logits.detach()
     else:
-        gradient = torch.ops.rlhf_kernels.selective_log_softmax_backward(*arguments)
+        gradient = run(ctx.backend, "selective_log_softmax_backward", *arguments)
     return gradient, None, None, None, None, None

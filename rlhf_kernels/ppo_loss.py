@@ -60,9 +60,10 @@ def ppo_policy_loss(
     check_reduction(reduction, logprobs.dim())
     high = clip_range if clip_range_high is None else clip_range_high
     arguments = (logprobs, old_logprobs, advantages, wanted, clip_range, high, dual_clip, reduction)
-    if choose(logprobs, old_logprobs, advantages) == "reference":
+    backend = choose(logprobs, old_logprobs, advantages)
+    if backend == "reference":
         return reference.ppo_loss.ppo_policy_loss(*arguments)
-    loss, statistics, _ = call("ppo_policy_loss", *arguments, needs_gradient(logprobs))
+    loss, statistics, _ = call(backend, "ppo_policy_loss", *arguments, needs_gradient(logprobs))
     return loss, dict(zip(POLICY_STATISTICS, statistics.unbind(), strict=True))
 
 
@@ -101,9 +102,10 @@ def ppo_value_loss(
         checks.number("clip_range", clip_range, 0.0, exclusive_low=True)
     check_reduction(reduction, values.dim())
     arguments = (values, old_values, returns, wanted, clip_range, reduction)
-    if choose(values, old_values, returns) == "reference":
+    backend = choose(values, old_values, returns)
+    if backend == "reference":
         return reference.ppo_loss.ppo_value_loss(*arguments)
-    loss, statistics, _ = call("ppo_value_loss", *arguments, needs_gradient(values))
+    loss, statistics, _ = call(backend, "ppo_value_loss", *arguments, needs_gradient(values))
     return loss, dict(zip(VALUE_STATISTICS, statistics.unbind(), strict=True))
 
 

@@ -61,9 +61,10 @@ def pairwise_ranking_loss(
     if margin is not None:
         checks.number("margin", margin, 0.0)
     arguments = (scores, ranks, offsets, wanted, margin or 0.0)
-    if choose(scores) == "reference":
+    backend = choose(scores)
+    if backend == "reference":
         return reference.ranking_loss.pairwise_ranking_loss(*arguments)
-    loss, accuracy, _ = call("pairwise_ranking_loss", *arguments, needs_gradient(scores))
+    loss, accuracy, _ = call(backend, "pairwise_ranking_loss", *arguments, needs_gradient(scores))
     return loss, accuracy
 
 

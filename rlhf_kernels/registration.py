@@ -1,10 +1,12 @@
-"""What torch must know of the native ops besides their kernels: fake kernels and derivatives.
+"""How an op reaches its kernel, and what torch must know of it besides: fake kernels and derivatives.
 
-The families register theirs through these decorators, which do nothing where this install has no native ops.
+The families register theirs through these decorators. Where this install has no native ops, torch has no schemas
+either, and eager code runs the Triton kernels without them.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +25,8 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         if missing("cpu") is None:
             torch.library.register_fake(f"rlhf_kernels::{name}", function)
+            # For compiled code on a GPU; eager code goes there directly.
+            torch.library.impl(f"rlhf_kernels::{name}", "cuda", lambda *inputs: implementation("triton", name)(*inputs))
         return function
 
     return register
@@ -45,16 +49,23 @@ def autograd(name: str, save: Callable[..., None]) -> Callable[[Backward], Backw
             inputs = [x for x in (*saved, *gradients) if isinstance(x, Tensor) and x.requires_grad]
             return tuple(None if x is None else _NoSecondDerivative.apply(x, name, *inputs) for x in results)
 
-        def forward(ctx: Any, *inputs: Any) -> Any:
-            with torch._C._AutoDispatchBelowAutograd():
-                output = getattr(torch.ops.rlhf_kernels, name)(*inputs)
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            *inputs, ctx.backend = arguments
+            output = run(ctx.backend, name, *inputs)
             save(ctx, inputs, output)
             return output
 
+        def traced(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            ctx.backend = None
+            save(ctx, inputs, output)
+
+        def eager(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+            return *once(ctx, *gradients), None
+
         if missing("cpu") is None:
-            torch.library.register_autograd(f"rlhf_kernels::{name}", once, setup_context=save)
+            torch.library.register_autograd(f"rlhf_kernels::{name}", once, setup_context=traced)
         _FUNCTIONS[name] = type(
-            name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(once)}
+            name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(eager)}
         )
         return backward
 
@@ -64,19 +75,35 @@ def autograd(name: str, save: Callable[..., None]) -> Callable[[Backward], Backw
 _FUNCTIONS: dict[str, Any] = {}
 
 
-def call(name: str, *inputs: Any) -> Any:
-    """The native op ``name``, with its derivative where one will be asked for.
+@functools.cache
+def implementation(backend: str, name: str) -> Callable[..., Any]:
+    """The function that a backend has for an op: torch's, where the backend registers its kernels with torch."""
+    if backend == "triton":
+        from rlhf_kernels import triton
+
+        return triton.OPS[name]
+    return getattr(torch.ops.rlhf_kernels, name)
+
+
+def run(backend: str | None, name: str, *inputs: Any) -> Any:
+    """The op ``name`` without its derivative. No backend: the one that torch has for the tensors' device."""
+    if backend is None:
+        return getattr(torch.ops.rlhf_kernels, name)(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return implementation(backend, name)(*inputs)
+
+
+def call(backend: str, name: str, *inputs: Any) -> Any:
+    """The op ``name`` on a backend other than the reference, with its derivative where one will be asked for.
 
     A compiler sees the registered op. Eager code goes round torch.library's own wrapper, which takes longer than the
     small ops themselves, to the same derivative.
     """
-    op = getattr(torch.ops.rlhf_kernels, name)
-    if torch.compiler.is_compiling() or name not in _FUNCTIONS:
-        return op(*inputs)
-    if not needs_gradient(*(x for x in inputs if isinstance(x, Tensor))):
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*inputs)
-    return _FUNCTIONS[name].apply(*inputs)
+    if torch.compiler.is_compiling() and missing("cpu") is None:
+        return run(None, name, *inputs)
+    if name not in _FUNCTIONS or not needs_gradient(*(x for x in inputs if isinstance(x, Tensor))):
+        return run(backend, name, *inputs)
+    return _FUNCTIONS[name].apply(*inputs, backend)
 
 
 class _NoSecondDerivative(torch.autograd.Function):

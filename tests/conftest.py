@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# Before anything imports triton: without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import rlhf_kernels
 
@@ -21,8 +27,9 @@ settings.load_profile("rlhf")
 
 @pytest.fixture(params=rlhf_kernels.available_backends())
 def backend(request):
-    """Runs a test once on every backend that this install has."""
-    with rlhf_kernels.use_backend(request.param):
+    """Runs a test once on every backend that this install has, on a GPU where the backend is one for GPUs."""
+    gpu = request.param in ("triton", "cuda") and torch.cuda.is_available()
+    with rlhf_kernels.use_backend(request.param), torch.device("cuda" if gpu else "cpu"):
         yield request.param
 
 

@@ -36,21 +36,26 @@ class Call(NamedTuple):
 
 def calls(rows: int = 6, length: int = 9, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
     """By name. Sizes leave remainders in every vector width."""
-    generator = torch.Generator().manual_seed(rows * 1000 + length)
+    generator = torch.Generator("cpu").manual_seed(rows * 1000 + length)
+
+    device = torch.get_default_device()
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
 
-    mask = torch.rand(rows, length, generator=generator) < 0.7
+    def randint(limit: int, *shape: int) -> Tensor:
+        return torch.randint(0, limit, shape, generator=generator, device="cpu").to(device)
+
+    mask = (torch.rand(rows, length, generator=generator, device="cpu") < 0.7).to(device)
     vocabulary, depth = 301, 37
     logits = {"logits": 3 * randn(rows, length, vocabulary)}
-    index = {"index": torch.randint(0, vocabulary, (rows, length), generator=generator)}
+    index = {"index": randint(vocabulary, rows, length)}
     linear = {"hidden": randn(rows, length, depth), "weight": randn(vocabulary, depth) / 4}
     bias = {"bias": randn(vocabulary) / 4}
     tokens = {"logprobs": randn(rows, length), "old_logprobs": randn(rows, length), "advantages": randn(rows, length)}
     kl = {"logprobs": randn(rows, length), "ref_logprobs": randn(rows, length)}
     scores, values = randn(rows), randn(rows, length)
-    ranks = torch.randint(0, 4, (rows, length), generator=generator)
+    ranks = randint(4, rows, length)
     softcap = {"softcap": 5.0, "temperature": 0.7}
     old = {"old_logprobs": randn(rows, length) - 5, "advantages": randn(rows, length)}
     return {

@@ -27,9 +27,9 @@ def close(got, want, tolerance=2e-5):
 
 @given(oracles.batches(), RATES, RATES, st.booleans(), st.sampled_from(oracles.DTYPES), st.integers(0, 2**31))
 def test_padded_matches_loops(backend, mask, gamma, lam, whiten, dtype, seed):
-    generator = torch.Generator().manual_seed(seed)
-    rewards, values = torch.randn(2, *mask.shape, generator=generator).to(dtype)
-    bootstrap = torch.randn(mask.shape[0], generator=generator).to(dtype)
+    torch.manual_seed(seed)
+    rewards, values = torch.randn(2, *mask.shape).to(dtype)
+    bootstrap = torch.randn(mask.shape[0]).to(dtype)
     want = expected(rewards, values, mask, gamma, lam, bootstrap, whiten)
     got = masked_gae(
         oracles.garbage(rewards, mask),
@@ -47,12 +47,12 @@ def test_padded_matches_loops(backend, mask, gamma, lam, whiten, dtype, seed):
 
 @given(st.lists(st.integers(0, 6), max_size=5), RATES, st.booleans(), st.booleans(), st.integers(0, 2**31))
 def test_packed_matches_loops_sequence_by_sequence(backend, lengths, lam, masked, wide, seed):
-    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
     total = sum(lengths)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).to(torch.int64 if wide else torch.int32)
-    rewards, values = torch.randn(2, total, generator=generator)
-    bootstrap = torch.randn(len(lengths), generator=generator)
-    mask = torch.rand(total, generator=generator) < 0.6 if masked else None
+    rewards, values = torch.randn(2, total)
+    bootstrap = torch.randn(len(lengths))
+    mask = torch.rand(total) < 0.6 if masked else None
     used = torch.ones(total) if mask is None else mask
     advantages, returns = masked_gae(
         oracles.garbage(rewards, used),
@@ -116,9 +116,9 @@ def test_outputs_carry_no_gradient(backend):
 
 @given(oracles.batches(), st.booleans(), st.sampled_from(["k1", "k3"]), st.integers(0, 2**31))
 def test_ppo_advantages_is_rewards_then_gae(backend, mask, whiten, estimator, seed):
-    generator = torch.Generator().manual_seed(seed)
-    logprobs, ref, values = (oracles.garbage(x, mask) for x in torch.randn(3, *mask.shape, generator=generator))
-    scores, bootstrap = torch.randn(2, mask.shape[0], generator=generator)
+    torch.manual_seed(seed)
+    logprobs, ref, values = (oracles.garbage(x, mask) for x in torch.randn(3, *mask.shape))
+    scores, bootstrap = torch.randn(2, mask.shape[0])
     advantages, returns, rewards, kl = ppo_advantages(
         scores,
         logprobs,
@@ -144,13 +144,13 @@ def test_ppo_advantages_is_rewards_then_gae(backend, mask, whiten, estimator, se
 
 @given(st.lists(st.integers(0, 5), max_size=5), st.integers(0, 2**31))
 def test_packed_and_padded_ppo_advantages_agree(backend, lengths, seed):
-    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
     padded = torch.zeros(4, len(lengths), 5)
     mask = torch.arange(5) < torch.tensor(lengths, dtype=torch.long)[:, None]
-    flat = torch.randn(3, sum(lengths), generator=generator)
+    flat = torch.randn(3, sum(lengths))
     for x, y in zip(padded, flat, strict=False):
         x[mask] = y
-    scores = torch.randn(len(lengths), generator=generator)
+    scores = torch.randn(len(lengths))
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
     packed = ppo_advantages(scores, *flat, None, beta=0.1, cu_seqlens=cu_seqlens)
     rows = ppo_advantages(scores, *padded[:3], mask, beta=0.1)

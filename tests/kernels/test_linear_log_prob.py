@@ -35,12 +35,12 @@ def loops(hidden, weight, bias, softcap, temperature):
     st.integers(0, 2**31),
 )
 def test_values_match_float64_loops(backend, rows, vocabulary, dtype, softcap, with_bias, seed):
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(rows, 2, 6, generator=generator).to(dtype)
-    weight = torch.randn(vocabulary, 6, generator=generator).to(dtype)
-    bias = torch.randn(vocabulary, generator=generator).to(dtype)
-    index = torch.randint(0, vocabulary, (rows, 2), generator=generator, dtype=torch.int32)
-    mask = torch.rand(rows, 2, generator=generator) < 0.7
+    torch.manual_seed(seed)
+    hidden = torch.randn(rows, 2, 6).to(dtype)
+    weight = torch.randn(vocabulary, 6).to(dtype)
+    bias = torch.randn(vocabulary).to(dtype)
+    index = torch.randint(0, vocabulary, (rows, 2), dtype=torch.int32)
+    mask = torch.rand(rows, 2) < 0.7
     hidden = oracles.garbage(hidden, mask[..., None].expand_as(hidden)).requires_grad_()
     weight.requires_grad_()
     logprobs, entropy = linear_selective_log_softmax_and_entropy(

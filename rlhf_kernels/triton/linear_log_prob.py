@@ -1,0 +1,343 @@
+"""Log-probs from hidden states without logits in memory, and losses whose gradient takes the place of their logits.
+
+The forward multiplies on the tensor cores and reduces each tile of logits in registers. The backward, which knows the
+row sums, makes the logits again by blocks of the vocabulary, in float32, so that every entry of the weight's gradient
+is one sum in float32 over all rows: exact, and in one order. The losses go by rows, since theirs begins when all of a
+row's logits are known. Both keep one workspace, and leave the matmuls to the vendor's library.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rlhf_kernels.triton import configurations
+from rlhf_kernels.triton.common import LN_2, LOG2_E, blocks
+from rlhf_kernels.triton.log_prob import finish_rows, gradient_block, reduce_block, write_gradient
+from rlhf_kernels.triton.ppo_loss import policy_results, policy_term, row_weights
+
+# Part of the result's definition: the columns whose sums are taken in one go.
+CHUNK = 4096
+WORKSPACE_BYTES = 224 << 20
+
+
+@triton.jit
+def capped(logits, softcap):
+    """softcap·tanh(logits/softcap), from an exponential that does not overflow."""
+    y = tl.abs(logits) / softcap
+    small = tl.exp(-2.0 * y)
+    tanh = tl.where(y < 0.02, y * (1.0 - y * y * (1.0 / 3)), (1.0 - small) / (1.0 + small))
+    return tl.where(logits < 0, -softcap, softcap) * tanh
+
+
+@triton.jit
+def _tile_sums(
+    hidden, weight, bias, index, sums, chosen, hidden_stride, weight_stride, rows, depth, vocabulary, scale, softcap,
+    CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BIAS: tl.constexpr,
+    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    chunk = tl.program_id(1)
+    counts = row < rows
+    k = tl.arange(0, BLOCK_K)
+    token = tl.load(index + row, mask=counts, other=-1)
+    lines = hidden + row.to(tl.int64)[:, None] * hidden_stride
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    weighted = tl.zeros([BLOCK_M], tl.float32)
+    mine = tl.zeros([BLOCK_M], tl.float32)
+    for start in range(0, CHUNK, BLOCK_N):
+        column = chunk * CHUNK + start + tl.arange(0, BLOCK_N)
+        exists = column < vocabulary
+        columns = weight + column.to(tl.int64)[None, :] * weight_stride
+        logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for d in range(0, depth, BLOCK_K):
+            inside = d + k < depth
+            a = tl.load(lines + (d + k)[None, :], mask=counts[:, None] & inside[None, :], other=0.0)
+            b = tl.load(columns + (d + k)[:, None], mask=exists[None, :] & inside[:, None], other=0.0)
+            if WIDEN:
+                a = a.to(tl.float32)
+                b = b.to(tl.float32)
+            logits = tl.dot(a, b, logits, input_precision="ieee")
+        if BIAS:
+            logits += tl.load(bias + column, mask=exists, other=0.0).to(tl.float32)[None, :]
+        if SOFTCAP:
+            logits = capped(logits, softcap)
+        mine += tl.sum(tl.where(column[None, :] == token[:, None], logits, 0.0), 1)
+        logits = tl.where(exists[None, :], logits, float("-inf"))
+        new = tl.maximum(top, tl.max(logits, 1))
+        reference = tl.where(new == float("-inf"), 0.0, new)
+        shift = tl.where(top == float("-inf"), 0.0, (top - reference) * scale)
+        factor = tl.exp2(shift)
+        distance = (logits - reference[:, None]) * scale
+        e = tl.exp2(distance)
+        if ENTROPY:
+            finite = tl.where(distance == float("-inf"), 0.0, distance)
+            weighted = (weighted + shift * total) * factor + tl.sum(e * finite, 1)
+        total = total * factor + tl.sum(e, 1)
+        top = new
+    to = sums + (row.to(tl.int64) * tl.num_programs(1) + chunk) * 3
+    tl.store(to, top, mask=counts)
+    tl.store(to + 1, total, mask=counts)
+    tl.store(to + 2, weighted, mask=counts)
+    here = (token >= chunk * CHUNK) & (token < chunk * CHUNK + CHUNK)
+    tl.store(chosen + row, mine, mask=counts & here)
+
+
+class Rows:
+    """The rows that count, side by side, and the operands as the kernels read them."""
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, index: Tensor, wanted: Tensor, bias: Tensor | None, temperature: float,
+        softcap: float | None,
+    ):  # fmt: skip
+        self.count = hidden.shape[0]
+        self.kept = wanted.reshape(-1).nonzero().squeeze(1)
+        self.all = self.kept.numel() == self.count
+        self.hidden = (hidden if self.all else hidden[self.kept]).contiguous()
+        self.weight = weight if weight.stride(-1) == 1 else weight.contiguous()
+        self.index = self.take(index)
+        self.bias, self.temperature, self.softcap = bias, temperature, softcap
+
+    def __len__(self) -> int:
+        return self.hidden.shape[0]
+
+    def take(self, per_row: Tensor) -> Tensor:
+        """Of the rows that count."""
+        flat = per_row.reshape(-1)
+        return (flat if self.all else flat[self.kept]).contiguous()
+
+    def scatter(self, per_row: Tensor) -> Tensor:
+        """Back to all rows, 0 where they do not count."""
+        if self.all:
+            return per_row
+        result = per_row.new_zeros(self.count, *per_row.shape[1:])
+        result[self.kept] = per_row
+        return result
+
+    def logits(self, rows: slice, tokens: slice) -> Tensor:
+        """float32 logits of some rows and tokens, bias and softcap applied."""
+        product = matmul(self.hidden[rows], self.weight[tokens].t())
+        if self.bias is not None:
+            product += self.bias[tokens]
+        if self.softcap is not None:
+            product.div_(self.softcap).tanh_().mul_(self.softcap)
+        return product
+
+
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a·b in float32, whatever the operands: half-precision products are exact in it."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+def linear_selective_log_softmax(
+    hidden: Tensor, weight: Tensor, index: Tensor, wanted: Tensor, bias: Tensor | None, temperature: float,
+    softcap: float | None, with_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Log-probs, entropies (empty if not asked for), maxima and log Σ e^(l − max), without logits in memory."""
+    rows = Rows(hidden, weight, index, wanted, bias, temperature, softcap)
+    count, (vocabulary, depth) = len(rows), weight.shape
+    logprobs, maxima, log_sums = (torch.empty(count, device=hidden.device) for _ in range(3))
+    entropies = torch.empty(count if with_entropy else 0, device=hidden.device)
+    if count:
+        chunks = triton.cdiv(vocabulary, CHUNK)
+        sums = torch.empty(count * chunks * 3, device=hidden.device)
+        chosen = torch.empty(count, device=hidden.device)
+        shape = configurations.projection(hidden.device, hidden.dtype)
+        _tile_sums[(triton.cdiv(count, shape.rows), chunks)](
+            rows.hidden, rows.weight, bias, rows.index, sums, chosen, rows.hidden.stride(0), rows.weight.stride(0),
+            count, depth, vocabulary, LOG2_E.value / temperature, softcap or 1.0, CHUNK=CHUNK, BLOCK_M=shape.rows,
+            BLOCK_N=shape.columns, BLOCK_K=shape.depth, BIAS=bias is not None, SOFTCAP=softcap is not None,
+            ENTROPY=with_entropy, WIDEN=shape.widen, num_warps=shape.warps, num_stages=shape.stages,
+        )  # fmt: skip
+        everything = torch.ones(count, dtype=torch.bool, device=hidden.device)
+        finish_rows(
+            chosen, rows.index, everything, sums, (logprobs, entropies, maxima, log_sums), (0, 0, 1, vocabulary),
+            chunks, temperature, gather=False,
+        )  # fmt: skip
+    entropies = rows.scatter(entropies) if with_entropy else entropies
+    return rows.scatter(logprobs), entropies, rows.scatter(maxima), rows.scatter(log_sums)
+
+
+def linear_selective_log_softmax_backward(
+    hidden: Tensor, weight: Tensor, index: Tensor, wanted: Tensor, bias: Tensor | None, temperature: float,
+    softcap: float | None, entropies: Tensor, maxima: Tensor, log_sums: Tensor, grad_logprobs: Tensor,
+    grad_entropies: Tensor | None, needs_hidden: bool, needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradients of hidden, weight and bias; empty where not needed."""
+    rows = Rows(hidden, weight, index, wanted, bias, temperature, softcap)
+    count, vocabulary = len(rows), weight.shape[0]
+    maxima, log_sums, grad_logprobs = (rows.take(x) for x in (maxima, log_sums, grad_logprobs))
+    entropies = rows.take(entropies) if grad_entropies is not None else entropies
+    grad_entropies = None if grad_entropies is None else rows.take(grad_entropies)
+    everything = torch.ones(count, dtype=torch.bool, device=hidden.device)
+    gradients = Gradients(rows, needs_hidden, needs_weight)
+    tokens = max(256, WORKSPACE_BYTES // (6 * max(1, count)) // 256 * 256)
+    for first in range(0, vocabulary if count else 0, tokens):
+        part = slice(first, min(vocabulary, first + tokens))
+        logits = rows.logits(slice(None), part)
+        # In the operands' dtype at once: the matmuls behind take no other.
+        slopes = logits if hidden.dtype == torch.float32 else torch.empty_like(logits, dtype=hidden.dtype)
+        kept = logits.clone() if softcap is not None and slopes is logits else logits
+        write_gradient(
+            kept[None], slopes[None], rows.index, everything, temperature, entropies, maxima, log_sums, grad_logprobs,
+            grad_entropies, vocabulary, first,
+        )  # fmt: skip
+        if softcap is not None:
+            slopes *= 1 - (kept / softcap).square()
+        gradients.add(slopes, slice(None), part)
+    return gradients.results()
+
+
+class Gradients:
+    """The gradients of hidden, weight and bias, from the logits' gradient of some rows and tokens at a time."""
+
+    def __init__(self, rows: Rows, needs_hidden: bool, needs_weight: bool):
+        self.rows = rows
+        like = rows.hidden
+        self.hidden = like.new_zeros(like.shape, dtype=torch.float32) if needs_hidden else None
+        # By vocabulary an entry is one sum, rounded once; by rows, a chunk is rounded when it is added to the others.
+        self.weight = like.new_zeros(rows.weight.shape) if needs_weight else None
+        self.bias = (
+            like.new_zeros(rows.weight.shape[0], dtype=torch.float32)
+            if needs_weight and rows.bias is not None
+            else None
+        )
+
+    def add(self, slopes: Tensor, rows: slice, tokens: slice) -> None:
+        """Gradients of the logits of these rows and tokens."""
+        if self.hidden is not None:
+            self.hidden[rows] += matmul(slopes, self.rows.weight[tokens])
+        if self.weight is not None:
+            self.weight[tokens] += matmul(slopes.t(), self.rows.hidden[rows])
+        if self.bias is not None:
+            self.bias[tokens] += slopes.float().sum(0)
+
+    def results(self) -> tuple[Tensor, Tensor, Tensor]:
+        """In the operands' dtypes; empty where not needed."""
+        like, rows = self.rows.hidden, self.rows
+        nothing = like.new_empty(0, dtype=torch.float32)
+        hidden = nothing if self.hidden is None else rows.scatter(self.hidden.to(like.dtype))
+        weight = nothing if self.weight is None else self.weight
+        bias = nothing if self.bias is None else self.bias.to(like.dtype)
+        return hidden, weight, bias
+
+
+@triton.jit
+def _row_losses(
+    logits, slopes, index, weights, old_logprobs, advantages, losses, statistics, stride, slope_stride, vocabulary,
+    scale, inverse_temperature, softcap, low, high, dual, BLOCK: tl.constexpr, POLICY: tl.constexpr, DUAL: tl.constexpr,
+    SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """A row's loss from its logits, then their gradient, in place of them or in half precision: read twice, the second
+    time from the cache.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    line = logits + row * stride
+    top = float("-inf")
+    total = 0.0
+    weighted = 0.0
+    for start in range(0, vocabulary, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = tl.load(line + at, mask=at < vocabulary, other=float("-inf"))
+        top, total, weighted = reduce_block(x, top, total, weighted, scale, POLICY)
+    token = tl.load(index + row)
+    valid = (token >= 0) & (token < vocabulary)
+    weight = tl.load(weights + row)
+    log_sum = tl.log(total.to(tl.float64))
+    chosen = tl.load(line + tl.where(valid, token, 0))
+    logprob = ((chosen.to(tl.float64) - top) * inverse_temperature - log_sum).to(tl.float32)
+    logprob = tl.where(valid, logprob, float("nan"))
+    coefficient = -weight
+    loss = -logprob
+    if POLICY:
+        loss, coefficient, ratio, deviation, kl, clipped = policy_term(
+            logprob, tl.load(old_logprobs + row), tl.load(advantages + row), low, high, dual, DUAL
+        )
+        coefficient = coefficient * weight
+        entropy = (log_sum - weighted.to(tl.float64) * LN_2 / total).to(tl.float32)
+        to = statistics + row * 5
+        tl.store(to, ratio)
+        tl.store(to + 1, deviation)
+        tl.store(to + 2, kl)
+        tl.store(to + 3, clipped)
+        tl.store(to + 4, tl.where(valid, entropy, float("nan")))
+    tl.store(losses + row, loss * weight)
+    if GRADIENT:
+        coefficient = tl.where(valid, coefficient, 0.0)
+        for start in range(0, vocabulary, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            here = at < vocabulary
+            x = tl.load(line + at, mask=here, other=float("-inf"))
+            g = gradient_block(
+                x, at, token, top, log_sum.to(tl.float32), 0.0, coefficient, 0.0, inverse_temperature, False
+            )
+            if SOFTCAP:
+                y = x / softcap
+                g = g * (1.0 - y * y)
+            tl.store(slopes + row * slope_stride + at, g.to(slopes.dtype.element_ty), mask=here)
+
+
+def _losses(
+    rows: Rows, weights: Tensor, policy: tuple[Tensor, Tensor, float, float, float | None] | None, needs_hidden: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
+    """Rows' losses, statistics and the gradients of their sum, chunk by chunk of rows."""
+    count, vocabulary = len(rows), rows.weight.shape[0]
+    device = rows.hidden.device
+    losses = torch.empty(count, device=device)
+    statistics = torch.empty(count, 5 if policy else 0, device=device)
+    old, advantages, low, high, dual = policy or (losses, losses, 0.0, 0.0, None)
+    gradients = Gradients(rows, needs_hidden, needs_weight)
+    with_gradient = needs_hidden or needs_weight
+    size = max(16, WORKSPACE_BYTES // (6 * vocabulary))
+    for first in range(0, count, size):
+        part = slice(first, min(count, first + size))
+        logits = rows.logits(part, slice(None))
+        slopes = logits
+        if with_gradient and rows.hidden.dtype != torch.float32:
+            slopes = torch.empty_like(logits, dtype=rows.hidden.dtype)
+        _row_losses[(logits.shape[0],)](
+            logits, slopes, rows.index[part], weights[part], old[part], advantages[part], losses[part],
+            statistics[part], logits.stride(0), slopes.stride(0), vocabulary, LOG2_E.value / rows.temperature,
+            1.0 / rows.temperature, rows.softcap or 1.0, low, high, dual or 0.0, BLOCK=blocks(vocabulary, 4096),
+            POLICY=policy is not None,
+            DUAL=dual is not None, SOFTCAP=rows.softcap is not None, GRADIENT=with_gradient, num_warps=8,
+        )  # fmt: skip
+        if with_gradient:
+            gradients.add(slopes, part, slice(None))
+    return losses, statistics, gradients.results()
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, labels: Tensor, wanted: Tensor, bias: Tensor | None, temperature: float,
+    softcap: float | None, mean: bool, needs_hidden: bool, needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The loss, and the gradients of hidden, weight and bias."""
+    rows = Rows(hidden, weight, labels, wanted, bias, temperature, softcap)
+    share = 1.0 / max(1, len(rows)) if mean else 1.0
+    weights = torch.full((len(rows),), share, device=hidden.device)
+    losses, _, gradients = _losses(rows, weights, None, needs_hidden, needs_weight)
+    return losses.sum(dtype=torch.float64).float(), *gradients
+
+
+def linear_ppo_policy_loss(
+    hidden: Tensor, weight: Tensor, index: Tensor, old_logprobs: Tensor, advantages: Tensor, wanted: Tensor,
+    bias: Tensor | None, temperature: float, softcap: float | None, clip_low: float, clip_high: float,
+    dual_clip: float | None, reduction: str, needs_hidden: bool, needs_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """The loss, its statistics and the mean entropy, and the gradients of hidden, weight and bias."""
+    rows = Rows(hidden, weight, index, wanted, bias, temperature, softcap)
+    weights = rows.take(row_weights(wanted, reduction))
+    policy = (
+        rows.take(old_logprobs).float(), rows.take(advantages).float(), 1.0 - clip_low, 1.0 + clip_high, dual_clip
+    )  # fmt: skip
+    losses, statistics, gradients = _losses(rows, weights, policy, needs_hidden, needs_weight)
+    loss, values = policy_results(losses, statistics)
+    return loss, values, *gradients

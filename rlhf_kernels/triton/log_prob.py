@@ -1,0 +1,244 @@
+"""Log-prob and entropy of a row in one read of its logits; their gradient in one read and one write.
+
+A row is cut into chunks of one fixed size, each reduced by a program of its own, so that few rows keep the chip as busy
+as many, and the bits of a row do not depend on the batch it is in.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rlhf_kernels.triton.common import LN_2, LOG2_E, blocks, rows_of
+
+# Part of the result's definition: never tuned.
+CHUNK = 16384
+BLOCK = 4096
+GRADIENT_BLOCK = 4096
+
+
+@triton.jit
+def reduce_block(x, top, total, weighted, scale, ENTROPY: tl.constexpr):
+    """Takes a block of logits into Σ 2^d and Σ 2^d·d, with d = (logit − top)·scale (Milakov and Gimelshein 2018)."""
+    new = tl.maximum(top, tl.max(x, 0))
+    # Nothing but −inf so far: any finite reference gives those tokens probability 0.
+    reference = tl.where(new == float("-inf"), 0.0, new)
+    shift = tl.where(top == float("-inf"), 0.0, (top - reference) * scale)
+    factor = tl.exp2(shift)
+    d = (x - reference) * scale
+    e = tl.exp2(d)
+    if ENTROPY:
+        weighted = (weighted + shift * total) * factor + tl.sum(e * tl.where(d == float("-inf"), 0.0, d), 0)
+    total = total * factor + tl.sum(e, 0)
+    return new, total, weighted
+
+
+@triton.jit
+def _chunk_sums(
+    logits, wanted, sums, outer_stride, inner_stride, inner, vocabulary, scale,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, ENTROPY: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    if tl.load(wanted + row) != 0:
+        line = logits + (row // inner) * outer_stride + (row % inner) * inner_stride
+        top = float("-inf")
+        total = 0.0
+        weighted = 0.0
+        for start in range(0, CHUNK, BLOCK):
+            at = chunk * CHUNK + start + tl.arange(0, BLOCK)
+            x = tl.load(line + at, mask=at < vocabulary, other=float("-inf")).to(tl.float32)
+            top, total, weighted = reduce_block(x, top, total, weighted, scale, ENTROPY)
+        to = sums + (row * tl.num_programs(1) + chunk) * 3
+        tl.store(to, top)
+        tl.store(to + 1, total)
+        tl.store(to + 2, weighted)
+
+
+@triton.jit
+def merged(sums, chunks, scale, CHUNKS: tl.constexpr):
+    """The maximum, Σ e^d and Σ e^d·d (in powers of 2) of a row from those of its chunks, in float64."""
+    at = tl.arange(0, CHUNKS)
+    here = at < chunks
+    tops = tl.load(sums + at * 3, mask=here, other=float("-inf"))
+    totals = tl.load(sums + at * 3 + 1, mask=here, other=0.0).to(tl.float64)
+    weighted = tl.load(sums + at * 3 + 2, mask=here, other=0.0).to(tl.float64)
+    top = tl.max(tops, 0)
+    shift = tl.where(tops == float("-inf"), 0.0, (tops.to(tl.float64) - top) * scale)
+    # A row of −inf alone, or with NaN, is NaN: its totals are.
+    factor = tl.where(tops == float("-inf"), tl.where(top == float("-inf"), 1.0, 0.0), tl.exp2(shift))
+    return top, tl.sum(totals * factor, 0), tl.sum((weighted + shift * totals) * factor, 0)
+
+
+@triton.jit
+def _merge(
+    logits, index, wanted, sums, logprobs, entropies, maxima, log_sums, outer_stride, inner_stride, inner, vocabulary,
+    chunks, scale, inverse_temperature, CHUNKS: tl.constexpr, ENTROPY: tl.constexpr, GATHER: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    if tl.load(wanted + row) != 0:
+        top, total, weighted = merged(sums + row * chunks * 3, chunks, scale, CHUNKS)
+        token = tl.load(index + row)
+        valid = (token >= 0) & (token < vocabulary)
+        if GATHER:
+            line = logits + (row // inner) * outer_stride + (row % inner) * inner_stride
+            chosen = tl.load(line + tl.where(valid, token, 0)).to(tl.float32)
+        else:
+            chosen = tl.load(logits + row)
+        log_sum = tl.log(total)
+        logprob = (chosen.to(tl.float64) - top) * inverse_temperature - log_sum
+        tl.store(logprobs + row, tl.where(valid, logprob, float("nan")).to(tl.float32))
+        tl.store(maxima + row, top)
+        tl.store(log_sums + row, log_sum.to(tl.float32))
+        if ENTROPY:
+            tl.store(entropies + row, (log_sum - weighted * LN_2 / total).to(tl.float32))
+    else:
+        tl.store(logprobs + row, 0.0)
+        tl.store(maxima + row, 0.0)
+        tl.store(log_sums + row, 0.0)
+        if ENTROPY:
+            tl.store(entropies + row, 0.0)
+
+
+def selective_log_softmax(
+    logits: Tensor, index: Tensor, wanted: Tensor, temperature: float, with_entropy: bool, inplace_backward: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Log-probs, entropies (empty if not asked for), and what the backward needs: maxima and log Σ e^(l − max)."""
+    rows, vocabulary = rows_of(logits), logits.shape[-1]
+    count = index.numel()
+    logprobs, maxima, log_sums = (torch.empty(index.shape, device=logits.device) for _ in range(3))
+    entropies = torch.empty(index.shape if with_entropy else 0, device=logits.device)
+    if count == 0:
+        return logprobs, entropies, maxima, log_sums
+    chunks = triton.cdiv(vocabulary, CHUNK)
+    sums = torch.empty(count * chunks * 3, device=logits.device)
+    index, wanted = index.contiguous(), wanted.contiguous()
+    layout = (rows.stride(0), rows.stride(1), rows.shape[1], vocabulary)
+    block = blocks(vocabulary, BLOCK)
+    chunk = min(CHUNK, block * triton.cdiv(vocabulary, block))
+    _chunk_sums[(count, chunks)](
+        rows, wanted, sums, *layout, LOG2_E.value / temperature, CHUNK=chunk, BLOCK=block,
+        ENTROPY=with_entropy, num_warps=8 if block >= 4096 else 4,
+    )  # fmt: skip
+    finish_rows(rows, index, wanted, sums, (logprobs, entropies, maxima, log_sums), layout, chunks, temperature)
+    return logprobs, entropies, maxima, log_sums
+
+
+def finish_rows(
+    logits: Tensor, index: Tensor, wanted: Tensor, sums: Tensor, results: tuple[Tensor, Tensor, Tensor, Tensor],
+    layout: tuple[int, int, int, int], chunks: int, temperature: float, *, gather: bool = True,
+) -> None:  # fmt: skip
+    """Merges the sums of the rows' chunks; the chosen logit is read from the logits, or is all that they hold."""
+    _merge[(index.numel(),)](
+        logits, index, wanted, sums, *results, *layout, chunks, LOG2_E.value / temperature, 1.0 / temperature,
+        CHUNKS=triton.next_power_of_2(chunks), ENTROPY=results[1].numel() > 0, GATHER=gather, num_warps=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def gradient_block(x, at, token, top, log_sum, entropy, go, gh, inverse_temperature, ENTROPY: tl.constexpr):
+    """d(go·log p_token + gh·H) / d logit of a block of logits: −p·(go + gh·(log p + H))/τ, and go/τ for the token."""
+    log2_p = (x - top) * (inverse_temperature * LOG2_E) - log_sum * LOG2_E
+    # A banned token's −inf would make 0·inf of the slope; 2^−150 rounds to 0.
+    log2_p = tl.where(log2_p < -150.0, -150.0, log2_p)
+    p = tl.exp2(log2_p)
+    inner = go
+    if ENTROPY:
+        inner = go + gh * (log2_p * LN_2 + entropy)
+    others = -p * inner * inverse_temperature
+    # 1 − p cancels where p is near 1: from the sum of the others there.
+    mine = go * -expm1(log2_p * LN_2)
+    if ENTROPY:
+        mine = mine - p * gh * (log2_p * LN_2 + entropy)
+    return tl.where(at == token, mine * inverse_temperature, others)
+
+
+@triton.jit
+def expm1(x):
+    """e^x − 1 for x of at most 0."""
+    series = x * (1.0 / 40320) + 1.0 / 5040
+    series = series * x + 1.0 / 720
+    series = series * x + 1.0 / 120
+    series = series * x + 1.0 / 24
+    series = series * x + 1.0 / 6
+    series = series * x + 0.5
+    series = series * x + 1.0
+    return tl.where(x > -0.35, series * x, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def _gradient(
+    logits, gradient, index, wanted, entropies, maxima, log_sums, grad_logprobs, grad_entropies,
+    outer_stride, inner_stride, to_outer_stride, to_inner_stride, inner, first, vocabulary, inverse_temperature,
+    BLOCK: tl.constexpr, ENTROPY: tl.constexpr,
+):  # fmt: skip
+    """Over a block of the vocabulary whose first token is ``first``."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    here = at < vocabulary
+    to = gradient + (row // inner) * to_outer_stride + (row % inner) * to_inner_stride + at
+    if tl.load(wanted + row) != 0:
+        x = tl.load(
+            logits + (row // inner) * outer_stride + (row % inner) * inner_stride + at, mask=here, other=float("-inf")
+        ).to(tl.float32)
+        top = tl.load(maxima + row)
+        log_sum = tl.load(log_sums + row)
+        go = tl.load(grad_logprobs + row)
+        gh = 0.0
+        entropy = 0.0
+        if ENTROPY:
+            gh = tl.load(grad_entropies + row)
+            entropy = tl.load(entropies + row)
+        token = tl.load(index + row) - first
+        g = gradient_block(x, at, token, top, log_sum, entropy, go, gh, inverse_temperature, ENTROPY)
+        tl.store(to, g.to(gradient.dtype.element_ty), mask=here)
+    else:
+        tl.store(to, tl.zeros([BLOCK], gradient.dtype.element_ty), mask=here)
+
+
+def write_gradient(
+    logits: Tensor, gradient: Tensor, index: Tensor, wanted: Tensor, temperature: float, entropies: Tensor,
+    maxima: Tensor, log_sums: Tensor, grad_logprobs: Tensor, grad_entropies: Tensor | None, size: int, first: int = 0,
+) -> None:  # fmt: skip
+    """The gradient over (outer, inner, V) logits, of a vocabulary of ``size`` from ``first`` on; may be over them."""
+    if index.numel() == 0:
+        return
+    valid = (index >= 0) & (index < size)
+    block = blocks(logits.shape[-1], GRADIENT_BLOCK)
+    _gradient[(index.numel(), triton.cdiv(logits.shape[-1], block))](
+        logits, gradient, index.contiguous(), wanted.contiguous(), entropies, maxima, log_sums,
+        torch.where(valid, grad_logprobs, 0.0).contiguous(),
+        grad_logprobs if grad_entropies is None else grad_entropies.contiguous(),
+        logits.stride(0), logits.stride(1), gradient.stride(0), gradient.stride(1), logits.shape[1], first,
+        logits.shape[-1], 1.0 / temperature, BLOCK=block, ENTROPY=grad_entropies is not None,
+        num_warps=8 if block >= 4096 else 4,
+    )  # fmt: skip
+
+
+def selective_log_softmax_backward(
+    logits: Tensor, index: Tensor, wanted: Tensor, temperature: float, entropies: Tensor, maxima: Tensor,
+    log_sums: Tensor, grad_logprobs: Tensor, grad_entropies: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The gradient of the logits, in a tensor of its own."""
+    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    write_gradient(
+        rows_of(logits), rows_of(gradient), index, wanted, temperature, entropies, maxima, log_sums, grad_logprobs,
+        grad_entropies, logits.shape[-1],
+    )  # fmt: skip
+    return gradient
+
+
+def selective_log_softmax_backward_(
+    logits: Tensor, index: Tensor, wanted: Tensor, temperature: float, entropies: Tensor, maxima: Tensor,
+    log_sums: Tensor, grad_logprobs: Tensor, grad_entropies: Tensor | None,
+) -> None:  # fmt: skip
+    """The gradient over the logits themselves."""
+    rows = rows_of(logits)
+    write_gradient(
+        rows, rows, index, wanted, temperature, entropies, maxima, log_sums, grad_logprobs, grad_entropies,
+        logits.shape[-1],
+    )  # fmt: skip
+    if rows.data_ptr() != logits.data_ptr():  # the strides allowed no view
+        logits.copy_(rows.view(logits.shape))

@@ -1,0 +1,229 @@
+"""PPO's losses: a first launch reads the three inputs once, for the sums of every block and the gradient up to a factor
+that only the whole mask gives; a second one puts the sums together, in one order, and the factor in.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rlhf_kernels.triton.common import blocks, expm1_minus
+
+BLOCK = 1024
+# What a block's sums are, after the number of positions that count and the loss: ratio, largest deviation, KL, clipped.
+POLICY_SUMS = 4
+VALUE_SUMS = 3
+LARGEST_LOG_RATIO = tl.constexpr(88.0)  # e^88 is the largest power that is finite in float32
+
+
+@triton.jit
+def policy_term(logprob, old_logprob, advantage, low, high, dual, DUAL: tl.constexpr):
+    """Loss, its derivative in ``logprob``, ratio, |ratio − 1|, (ratio − 1) − log ratio, and 1 where clipping counts."""
+    raw = logprob - old_logprob
+    log_ratio = tl.where(raw > LARGEST_LOG_RATIO, LARGEST_LOG_RATIO, raw)
+    ratio = tl.exp(log_ratio)
+    kept = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
+    unclipped = -advantage * ratio
+    clipped = -advantage * kept
+    cut = clipped > unclipped
+    loss = tl.where(cut, clipped, unclipped)
+    gradient = tl.where(cut | (raw > LARGEST_LOG_RATIO), 0.0, unclipped)
+    if DUAL:
+        limit = -dual * advantage
+        over = (advantage < 0) & (loss > limit)
+        loss = tl.where(over, limit, loss)
+        gradient = tl.where(over, 0.0, gradient)
+    return loss, gradient, ratio, tl.abs(ratio - 1.0), expm1_minus(log_ratio, ratio), cut.to(tl.float32)
+
+
+@triton.jit
+def value_term(value, old_value, target, clip_range, CLIP: tl.constexpr):
+    """Half the larger squared error, its derivative in ``value``, and 1 where the clipped error is the larger."""
+    error = value - target
+    loss = error * error
+    gradient = error
+    clipped = value * 0.0
+    if CLIP:
+        low = old_value - clip_range
+        high = old_value + clip_range
+        kept = tl.where(value < low, low, tl.where(value > high, high, value))
+        other = (kept - target) * (kept - target)
+        cut = other > loss
+        inside = (value >= low) & (value <= high)
+        loss = tl.where(cut, other, loss)
+        gradient = tl.where(cut, tl.where(inside, kept - target, 0.0), gradient)
+        clipped = cut.to(tl.float32)
+    return 0.5 * loss, gradient, clipped
+
+
+@triton.jit
+def _terms(
+    first, second, third, wanted, gradient, sums, size, length, per_row, low, high, extra, POLICY: tl.constexpr,
+    OPTION: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    t = block * BLOCK + tl.arange(0, BLOCK)
+    at = row * length + t
+    here = (t < length) & (at < size)
+    counts = tl.load(wanted + at, mask=here, other=0) != 0
+    x = tl.load(first + at, mask=counts, other=0.0).to(tl.float32)
+    y = tl.load(second + at, mask=counts, other=0.0).to(tl.float32)
+    z = tl.load(third + at, mask=counts, other=0.0).to(tl.float32)
+    to = sums + (row * per_row + block) * 6
+    if POLICY:
+        # A masked position has advantage 0 and ratio 1: only the ratio must be kept out of the sums.
+        loss, slope, ratio, deviation, kl, clipped = policy_term(x, y, z, low, high, extra, OPTION)
+        tl.store(to + 2, tl.sum(tl.where(counts, ratio, 0.0), 0))
+        tl.store(to + 3, tl.max(deviation, 0))
+        tl.store(to + 4, tl.sum(kl, 0))
+        tl.store(to + 5, tl.sum(clipped, 0))
+    else:
+        loss, slope, clipped = value_term(x, y, z, extra, OPTION)
+        tl.store(to + 2, tl.sum(x, 0))
+        tl.store(to + 3, tl.sum(z, 0))
+        tl.store(to + 4, tl.sum(clipped, 0))
+        tl.store(to + 5, 0.0)
+    tl.store(to, tl.sum(counts.to(tl.float32), 0))
+    tl.store(to + 1, tl.sum(loss, 0))
+    if GRADIENT:
+        tl.store(gradient + at, slope, mask=here)
+
+
+@triton.jit
+def _column(entry, column, inside):
+    return tl.load(entry + column, mask=inside, other=0.0).to(tl.float64)
+
+
+@triton.jit
+def _finish(
+    gradient, sums, loss, statistics, size, length, per_row, rows, POLICY: tl.constexpr, REDUCTION: tl.constexpr,
+    GRADIENT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PER_ROW: tl.constexpr,
+):  # fmt: skip
+    """Every program adds up all blocks' sums, for the factor of its own; the first writes the results."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    number = tl.cast(0.0, tl.float64)  # of positions that count; rows that have some; weighted loss; three means
+    some = tl.cast(0.0, tl.float64)
+    total = tl.cast(0.0, tl.float64)
+    one = tl.cast(0.0, tl.float64)
+    two = tl.cast(0.0, tl.float64)
+    three = tl.cast(0.0, tl.float64)
+    largest = tl.cast(0.0, tl.float64)
+    p = tl.arange(0, PER_ROW)
+    for start in range(0, rows, ROWS):
+        r = start + tl.arange(0, ROWS)
+        inside = (r < rows)[:, None] & (p < per_row)[None, :]
+        entry = sums + (r.to(tl.int64)[:, None] * per_row + p[None, :]) * 6
+        counts = tl.sum(_column(entry, 0, inside), 1)
+        losses = tl.sum(_column(entry, 1, inside), 1)
+        if REDUCTION == "seq-mean-token-mean":
+            losses = losses / tl.maximum(counts, 1.0)
+        number += tl.sum(counts, 0)
+        some += tl.sum((counts > 0).to(tl.float64), 0)
+        total += tl.sum(losses, 0)
+        one += tl.sum(tl.sum(_column(entry, 2, inside), 1), 0)
+        if POLICY:
+            largest = tl.maximum(largest, tl.max(tl.max(_column(entry, 3, inside), 1), 0))
+            two += tl.sum(tl.sum(_column(entry, 4, inside), 1), 0)
+            three += tl.sum(tl.sum(_column(entry, 5, inside), 1), 0)
+        else:
+            two += tl.sum(tl.sum(_column(entry, 3, inside), 1), 0)
+            three += tl.sum(tl.sum(_column(entry, 4, inside), 1), 0)
+    share = 1.0 / tl.maximum(number, 1.0)
+    weight = share
+    if REDUCTION != "token-mean":
+        weight = 1.0 / tl.maximum(some, 1.0)
+    if (row == 0) & (block == 0):
+        tl.store(loss, (total * weight).to(tl.float32))
+        tl.store(statistics, (one * share).to(tl.float32))
+        if POLICY:
+            # Where a ratio was NaN, so is their sum; the maximum has passed over it.
+            tl.store(statistics + 1, tl.where(one == one, largest, float("nan")).to(tl.float32))
+            tl.store(statistics + 2, (two * share).to(tl.float32))
+            tl.store(statistics + 3, (three * share).to(tl.float32))
+        else:
+            tl.store(statistics + 1, (two * share).to(tl.float32))
+            tl.store(statistics + 2, (three * share).to(tl.float32))
+    if GRADIENT:
+        if REDUCTION == "seq-mean-token-mean":
+            mine = tl.sum(_column(sums + (row * per_row + p) * 6, 0, p < per_row), 0)
+            weight = weight / tl.maximum(mine, 1.0)
+        t = block * BLOCK + tl.arange(0, BLOCK)
+        at = row * length + t
+        here = (t < length) & (at < size)
+        tl.store(gradient + at, tl.load(gradient + at, mask=here, other=0.0) * weight.to(tl.float32), mask=here)
+
+
+def ppo_policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, wanted: Tensor, clip_low: float, clip_high: float,
+    dual_clip: float | None, reduction: str, with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Loss, statistics, and the gradient of ``logprobs`` (empty if not asked for)."""
+    inputs = (logprobs, old_logprobs, advantages, wanted)
+    options = (1.0 - clip_low, 1.0 + clip_high, dual_clip or 0.0)
+    return _run(inputs, options, dual_clip is not None, reduction, with_gradient, policy=True)
+
+
+def ppo_value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, wanted: Tensor, clip_range: float | None, reduction: str,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Loss, statistics, and the gradient of ``values`` (empty if not asked for)."""
+    inputs = (values, old_values, returns, wanted)
+    options = (0.0, 0.0, clip_range or 0.0)
+    return _run(inputs, options, clip_range is not None, reduction, with_gradient, policy=False)
+
+
+def _run(
+    inputs: tuple[Tensor, ...], options: tuple[float, float, float], option: bool, reduction: str, with_gradient: bool,
+    *, policy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    first = inputs[0]
+    device = first.device
+    gradient = torch.empty(first.shape if with_gradient else 0, device=device)
+    statistics = torch.empty(POLICY_SUMS if policy else VALUE_SUMS, device=device)
+    if first.numel() == 0:
+        return torch.zeros((), device=device), statistics.zero_(), gradient
+    loss = torch.empty((), device=device)
+    size = first.numel()
+    if reduction == "token-mean":  # rows mean nothing: each block is one
+        length = block = blocks(size, BLOCK)
+        rows, per_row = triton.cdiv(size, block), 1
+    else:
+        rows, length = first.shape
+        block = blocks(length, BLOCK)
+        per_row = triton.cdiv(length, block)
+    sums = torch.empty(rows * per_row * 6, device=device)
+    _terms[(rows, per_row)](
+        *(x.contiguous() for x in inputs), gradient, sums, size, length, per_row, *options, POLICY=policy,
+        OPTION=option, GRADIENT=with_gradient, BLOCK=block,
+    )  # fmt: skip
+    width = triton.next_power_of_2(per_row)
+    _finish[(rows, per_row) if with_gradient else (1, 1)](
+        gradient, sums, loss, statistics, size, length, per_row, rows, POLICY=policy, REDUCTION=reduction,
+        GRADIENT=with_gradient, BLOCK=block, ROWS=blocks(rows, max(1, 1024 // width)), PER_ROW=width,
+    )  # fmt: skip
+    return loss, statistics, gradient
+
+
+def row_weights(wanted: Tensor, reduction: str) -> Tensor:
+    """How a reduction weighs each position, from the mask alone; float32, of the mask's shape."""
+    if reduction == "token-mean":
+        return (1.0 / wanted.sum().clamp(min=1)).to(torch.float32).expand(wanted.shape)
+    counts = wanted.sum(1)
+    weights = 1.0 / (counts > 0).sum().clamp(min=1)
+    rows = weights / counts.clamp(min=1) if reduction == "seq-mean-token-mean" else weights.expand(counts.shape)
+    return rows.to(torch.float32)[:, None].expand(wanted.shape)
+
+
+def policy_results(losses: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss and its statistics from rows' weighted losses and (rows, 5) terms."""
+    loss = losses.sum(dtype=torch.float64).float()
+    if not len(losses):
+        return loss, statistics.new_zeros(5)
+    values = statistics.mean(0, dtype=torch.float64)
+    values[1] = statistics[:, 1].amax()
+    return loss, values.float()

@@ -1,0 +1,40 @@
+"""The Triton kernels without a GPU, beside the tests of all backends, where the interpreter runs them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rlhf_kernels
+from rlhf_kernels import backends
+
+REPORT = Path(__file__).parents[2] / "benchmarks" / "triton_report.py"
+pytestmark = pytest.mark.skipif(backends.missing("triton") is not None, reason="no Triton in this install")
+
+
+@pytest.mark.parametrize("architecture", ["80", "90", "100", "120"])
+def test_every_kernel_compiles_and_spills_nothing(architecture):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(REPORT), "--arch", architecture],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no kernel spills registers" in done.stdout
+    kernels = Path(rlhf_kernels.__file__).parent / "triton"
+    for file in kernels.glob("*.py"):
+        if "@triton.jit" in file.read_text() and file.stem != "common":
+            assert f"{file.stem}." in done.stdout
+
+
+def test_without_interpreter_or_gpu_a_cpu_tensor_is_refused():
+    code = "import torch, rlhf_kernels as k\nwith k.use_backend('triton'): k.kl_penalty(torch.zeros(1), torch.zeros(1))"
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "TRITON_INTERPRET=1" in done.stderr or "these tensors are on cpu" in done.stderr
