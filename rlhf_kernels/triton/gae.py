@@ -164,7 +164,7 @@ def _run(
     moments = torch.empty(count * 3 if whiten else 0, dtype=torch.float64, device=values.device)
     _sequences[(count,)](
         rewards, values, wanted, values if bootstrap is None else bootstrap.contiguous(),
-        wanted if cu_seqlens is None else cu_seqlens, scores, logprobs, ref_logprobs, advantages, returns,
+        wanted if cu_seqlens is None else cu_seqlens.contiguous(), scores, logprobs, ref_logprobs, advantages, returns,
         returns if kl is None else kl, moments, length, gamma, gamma * lam, beta, score_clip or 0.0,
         BOOTSTRAP=bootstrap is not None, PACKED=packed, SHAPE=shaping is not None, ESTIMATOR=estimator,
         CLIP=score_clip is not None, MOMENTS=whiten, BLOCK=BLOCK if packed else blocks(length, BLOCK),

@@ -99,7 +99,8 @@ class Rows:
         self.hidden = (hidden if self.all else hidden[self.kept]).contiguous()
         self.weight = weight if weight.stride(-1) == 1 else weight.contiguous()
         self.index = self.take(index)
-        self.bias, self.temperature, self.softcap = bias, temperature, softcap
+        self.bias = None if bias is None else bias.contiguous()
+        self.temperature, self.softcap = temperature, softcap
 
     def __len__(self) -> int:
         return self.hidden.shape[0]
@@ -151,7 +152,7 @@ def linear_selective_log_softmax(
         chosen = torch.empty(count, device=hidden.device)
         shape = configurations.projection(hidden.device, hidden.dtype)
         _tile_sums[(triton.cdiv(count, shape.rows), chunks)](
-            rows.hidden, rows.weight, bias, rows.index, sums, chosen, rows.hidden.stride(0), rows.weight.stride(0),
+            rows.hidden, rows.weight, rows.bias, rows.index, sums, chosen, rows.hidden.stride(0), rows.weight.stride(0),
             count, depth, vocabulary, LOG2_E.value / temperature, softcap or 1.0, CHUNK=CHUNK, BLOCK_M=shape.rows,
             BLOCK_N=shape.columns, BLOCK_K=shape.depth, BIAS=bias is not None, SOFTCAP=softcap is not None,
             ENTROPY=with_entropy, WIDEN=shape.widen, num_warps=shape.warps, num_stages=shape.stages,

@@ -120,7 +120,7 @@ def _finish(
         counts = tl.sum(_column(entry, 0, inside), 1)
         losses = tl.sum(_column(entry, 1, inside), 1)
         if REDUCTION == "seq-mean-token-mean":
-            losses = losses / tl.maximum(counts, 1.0)
+            losses = losses * (1.0 / tl.maximum(counts.to(tl.float32), 1.0))  # divisions in float64 spill
         number += tl.sum(counts, 0)
         some += tl.sum((counts > 0).to(tl.float64), 0)
         total += tl.sum(losses, 0)
@@ -150,7 +150,7 @@ def _finish(
     if GRADIENT:
         if REDUCTION == "seq-mean-token-mean":
             mine = tl.sum(_column(sums + (row * per_row + p) * 6, 0, p < per_row), 0)
-            weight = weight / tl.maximum(mine, 1.0)
+            weight = weight * (1.0 / tl.maximum(mine.to(tl.float32), 1.0))
         t = block * BLOCK + tl.arange(0, BLOCK)
         at = row * length + t
         here = (t < length) & (at < size)

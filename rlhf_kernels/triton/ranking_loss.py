@@ -126,7 +126,7 @@ def pairwise_ranking_loss(
     length = 0 if flat else scores.shape[1]
     tile = 16 if flat else max(2, blocks(length, TILE))
     results = torch.empty(prompts * 3, device=device)
-    boundaries = wanted if offsets is None else offsets
+    boundaries = wanted if offsets is None else offsets.contiguous()
     _prompts[(prompts,)](
         scores, ranks, wanted, boundaries, gradient, results, length, margin, FLAT=flat, GRADIENT=with_gradient,
         TILE=tile, num_warps=1 if tile <= 16 else 4,
