@@ -56,27 +56,21 @@ class Usage:
     shared: int
 
 
-def launches(architecture: int) -> dict[str, list[Launch]]:
-    """Of every op, those that a call with the sizes of training makes, for a GPU of this architecture."""
-    found: dict[str, list[Launch]] = {}
-    capability = divmod(architecture, 10)
-    shape = configurations.HALF.get(capability, configurations.DEFAULT)
+def launches(architecture: int) -> list[Launch]:
+    """Those that calls with the sizes of training make, for a GPU of this architecture; each once, in order."""
+    found: dict[Launch, None] = {}
+    shape = configurations.HALF.get(divmod(architecture, 10), configurations.DEFAULT)
+
+    def record(kernel: JITFunction[Any], *values: Any, grid: Any, warmup: bool, **named: Any) -> None:
+        found[_launch(kernel, values, named)] = None
 
     def tile(device: torch.device, dtype: torch.dtype) -> configurations.Projection:
         return shape if dtype != torch.float32 else configurations.SINGLE
 
-    for name, arguments in calls():
-        made = found.setdefault(name, [])
-
-        def record(kernel: JITFunction[Any], *values: Any, made: list[Launch] = made, **named: Any) -> None:
-            del named["grid"], named["warmup"]
-            launch = _launch(kernel, values, named)
-            if launch not in made:
-                made.append(launch)
-
-        with mock.patch.object(JITFunction, "run", record), mock.patch.object(configurations, "projection", tile):
+    with mock.patch.object(JITFunction, "run", record), mock.patch.object(configurations, "projection", tile):
+        for name, arguments in calls():
             OPS[name](*arguments)
-    return found
+    return list(found)
 
 
 def _launch(kernel: JITFunction[Any], values: tuple[Any, ...], named: dict[str, Any]) -> Launch:
@@ -173,19 +167,12 @@ def calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
 
 def report(architecture: int) -> Iterator[tuple[str, Usage]]:
     """Every kernel, under its file and name with what tells its variants apart."""
-    seen: set[Launch] = set()
-    for found in launches(architecture).values():
-        for launch in found:
-            if launch in seen:
-                continue
-            seen.add(launch)
-            family = launch.kernel.__module__.rpartition(".")[2]
-            types = sorted({kind[1:] for _, kind in launch.signature if kind.startswith("*")} & {"bf16", "fp32"})
-            flags = [f"{k}={v}" for k, v in launch.constants if isinstance(v, str) or (isinstance(v, bool) and v)]
-            yield (
-                " ".join((f"{family}.{launch.kernel.__name__}", "/".join(types), *flags)),
-                compiled(launch, architecture),
-            )
+    for launch in launches(architecture):
+        family = launch.kernel.__module__.rpartition(".")[2]
+        types = sorted({kind[1:] for _, kind in launch.signature if kind.startswith("*")} & {"bf16", "fp32"})
+        flags = [f"{k}={v}" for k, v in launch.constants if isinstance(v, str) or (isinstance(v, bool) and v)]
+        name = " ".join((f"{family}.{launch.kernel.__name__}", "/".join(types), *flags))
+        yield name, compiled(launch, architecture)
 
 
 def main() -> int:

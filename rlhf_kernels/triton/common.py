@@ -34,6 +34,16 @@ def blocks(length: int, largest: int) -> int:
 
 
 @triton.jit
+def span(sequence, boundaries, length, PACKED: tl.constexpr):
+    """Where a sequence begins and how long it is: a row of ``length``, or what the boundaries of packed ones say."""
+    base = sequence * length
+    if PACKED:
+        base = tl.load(boundaries + sequence).to(tl.int64)
+        length = (tl.load(boundaries + sequence + 1) - base).to(tl.int32)
+    return base, length
+
+
+@triton.jit
 def expm1_minus(x, exp_x):
     """e^x − 1 − x given e^x: from its Taylor series where the difference would cancel."""
     series = x * (1.0 / 39916800) + 1.0 / 3628800

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_kernels.reference.gae import VARIANCE_EPS
-from rlhf_kernels.triton.common import blocks
+from rlhf_kernels.triton.common import blocks, span
 from rlhf_kernels.triton.kl_reward import clipped_score, shaped
 
 BLOCK = 1024
@@ -39,10 +39,7 @@ def _sequences(
 ):  # fmt: skip
     """One sequence, its last block first. SHAPE: makes the rewards, from the score and the KL, and stores them."""
     sequence = tl.program_id(0).to(tl.int64)
-    base = sequence * length
-    if PACKED:
-        base = tl.load(boundaries + sequence).to(tl.int64)
-        length = (tl.load(boundaries + sequence + 1) - base).to(tl.int32)
+    base, length = span(sequence, boundaries, length, PACKED)
     next_value = 0.0
     if BOOTSTRAP:
         next_value = tl.load(bootstrap + sequence).to(tl.float32)

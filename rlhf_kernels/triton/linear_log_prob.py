@@ -67,17 +67,7 @@ def _tile_sums(
             logits = capped(logits, softcap)
         mine += tl.sum(tl.where(column[None, :] == token[:, None], logits, 0.0), 1)
         logits = tl.where(exists[None, :], logits, float("-inf"))
-        new = tl.maximum(top, tl.max(logits, 1))
-        reference = tl.where(new == float("-inf"), 0.0, new)
-        shift = tl.where(top == float("-inf"), 0.0, (top - reference) * scale)
-        factor = tl.exp2(shift)
-        distance = (logits - reference[:, None]) * scale
-        e = tl.exp2(distance)
-        if ENTROPY:
-            finite = tl.where(distance == float("-inf"), 0.0, distance)
-            weighted = (weighted + shift * total) * factor + tl.sum(e * finite, 1)
-        total = total * factor + tl.sum(e, 1)
-        top = new
+        top, total, weighted = reduce_block(logits, top, total, weighted, scale, 1, ENTROPY)
     to = sums + (row.to(tl.int64) * tl.num_programs(1) + chunk) * 3
     tl.store(to, top, mask=counts)
     tl.store(to + 1, total, mask=counts)
@@ -247,7 +237,7 @@ def _row_losses(
     for start in range(0, vocabulary, BLOCK):
         at = start + tl.arange(0, BLOCK)
         x = tl.load(line + at, mask=at < vocabulary, other=float("-inf"))
-        top, total, weighted = reduce_block(x, top, total, weighted, scale, POLICY)
+        top, total, weighted = reduce_block(x, top, total, weighted, scale, 0, POLICY)
     token = tl.load(index + row)
     valid = (token >= 0) & (token < vocabulary)
     weight = tl.load(weights + row)
@@ -308,8 +298,8 @@ def _losses(
             logits, slopes, rows.index[part], weights[part], old[part], advantages[part], losses[part],
             statistics[part], logits.stride(0), slopes.stride(0), vocabulary, LOG2_E.value / rows.temperature,
             1.0 / rows.temperature, rows.softcap or 1.0, low, high, dual or 0.0, BLOCK=blocks(vocabulary, 4096),
-            POLICY=policy is not None,
-            DUAL=dual is not None, SOFTCAP=rows.softcap is not None, GRADIENT=with_gradient, num_warps=8,
+            POLICY=policy is not None, DUAL=dual is not None, SOFTCAP=rows.softcap is not None,
+            GRADIENT=with_gradient, num_warps=8,
         )  # fmt: skip
         if with_gradient:
             gradients.add(slopes, part, slice(None))

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_kernels.triton.common import LN_2, LOG2_E, blocks, rows_of
+from rlhf_kernels.triton.common import LN_2, LOG2_E, blocks, expm1_minus, rows_of
 
 # Part of the result's definition: never tuned.
 CHUNK = 16384
@@ -20,18 +20,23 @@ GRADIENT_BLOCK = 4096
 
 
 @triton.jit
-def reduce_block(x, top, total, weighted, scale, ENTROPY: tl.constexpr):
-    """Takes a block of logits into Σ 2^d and Σ 2^d·d, with d = (logit − top)·scale (Milakov and Gimelshein 2018)."""
-    new = tl.maximum(top, tl.max(x, 0))
+def reduce_block(x, top, total, weighted, scale, AXIS: tl.constexpr, ENTROPY: tl.constexpr):
+    """Takes a block of a row's logits (AXIS 0), or of several rows' (1), into Σ 2^d and Σ 2^d·d.
+
+    d = (logit − top)·scale (Milakov and Gimelshein 2018).
+    """
+    new = tl.maximum(top, tl.max(x, AXIS))
     # Nothing but −inf so far: any finite reference gives those tokens probability 0.
     reference = tl.where(new == float("-inf"), 0.0, new)
     shift = tl.where(top == float("-inf"), 0.0, (top - reference) * scale)
     factor = tl.exp2(shift)
+    if AXIS == 1:
+        reference = reference[:, None]
     d = (x - reference) * scale
     e = tl.exp2(d)
     if ENTROPY:
-        weighted = (weighted + shift * total) * factor + tl.sum(e * tl.where(d == float("-inf"), 0.0, d), 0)
-    total = total * factor + tl.sum(e, 0)
+        weighted = (weighted + shift * total) * factor + tl.sum(e * tl.where(d == float("-inf"), 0.0, d), AXIS)
+    total = total * factor + tl.sum(e, AXIS)
     return new, total, weighted
 
 
@@ -50,7 +55,7 @@ def _chunk_sums(
         for start in range(0, CHUNK, BLOCK):
             at = chunk * CHUNK + start + tl.arange(0, BLOCK)
             x = tl.load(line + at, mask=at < vocabulary, other=float("-inf")).to(tl.float32)
-            top, total, weighted = reduce_block(x, top, total, weighted, scale, ENTROPY)
+            top, total, weighted = reduce_block(x, top, total, weighted, scale, 0, ENTROPY)
         to = sums + (row * tl.num_programs(1) + chunk) * 3
         tl.store(to, top)
         tl.store(to + 1, total)
@@ -148,24 +153,12 @@ def gradient_block(x, at, token, top, log_sum, entropy, go, gh, inverse_temperat
     if ENTROPY:
         inner = go + gh * (log2_p * LN_2 + entropy)
     others = -p * inner * inverse_temperature
-    # 1 − p cancels where p is near 1: from the sum of the others there.
-    mine = go * -expm1(log2_p * LN_2)
+    # 1 − p would cancel where p is near 1.
+    log_p = log2_p * LN_2
+    mine = -go * tl.where(log_p > -1.0, log_p + expm1_minus(log_p, p), p - 1.0)
     if ENTROPY:
         mine = mine - p * gh * (log2_p * LN_2 + entropy)
     return tl.where(at == token, mine * inverse_temperature, others)
-
-
-@triton.jit
-def expm1(x):
-    """e^x − 1 for x of at most 0."""
-    series = x * (1.0 / 40320) + 1.0 / 5040
-    series = series * x + 1.0 / 720
-    series = series * x + 1.0 / 120
-    series = series * x + 1.0 / 24
-    series = series * x + 1.0 / 6
-    series = series * x + 0.5
-    series = series * x + 1.0
-    return tl.where(x > -0.35, series * x, tl.exp(x) - 1.0)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_kernels.triton.common import blocks
+from rlhf_kernels.triton.common import blocks, span
 
 TILE = 32
 BLOCK = 1024
@@ -32,10 +32,7 @@ def _prompts(
     TILE: tl.constexpr,
 ):  # fmt: skip
     prompt = tl.program_id(0).to(tl.int64)
-    base = prompt * length
-    if FLAT:
-        base = tl.load(boundaries + prompt).to(tl.int64)
-        length = (tl.load(boundaries + prompt + 1) - base).to(tl.int32)
+    base, length = span(prompt, boundaries, length, FLAT)
     pairs = tl.cast(0.0, tl.float64)
     loss = tl.cast(0.0, tl.float64)
     right = tl.cast(0.0, tl.float64)
@@ -100,10 +97,7 @@ def _finish(
         tl.store(loss, (losses * share).to(tl.float32))
         tl.store(accuracy, (right * share).to(tl.float32))
     if GRADIENT:
-        base = prompt * length
-        if FLAT:
-            base = tl.load(boundaries + prompt).to(tl.int64)
-            length = (tl.load(boundaries + prompt + 1) - base).to(tl.int32)
+        base, length = span(prompt, boundaries, length, FLAT)
         factor = (share / tl.maximum(tl.load(results + prompt * 3 + 2).to(tl.float64), 1.0)).to(tl.float32)
         for start in range(0, length, TILE):
             at = start + tl.arange(0, TILE)
