@@ -206,7 +206,8 @@ void selective_log_softmax_backward_(Tensor logits, Tensor index, Tensor wanted,
 
 // ------------------------------------------------------------------------------------------------ linear_log_prob
 
-// What the workspace of a chunk of logits may take, and of it the operands and sums that a backward needs beside them.
+// What the logits of a chunk of rows may take; what those of a block of the vocabulary may, with the operands and sums
+// that the backward of the log-probs keeps beside them, and the share of the latter.
 constexpr int64_t kWorkspaceBytes = int64_t{112} << 20;
 constexpr int64_t kBackwardBytes = int64_t{88} << 20;
 constexpr int64_t kOperandBytes = int64_t{24} << 20;

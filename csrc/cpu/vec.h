@@ -79,7 +79,8 @@ inline Vec exp(const Vec& x) {
 #endif
 }
 
-// 2^x for x below 128, to about 1 ulp: a shorter way than exp, for the loops that are all exponentials. The polynomial is the least-squares fit to the relative error over [−½, ½], reweighted until its peaks were level (2e-9).
+// 2^x for x below 128, to about 1 ulp: a shorter way than exp, for the loops that are all exponentials. The polynomial is
+// the least-squares fit to the relative error over [−½, ½], reweighted until its peaks were level (2e-9).
 inline Vec exp2(const Vec& x) {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   const Vec n = x.round();
