@@ -483,9 +483,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(Tensor hidden, T
                                                                 bool needs_hidden, bool needs_weight) {
   const LinearInputs in(hidden, weight, labels, wanted, bias, temperature, softcap);
   const double scale = mean && in.count() ? 1.0 / static_cast<double>(in.count()) : 1.0;
-  const std::vector<float> scaled(in.count(), static_cast<float>(scale));
+  const std::vector<double> weights(in.count(), scale);
   const auto [loss, gradients] =
-      linear_losses(in, hidden, weight, {in.index.data(), scaled.data(), nullptr, nullptr, {}}, nullptr,
+      linear_losses(in, hidden, weight, {in.index.data(), weights.data(), nullptr, nullptr, {}}, nullptr,
                     {needs_hidden, needs_weight});
   return {scalar(loss), std::get<0>(gradients), std::get<1>(gradients), std::get<2>(gradients)};
 }
@@ -550,8 +550,7 @@ struct TokenRows {
 };
 
 PolicyClip policy_clip(double low, double high, std::optional<double> dual) {
-  return {static_cast<float>(1 - low), static_cast<float>(1 + high), static_cast<float>(dual.value_or(0)),
-          dual.has_value()};
+  return {1 - low, 1 + high, dual.value_or(0), dual.has_value()};
 }
 
 std::tuple<Tensor, Tensor, Tensor> ppo_policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages,
@@ -621,9 +620,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_ppo_policy_loss(
   const int64_t length = wanted.dim() == 2 ? wanted.size(1) : std::max<int64_t>(1, wanted.numel());
   const int64_t count = wanted.dim() == 2 ? wanted.size(0) : 1;
   const Weights weights(data<uint8_t>(mask), count, length, wanted.numel(), reduction);
-  std::vector<float> row_weights, row_old, row_gains;
+  std::vector<double> row_weights;
+  std::vector<float> row_old, row_gains;
   for (const int64_t row : in.rows) {
-    row_weights.push_back(static_cast<float>(weights.rows[row / length]));
+    row_weights.push_back(weights.rows[row / length]);
     row_old.push_back(data<float>(old)[row]);
     row_gains.push_back(data<float>(gains)[row]);
   }

@@ -42,10 +42,10 @@ def autograd(name: str, save: Callable[..., None]) -> Callable[[Backward], Backw
     def register(backward: Backward) -> Backward:
         def once(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
             saved = ctx.saved_tensors
+            if not torch.is_grad_enabled():
+                return backward(ctx, saved, *gradients)
             with torch.no_grad():
                 results = backward(ctx, saved, *gradients)
-            if not torch.is_grad_enabled():
-                return results
             inputs = [x for x in (*saved, *gradients) if isinstance(x, Tensor) and x.requires_grad]
             return tuple(None if x is None else _NoSecondDerivative.apply(x, name, *inputs) for x in results)
 
@@ -82,7 +82,7 @@ def implementation(backend: str, name: str) -> Callable[..., Any]:
         from rlhf_kernels import triton
 
         return triton.OPS[name]
-    return getattr(torch.ops.rlhf_kernels, name)
+    return getattr(torch.ops.rlhf_kernels, name).default
 
 
 def run(backend: str | None, name: str, *inputs: Any) -> Any:
@@ -101,9 +101,11 @@ def call(backend: str, name: str, *inputs: Any) -> Any:
     """
     if torch.compiler.is_compiling() and missing("cpu") is None:
         return run(None, name, *inputs)
-    if name not in _FUNCTIONS or not needs_gradient(*(x for x in inputs if isinstance(x, Tensor))):
-        return run(backend, name, *inputs)
-    return _FUNCTIONS[name].apply(*inputs, backend)
+    if torch.is_grad_enabled() and name in _FUNCTIONS:
+        for x in inputs:
+            if isinstance(x, Tensor) and x.requires_grad:
+                return _FUNCTIONS[name].apply(*inputs, backend)
+    return run(backend, name, *inputs)
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -135,5 +137,5 @@ def scaled(gradient: Tensor, by: Tensor | None, dtype: torch.dtype) -> Tensor | 
     if by is None:
         return None
     if type(by) is Tensor and values_can_be_read(by) and by.item() == 1:
-        return gradient.to(dtype)
+        return gradient if gradient.dtype == dtype else gradient.to(dtype)
     return (gradient * by).to(dtype)

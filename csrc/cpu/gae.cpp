@@ -34,7 +34,7 @@ Moments moments_of(const float* values, const uint8_t* wanted, int64_t count) {
   // Of rounded additions, and rounded itself: what it is off by, the distances below add up to.
   const float mean = static_cast<float>(sum(total) / result.count);
   for_lanes(count, [&](int64_t i, int64_t lanes) {
-    const Vec distance = (load_lanes(values + i, lanes) - Vec(mean)) & lanes_of(wanted + i, lanes);
+    const Vec distance = kept(lanes_of(wanted + i, lanes), load_lanes(values + i, lanes) - Vec(mean));
     squares = fma(distance, distance, squares);
     drift = drift + distance;
   });
@@ -168,11 +168,11 @@ void gae(const GaeArguments& in, const KlShaping* shaping, int64_t begin, int64_
         const float* own_values = read(in.values, span.row, span.column + start, count, scratch[1]);
         prefetch(own_values - kTile);
         for_lanes(count, [&](int64_t i, int64_t some) {
-          const Vec keep = lanes_of(in.wanted + flat + i, some);
+          const Lanes keep = lanes_of(in.wanted + flat + i, some);
           const int64_t at = kTile - count + i;
-          store_lanes(wanted[lane] + at, keep, some);
-          store_lanes(rewards[lane] + at, load_lanes(own_rewards + i, some) & keep, some);
-          store_lanes(values[lane] + at, load_lanes(own_values + i, some) & keep, some);
+          store_lanes(wanted[lane] + at, select(keep, Vec(std::bit_cast<float>(-1)), Vec(0.0f)), some);
+          store_lanes(rewards[lane] + at, kept(keep, load_lanes(own_rewards + i, some)), some);
+          store_lanes(values[lane] + at, kept(keep, load_lanes(own_values + i, some)), some);
         });
       }
       lanes_to_tile(tile.rewards, rewards, first);
@@ -208,7 +208,7 @@ void whiten(float* advantages, const uint8_t* wanted, double mean, double scale,
   for_lanes(end - begin, [&](int64_t i, int64_t lanes) {
     float* at = advantages + begin + i;
     const Vec centred = (load_lanes(at, lanes) - Vec(high)) - Vec(low);
-    store_lanes(at, (centred * Vec(static_cast<float>(scale))) & lanes_of(wanted + begin + i, lanes), lanes);
+    store_lanes(at, kept(lanes_of(wanted + begin + i, lanes), centred * Vec(static_cast<float>(scale))), lanes);
   });
 }
 

@@ -94,7 +94,7 @@ struct Projection {
 // The loss of a row's log-prob, known before the logits are: w·ℓ(log p), with the weights the reduction gives.
 struct RowLoss {
   const int64_t* index;
-  const float* weights;        // per row
+  const double* weights;       // per row
   const float* old_logprobs;   // null: cross-entropy, −w·log p
   const float* advantages;
   PolicyClip clip;

@@ -222,14 +222,14 @@ void linear_loss(const Projection& p, const RowLoss& in, const RowLossResults& o
     const OnlineSoftmax sums = out.statistics ? reduce_row<float, true>(line, p.vocabulary, inverse_temperature)
                                               : reduce_row<float, false>(line, p.vocabulary, inverse_temperature);
     const double log_p = log_prob(sums, line[index], inverse_temperature);
-    float coefficient = -in.weights[row], h = 0;
+    float coefficient = static_cast<float>(-in.weights[row]), h = 0;
     if (out.statistics) {
-      const auto term = policy_term(static_cast<float>(log_p), in.old_logprobs[row], in.advantages[row], in.clip);
-      out.loss[row] = static_cast<double>(term.loss) * in.weights[row];
-      coefficient = term.gradient * in.weights[row];
+      const auto term = policy_term<double>(log_p, in.old_logprobs[row], in.advantages[row], in.clip, in.weights[row], 0);
+      out.loss[row] = term.loss * in.weights[row];
+      coefficient = static_cast<float>(term.gradient);
       h = static_cast<float>(entropy(sums));
-      const float statistics[] = {term.ratio, term.deviation, term.kl, term.clipped, h};
-      std::memcpy(out.statistics + row * 5, statistics, sizeof(statistics));
+      const double statistics[] = {term.ratio, term.deviation, term.kl, term.clipped, h};
+      for (int k = 0; k < 5; ++k) out.statistics[row * 5 + k] = static_cast<float>(statistics[k]);
     } else {
       out.loss[row] = -log_p * in.weights[row];
     }

@@ -10,29 +10,33 @@ inline namespace RLHF_ISA {
 
 namespace {
 
-// Loss terms may be infinite, which leaves NaN of what an addition lost: then the plain sum is the result.
+// Loss terms may be infinite, which leaves NaN of what a rounding lost: then the plain sum is the result.
 struct LossSum {
   CompensatedSum exact;
-  Vec plain{0.0f};
+  Vec plain{0.0f}, lost{0.0f};
 
   void add(const Vec& x) {
     exact.add(x);
     plain = plain + x;
   }
+  void add(const Vec& x, const Vec& lost_by_x) {
+    add(x);
+    lost = lost + lost_by_x;
+  }
 
   double value() const {
     const double rough = sum(plain);
-    return std::isfinite(rough) ? sum(exact.total) : rough;
+    return std::isfinite(rough) ? sum(exact.total) + sum(lost - exact.lost) : rough;
   }
 };
 
-}  // namespace
-
-void ppo_policy(const PolicyArguments& in, int64_t begin, int64_t end) {
+template <bool kGradient>
+void policy_rows(const PolicyArguments& in, int64_t begin, int64_t end) {
   Scratch scratch[3];
   for (int64_t row = begin; row < end; ++row) {
     PolicySums sums{};
-    const Vec weight(static_cast<float>(in.weights[row]));
+    const float rounded = static_cast<float>(in.weights[row]);
+    const Vec weight(rounded), weight_lost(static_cast<float>(in.weights[row] - static_cast<double>(rounded)));
     const int64_t left = in.positions - row * in.length, length = left < in.length ? left : in.length;
     for (int64_t t = 0; t < length; t += kRowBlock) {
       const int64_t count = length - t < kRowBlock ? length - t : kRowBlock, flat = row * in.length + t;
@@ -42,16 +46,17 @@ void ppo_policy(const PolicyArguments& in, int64_t begin, int64_t end) {
       LossSum loss;
       Vec ratio(0.0f), deviation(0.0f), kl(0.0f), clipped(0.0f);
       for_lanes(count, [&](int64_t i, int64_t lanes) {
-        const Vec keep = lanes_of(in.wanted + flat + i, lanes);
-        const auto kept = [&](const float* from) { return load_lanes(from + i, lanes) & keep; };
-        const auto term = policy_term(kept(logprobs), kept(old), kept(advantages), in.clip);
+        const Lanes keep = lanes_of(in.wanted + flat + i, lanes);
+        const auto read_kept = [&](const float* from) { return kept(keep, load_lanes(from + i, lanes)); };
+        const auto term =
+            policy_term(read_kept(logprobs), read_kept(old), read_kept(advantages), in.clip, weight, weight_lost);
         // A masked position has advantage 0 and ratio 1: only the ratio must be kept out of the sums.
-        loss.add(term.loss);
-        ratio = ratio + (term.ratio & keep);
+        loss.add(term.loss, term.loss_lost);
+        ratio = add_where(keep, ratio, term.ratio);
         deviation = larger(term.deviation, deviation);
         kl = kl + term.kl;
         clipped = clipped + term.clipped;
-        if (in.gradient) store_lanes(in.gradient + flat + i, term.gradient * weight, lanes);
+        if constexpr (kGradient) store_lanes(in.gradient + flat + i, term.gradient, lanes);
       });
       sums.loss += loss.value();
       sums.ratio += sum(ratio);
@@ -64,6 +69,12 @@ void ppo_policy(const PolicyArguments& in, int64_t begin, int64_t end) {
     sums.loss *= in.weights[row];
     in.sums[row] = sums;
   }
+}
+
+}  // namespace
+
+void ppo_policy(const PolicyArguments& in, int64_t begin, int64_t end) {
+  in.gradient ? policy_rows<true>(in, begin, end) : policy_rows<false>(in, begin, end);
 }
 
 void ppo_value(const ValueArguments& in, int64_t begin, int64_t end) {
@@ -80,10 +91,10 @@ void ppo_value(const ValueArguments& in, int64_t begin, int64_t end) {
       LossSum loss;
       Vec value(0.0f), target(0.0f), clipped(0.0f);
       for_lanes(count, [&](int64_t i, int64_t lanes) {
-        const Vec keep = lanes_of(in.wanted + flat + i, lanes);
-        const auto kept = [&](const float* from) { return load_lanes(from + i, lanes) & keep; };
-        const Vec v = kept(values), r = kept(returns);
-        const auto term = value_term(v, kept(old), r, in.clip_range);
+        const Lanes keep = lanes_of(in.wanted + flat + i, lanes);
+        const auto read_kept = [&](const float* from) { return kept(keep, load_lanes(from + i, lanes)); };
+        const Vec v = read_kept(values), r = read_kept(returns);
+        const auto term = value_term(v, read_kept(old), r, in.clip_range);
         loss.add(term.loss);
         value = value + v;
         target = target + r;

@@ -56,25 +56,30 @@ void order_ranks(const Group& group, const int64_t* ranks, float* result) {
   }
 }
 
-// From a row per prompt to a lane per prompt. Past a prompt's end stands what lies there, which nothing may use.
-void rows_to_lanes(const Group& group, const float* rows, float* lanes) {
+// From a row per prompt to a lane per prompt. Past a prompt's end stands what lies there, up to `limit` floats, which
+// nothing may use.
+void rows_to_lanes(const Group& group, const float* rows, int64_t limit, Vec* lanes) {
   for (int64_t k = 0; k < group.widest; k += kLanes) {
     Vec square[kLanes];
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const int64_t at = group.start[lane] - group.begin + k, left = group.end - group.begin - at;
-      square[lane] = lane < group.lanes && left > 0 ? load_lanes(rows + at, std::min(kLanes, left)) : Vec(0.0f);
+    const int64_t last = group.start[kLanes - 1] - group.begin + k;
+    if (group.lanes == kLanes && last + kLanes <= limit) {
+#pragma GCC unroll 16
+      for (int64_t lane = 0; lane < kLanes; ++lane) square[lane] = load_lanes(rows + group.start[lane] - group.begin + k);
+    } else {
+      for (int64_t lane = 0; lane < group.lanes; ++lane) {
+        const int64_t at = group.start[lane] - group.begin + k;
+        if (at < limit) square[lane] = load_lanes(rows + at, std::min(kLanes, limit - at));
+      }
     }
     transpose(square);
-    for (int64_t i = 0; i < std::min(kLanes, group.widest - k); ++i) store_lanes(lanes + (k + i) * kLanes, square[i]);
+    for (int64_t i = 0; i < std::min(kLanes, group.widest - k); ++i) lanes[k + i] = square[i];
   }
 }
 
-void lanes_to_rows(const Group& group, const float* lanes, float* rows) {
+void lanes_to_rows(const Group& group, const Vec* lanes, float* rows) {
   for (int64_t k = 0; k < group.widest; k += kLanes) {
     Vec square[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i) {
-      square[i] = k + i < group.widest ? load_lanes(lanes + (k + i) * kLanes) : Vec(0.0f);
-    }
+    for (int64_t i = 0; i < kLanes; ++i) square[i] = k + i < group.widest ? lanes[k + i] : Vec(0.0f);
     transpose(square);
     for (int64_t lane = 0; lane < group.lanes; ++lane) {
       const int64_t left = group.length[lane] - k;
@@ -83,15 +88,18 @@ void lanes_to_rows(const Group& group, const float* lanes, float* rows) {
   }
 }
 
-// A prompt per lane, completion by completion; lost is what additions to the gradients lost.
-struct Lanes {
+// A prompt per lane, completion by completion.
+struct Columns {
   int64_t capacity = 0;
-  std::unique_ptr<float[]> scores, ranks, gradients, lost;
+  std::unique_ptr<Vec[]> scores, ranks;
+  std::unique_ptr<CompensatedSum[]> gradients;
 
   void make_room(int64_t widest) {
     if (widest <= capacity) return;
     capacity = widest;
-    for (auto* buffer : {&scores, &ranks, &gradients, &lost}) buffer->reset(new float[capacity * kLanes]);
+    scores.reset(new Vec[widest]);
+    ranks.reset(new Vec[widest]);
+    gradients.reset(new CompensatedSum[widest]);
   }
 };
 
@@ -109,15 +117,9 @@ struct Totals {
   }
 };
 
-void sum_pairs(Lanes& lanes, int64_t widest, float margin_of_all, Totals& totals) {
-  const Vec zero(0.0f), half(0.5f), one(1.0f), minus_one(-1.0f), margin(margin_of_all);
-  const auto gradient = [&](int64_t k) {
-    return CompensatedSum{load_lanes(&lanes.gradients[k * kLanes]), load_lanes(&lanes.lost[k * kLanes])};
-  };
-  const auto keep = [&](int64_t k, const CompensatedSum& sum) {
-    store_lanes(&lanes.gradients[k * kLanes], sum.total);
-    store_lanes(&lanes.lost[k * kLanes], sum.lost);
-  };
+template <bool kGradient>
+void sum_pairs(Columns& lanes, int64_t widest, float margin_of_all, Totals& totals) {
+  const Vec zero(0.0f), half(0.5f), one(1.0f), margin(margin_of_all);
   Vec loss(0.0f), right(0.0f), pairs(0.0f);
   int64_t chain = 0;
   const auto flush = [&] {
@@ -128,28 +130,26 @@ void sum_pairs(Lanes& lanes, int64_t widest, float margin_of_all, Totals& totals
     chain = 0;
   };
   for (int64_t i = 0; i + 1 < widest; ++i) {
-    const Vec score_i = load_lanes(&lanes.scores[i * kLanes]), rank_i = load_lanes(&lanes.ranks[i * kLanes]);
-    CompensatedSum gradient_i = gradient(i);
+    const Vec score_i = lanes.scores[i], rank_i = lanes.ranks[i];
+    CompensatedSum gradient_i = lanes.gradients[i];
     for (int64_t j = i + 1; j < widest; ++j) {
       if (++chain > kLongestChain) flush();
-      const Vec rank_j = load_lanes(&lanes.ranks[j * kLanes]);
-      // 1: i is ranked better; −1: j is; 0: a tie, or the rank of one of them is NaN.
-      const Vec sign = where_greater(rank_j, rank_i, one, where_greater(rank_i, rank_j, minus_one, zero));
-      // Cut out, not multiplied: a score that is infinite or NaN stays in its own pairs.
-      const Vec is_pair = sign != zero;
-      const Vec difference = sign * (score_i - load_lanes(&lanes.scores[j * kLanes]));
+      const Vec score_j = lanes.scores[j], rank_j = lanes.ranks[j];
+      // Not at a tie, nor where the rank of one of them is NaN. Cut out, not multiplied: a score that is infinite or NaN
+      // stays in its own pairs.
+      const Lanes is_pair = different(rank_i, rank_j), i_is_better = greater(rank_j, rank_i);
+      const Vec difference = select(i_is_better, score_i - score_j, score_j - score_i);
       const auto pair = ranking_pair(difference - margin);
-      loss = loss + (pair.loss & is_pair);
-      const Vec credit = where_greater(difference, zero, one, where_greater(zero, difference, zero, half));
-      right = right + (credit & is_pair);
-      pairs = pairs + (one & is_pair);
-      const Vec slope = (pair.gradient * sign) & is_pair;
-      gradient_i.add(slope);
-      CompensatedSum gradient_j = gradient(j);
-      gradient_j.add(zero - slope);
-      keep(j, gradient_j);
+      loss = add_where(is_pair, loss, pair.loss);
+      pairs = add_where(is_pair, pairs, one);
+      right = add_where(is_pair & greater(difference, zero), right, half);
+      right = add_where(is_pair & not_less(difference, zero), right, half);
+      if constexpr (!kGradient) continue;
+      const Vec slope = kept(is_pair, pair.slope), uphill = select(i_is_better, zero - slope, slope);
+      gradient_i.add(uphill);
+      lanes.gradients[j].subtract(uphill);
     }
-    keep(i, gradient_i);
+    lanes.gradients[i] = gradient_i;
   }
   flush();
 }
@@ -157,49 +157,52 @@ void sum_pairs(Lanes& lanes, int64_t widest, float margin_of_all, Totals& totals
 }  // namespace
 
 void ranking(const RankingArguments& in, int64_t begin, int64_t end) {
-  Lanes side_by_side;
+  Columns side_by_side;
   std::vector<float> rows;
-  const Vec zero(0.0f), not_a_number(NAN);
+  const Vec not_a_number(NAN);
+  const Span final = span_of(in.prompts, in.prompts.count - 1);
+  const int64_t completions = final.flat + final.length;
   for (int64_t number = begin; number < end; ++number) {
     const Group group(in.prompts, number);
     const int64_t first = number * kLanes, widest = group.widest;
     side_by_side.make_room(widest);
-    rows.resize(group.end - group.begin);
-    rows_to_lanes(group, in.scores + group.begin, side_by_side.scores.get());
+    rows.resize(group.end - group.begin + kLanes);
+    rows_to_lanes(group, in.scores + group.begin, completions - group.begin, side_by_side.scores.get());
     order_ranks(group, in.ranks, rows.data());
     // What is no completion has no order with anything.
     for_lanes(group.end - group.begin, [&](int64_t i, int64_t lanes) {
-      const Vec wanted = lanes_of(in.wanted + group.begin + i, lanes);
-      store_lanes(rows.data() + i, Vec::blendv(not_a_number, load_lanes(rows.data() + i, lanes), wanted), lanes);
+      const Lanes wanted = lanes_of(in.wanted + group.begin + i, lanes);
+      store_lanes(rows.data() + i, select(wanted, load_lanes(rows.data() + i, lanes), not_a_number), lanes);
     });
-    rows_to_lanes(group, rows.data(), side_by_side.ranks.get());
+    rows_to_lanes(group, rows.data(), static_cast<int64_t>(rows.size()), side_by_side.ranks.get());
     float lengths[kLanes];
     for (int64_t lane = 0; lane < kLanes; ++lane) lengths[lane] = static_cast<float>(group.length[lane]);
     for (int64_t k = 0; k < widest; ++k) {
-      float* ranks = &side_by_side.ranks[k * kLanes];
-      const Vec inside = Vec(static_cast<float>(k)) < load_lanes(lengths);
-      store_lanes(ranks, Vec::blendv(not_a_number, load_lanes(ranks), inside));
-      store_lanes(&side_by_side.gradients[k * kLanes], zero);
-      store_lanes(&side_by_side.lost[k * kLanes], zero);
+      const Lanes inside = greater(load_lanes(lengths), Vec(static_cast<float>(k)));
+      side_by_side.ranks[k] = select(inside, side_by_side.ranks[k], not_a_number);
+      side_by_side.gradients[k] = {};
     }
     Totals totals;
-    sum_pairs(side_by_side, widest, in.margin, totals);
+    in.gradient ? sum_pairs<true>(side_by_side, widest, in.margin, totals)
+                : sum_pairs<false>(side_by_side, widest, in.margin, totals);
+    double shares[kLanes];
+    float divisors[kLanes];  // without a pair the gradient is 0 already, as are the sums
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      const double pairs = std::max(1.0, totals.pairs[lane]);
+      shares[lane] = 1.0 / pairs;
+      divisors[lane] = static_cast<float>(pairs);
+    }
     for (int64_t lane = 0; lane < group.lanes; ++lane) {
-      const bool counts = totals.pairs[lane] > 0;
-      in.counts[first + lane] = counts;
-      in.losses[first + lane] = counts ? totals.losses[lane] / totals.pairs[lane] : 0;
-      in.accuracies[first + lane] = counts ? totals.rights[lane] / totals.pairs[lane] : 0;
+      in.counts[first + lane] = totals.pairs[lane] > 0;
+      in.losses[first + lane] = totals.losses[lane] * shares[lane];
+      in.accuracies[first + lane] = totals.rights[lane] * shares[lane];
     }
     if (!in.gradient) continue;
-    float divisors[kLanes];  // without a pair the gradient is 0 already
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      divisors[lane] = static_cast<float>(std::max(1.0, totals.pairs[lane]));
-    }
+    // In place of the scores, which nobody needs any more.
     for (int64_t k = 0; k < widest; ++k) {
-      float* gradient = &side_by_side.gradients[k * kLanes];
-      store_lanes(gradient, load_lanes(gradient) / load_lanes(divisors));
+      side_by_side.scores[k] = side_by_side.gradients[k].total / load_lanes(divisors);
     }
-    lanes_to_rows(group, side_by_side.gradients.get(), in.gradient);
+    lanes_to_rows(group, side_by_side.scores.get(), in.gradient);
   }
 }
 

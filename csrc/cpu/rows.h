@@ -64,9 +64,9 @@ inline void shape_block(const KlShaping& in, const Span& span, const uint8_t* wa
   const int64_t flat = span.flat + start;
   const Vec price(static_cast<float>(-in.beta));
   for_lanes(count, [&](int64_t i, int64_t lanes) {
-    const Vec keep = lanes_of(wanted + flat + i, lanes);
-    const Vec kl =
-        rlhf_kernels::kl_penalty(load_lanes(logprobs + i, lanes), load_lanes(ref + i, lanes), in.estimator) & keep;
+    const Vec kl = kept(
+        lanes_of(wanted + flat + i, lanes),
+        rlhf_kernels::kl_penalty(load_lanes(logprobs + i, lanes), load_lanes(ref + i, lanes), in.estimator));
     store_lanes(in.kl + flat + i, kl, lanes);
     store_lanes(in.rewards + flat + i, price * kl, lanes);
   });

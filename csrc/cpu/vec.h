@@ -4,6 +4,7 @@
 
 #include <ATen/cpu/vec/vec.h>
 
+#include <bit>
 #include <cstdint>
 
 #include "cpu/kernels.h"
@@ -38,13 +39,11 @@ inline Vec smaller(const Vec& a, const Vec& b) {
 #endif
 }
 
-// Below this e^x rounds to 0 in float32.
-constexpr float kSmallestExponent = -104.0f;
-
-#if defined(CPU_CAPABILITY_AVX512)
-inline Vec scaled_by_power(const Vec& p, const Vec& n) { return _mm512_scalef_ps(p, n); }
-#elif defined(CPU_CAPABILITY_AVX2)
+// The names in which csrc/include writes its formulas are at the end of this file, where the argument's namespace is.
 inline Vec scaled_by_power(const Vec& p, const Vec& n) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_scalef_ps(p, n);
+#elif defined(CPU_CAPABILITY_AVX2)
   // Two factors, each a normal number: 2^n alone leaves float32's range where the product does not.
   const __m256i exponent = _mm256_cvtps_epi32(n);
   const __m256i half = _mm256_srai_epi32(exponent, 1);
@@ -52,37 +51,22 @@ inline Vec scaled_by_power(const Vec& p, const Vec& n) {
     return Vec(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(k, _mm256_set1_epi32(127)), 23)));
   };
   return p * power(half) * power(_mm256_sub_epi32(exponent, half));
-}
-#endif
-
-// e^x to about 0.6 ulp, inline: a call to a vector maths library costs more than the arithmetic. x = n·ln 2 + r, and
-// e^r from its Taylor-like polynomial of degree 7 (Cephes' expf).
-inline Vec exp(const Vec& x) {
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-  const Vec log2_e(1.44269504088896341f), ln2_high(-0.693359375f), ln2_low(2.12194440e-4f);
-  const Vec bounded = smaller(Vec(89.0f), larger(Vec(kSmallestExponent), x));
-  const Vec n = (bounded * log2_e).round();
-  const Vec high = fma(n, ln2_high, bounded), r = fma(n, ln2_low, high);
-  // What r and 1 + r lose to rounding is kept: both are of the size of the result's last digit.
-  const Vec r_lost = fma(n, ln2_low, high - r), one_and_r = r + Vec(1.0f);
-  const Vec lost = r - (one_and_r - Vec(1.0f)) + r_lost;
-  Vec p(1.9875691500e-4f);
-  p = fma(p, r, Vec(1.3981999507e-3f));
-  p = fma(p, r, Vec(8.3334519073e-3f));
-  p = fma(p, r, Vec(4.1665795894e-2f));
-  p = fma(p, r, Vec(1.6666665459e-1f));
-  p = fma(p, r, Vec(5.0000001201e-1f));
-  p = one_and_r + fma(p, r * r, lost);
-  return scaled_by_power(p, n);
 #else
-  return x.exp();
+  float values[kLanes], powers[kLanes];
+  p.store(values);
+  n.store(powers);
+  for (int64_t i = 0; i < kLanes; ++i) {  // two factors here too
+    const uint32_t exponent = static_cast<uint32_t>(static_cast<int32_t>(powers[i]) + 256), half = exponent >> 1;
+    values[i] *= std::bit_cast<float>((half - 1) << 23);
+    values[i] *= std::bit_cast<float>((exponent - half - 1) << 23);
+  }
+  return Vec::loadu(values);
 #endif
 }
 
 // 2^x for x below 128, to about 1 ulp: a shorter way than exp, for the loops that are all exponentials. The polynomial is
 // the least-squares fit to the relative error over [−½, ½], reweighted until its peaks were level (2e-9).
 inline Vec exp2(const Vec& x) {
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   const Vec n = x.round();
   const Vec f = x - n;
   Vec p(1.5353361959569156e-4f);
@@ -93,9 +77,6 @@ inline Vec exp2(const Vec& x) {
   p = fma(p, f, Vec(0.6931471824645996f));
   p = fma(p, f, Vec(1.0f));
   return scaled_by_power(p, n);
-#else
-  return (x * Vec(0.69314718055994531f)).exp();
-#endif
 }
 
 // The first count of a vector, whatever the element type; the rest is 0.
@@ -175,6 +156,11 @@ struct CompensatedSum {
     lost = (next - total) - term;
     total = next;
   }
+  void subtract(const Vec& x) {
+    const Vec term = x + lost, next = total - term;
+    lost = (next - total) + term;
+    total = next;
+  }
 };
 
 inline double sum(const Vec& values) {
@@ -197,18 +183,84 @@ inline float largest(const Vec& values) {
   return result;
 }
 
-// All ones in the lanes whose byte is not 0.
-inline Vec lanes_of(const uint8_t* wanted, int64_t count = kLanes) {
+// Which lanes something holds for: a mask register, where the instruction set has them.
+struct Lanes {
 #if defined(CPU_CAPABILITY_AVX512)
-  if (count == kLanes) {
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(wanted));
-    const __mmask16 mask = _mm_test_epi8_mask(bytes, bytes);
-    return _mm512_castsi512_ps(_mm512_maskz_set1_epi32(mask, -1));
-  }
+  __mmask16 bits;
+#else
+  Vec bits;  // all ones, or zeros
 #endif
+};
+
+inline Lanes greater(const Vec& a, const Vec& b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return {_mm512_cmp_ps_mask(a, b, _CMP_GT_OQ)};
+#else
+  return {a > b};
+#endif
+}
+
+inline Lanes not_less(const Vec& a, const Vec& b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return {_mm512_cmp_ps_mask(a, b, _CMP_GE_OQ)};
+#else
+  return {a >= b};
+#endif
+}
+
+// Not where one of them is NaN.
+inline Lanes different(const Vec& a, const Vec& b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return {_mm512_cmp_ps_mask(a, b, _CMP_NEQ_OQ)};
+#else
+  return {(a > b) | (b > a)};
+#endif
+}
+
+inline Lanes operator&(const Lanes& a, const Lanes& b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return {static_cast<__mmask16>(a.bits & b.bits)};
+#else
+  return {a.bits & b.bits};
+#endif
+}
+
+// x, and 0 in the other lanes whatever x is there.
+inline Vec kept(const Lanes& where, const Vec& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_maskz_mov_ps(where.bits, x);
+#else
+  return x & where.bits;
+#endif
+}
+
+inline Vec select(const Lanes& where, const Vec& yes, const Vec& no) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_mask_mov_ps(no, where.bits, yes);
+#else
+  return Vec::blendv(no, yes, where.bits);
+#endif
+}
+
+inline Vec add_where(const Lanes& where, const Vec& total, const Vec& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_mask_add_ps(total, where.bits, total, x);
+#else
+  return total + kept(where, x);
+#endif
+}
+
+// The lanes whose byte is not 0.
+inline Lanes lanes_of(const uint8_t* wanted, int64_t count = kLanes) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m128i bytes = count == kLanes ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(wanted))
+                                        : _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << count) - 1), wanted);
+  return {_mm_test_epi8_mask(bytes, bytes)};
+#else
   float values[kLanes] = {};
   for (int64_t i = 0; i < count; ++i) values[i] = wanted[i] ? 1.0f : 0.0f;
-  return Vec::loadu(values) > Vec(0.0f);
+  return {Vec::loadu(values) > Vec(0.0f)};
+#endif
 }
 
 // Rows and columns of a square of lanes change places.
@@ -298,7 +350,11 @@ inline Vectorized<float> at_least(const Vectorized<float>& x, const Vectorized<f
   return rlhf_kernels::cpu::larger(limit, x);
 }
 inline Vectorized<float> absolute(const Vectorized<float>& x) { return x.abs(); }
-inline Vectorized<float> exponential(const Vectorized<float>& x) { return rlhf_kernels::cpu::exp(x); }
+inline Vectorized<float> minus_absolute(const Vectorized<float>& x) { return x | Vectorized<float>(-0.0f); }
+inline Vectorized<float> nearest_integer(const Vectorized<float>& x) { return x.round(); }
+inline Vectorized<float> times_power_of_two(const Vectorized<float>& x, const Vectorized<float>& n) {
+  return rlhf_kernels::cpu::scaled_by_power(x, n);
+}
 // Of numbers far from 0 and infinity, to about 1 ulp.
 inline Vectorized<float> reciprocal(const Vectorized<float>& x) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -312,6 +368,10 @@ inline Vectorized<float> power_of_two(const Vectorized<float>& x) { return rlhf_
 inline Vectorized<float> multiply_add(const Vectorized<float>& a, const Vectorized<float>& b,
                                       const Vectorized<float>& c) {
   return rlhf_kernels::cpu::fma(a, b, c);
+}
+inline Vectorized<float> lost_by_product(const Vectorized<float>& a, const Vectorized<float>& b,
+                                         const Vectorized<float>& product) {
+  return fmsub(a, b, product);
 }
 
 }  // namespace CPU_CAPABILITY

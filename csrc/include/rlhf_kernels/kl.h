@@ -16,7 +16,7 @@ RLHF_HOST_DEVICE T kl_penalty(T logprob, T ref_logprob, KlEstimator estimator) {
     case KlEstimator::k2:
       return d * d * T(0.5f);
     case KlEstimator::k3:
-      return exponential_minus_1_minus(T(0.0f) - d, exponential(T(0.0f) - d));
+      return exponential(T(0.0f) - d).less_line;
     default:
       return absolute(d);
   }
@@ -32,7 +32,7 @@ RLHF_HOST_DEVICE T kl_penalty_gradient(T logprob, T ref_logprob, KlEstimator est
     case KlEstimator::k2:
       return d;
     case KlEstimator::k3:
-      return d - exponential_minus_1_minus(T(0.0f) - d, exponential(T(0.0f) - d));
+      return d - exponential(T(0.0f) - d).less_line;
     default:
       return where_greater(d, T(0.0f), T(1.0f), where_greater(T(0.0f), d, T(-1.0f), T(0.0f)));
   }

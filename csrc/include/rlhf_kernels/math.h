@@ -14,31 +14,68 @@ namespace rlhf_kernels {
 
 // yes where a > b, else no; NaN is greater than nothing.
 RLHF_HOST_DEVICE float where_greater(float a, float b, float yes, float no) { return a > b ? yes : no; }
+RLHF_HOST_DEVICE double where_greater(double a, double b, double yes, double no) { return a > b ? yes : no; }
 RLHF_HOST_DEVICE float minimum(float a, float b) { return b < a || b != b ? b : a; }
 RLHF_HOST_DEVICE float maximum(float a, float b) { return b > a || b != b ? b : a; }
 // x unless it is beyond the limit; NaN stays. Cheaper than minimum and maximum, which look at both for NaN.
 RLHF_HOST_DEVICE float at_most(float x, float limit) { return x > limit ? limit : x; }
+RLHF_HOST_DEVICE double at_most(double x, double limit) { return x > limit ? limit : x; }
 RLHF_HOST_DEVICE float at_least(float x, float limit) { return x < limit ? limit : x; }
+RLHF_HOST_DEVICE double at_least(double x, double limit) { return x < limit ? limit : x; }
 RLHF_HOST_DEVICE float absolute(float x) { return fabsf(x); }
-RLHF_HOST_DEVICE float exponential(float x) { return expf(x); }
+RLHF_HOST_DEVICE double absolute(double x) { return fabs(x); }
+RLHF_HOST_DEVICE float minus_absolute(float x) { return -fabsf(x); }
 RLHF_HOST_DEVICE float reciprocal(float x) { return 1.0f / x; }
 RLHF_HOST_DEVICE float power_of_two(float x) { return exp2f(x); }
 RLHF_HOST_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+RLHF_HOST_DEVICE double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+// What rounding took from the product of a and b.
+RLHF_HOST_DEVICE float lost_by_product(float a, float b, float product) { return fmaf(a, b, -product); }
+RLHF_HOST_DEVICE double lost_by_product(double a, double b, double product) { return fma(a, b, -product); }
+RLHF_HOST_DEVICE float nearest_integer(float x) { return rintf(x); }
+// x·2^n for an integral n, rounded once where the result is subnormal.
+RLHF_HOST_DEVICE float times_power_of_two(float x, float n) { return ldexpf(x, static_cast<int>(n)); }
 
-// e^x − 1 − x given e^x: from its Taylor series where the difference would cancel, |x| < 1 (remainder below 1e-8 of it).
 template <class T>
-RLHF_HOST_DEVICE T exponential_minus_1_minus(T x, T exponential_of_x) {
-  T series = T(1.0f / 39916800);  // 1/11!
-  series = series * x + T(1.0f / 3628800);
-  series = series * x + T(1.0f / 362880);
-  series = series * x + T(1.0f / 40320);
-  series = series * x + T(1.0f / 5040);
-  series = series * x + T(1.0f / 720);
-  series = series * x + T(1.0f / 120);
-  series = series * x + T(1.0f / 24);
-  series = series * x + T(1.0f / 6);
-  series = series * x + T(0.5f);
-  return where_greater(T(1.0f), absolute(x), series * x * x, exponential_of_x - T(1.0f) - x);
+struct Exponential {
+  T value;     // e^x, within 0.6 ulp
+  T lost;      // by the rounding of value
+  T less_line; // e^x − 1 − x, without its cancellation
+};
+
+// Below this e^x rounds to 0 in float32.
+constexpr float kSmallestExponent = -104.0f;
+
+// x = n·ln 2 + r with ln 2 in two parts; e^r = 1 + r + r²·p(r), p of degree 5 as in Cephes' expf. Of the three results
+// the compiler drops those that are not used.
+template <class T>
+RLHF_HOST_DEVICE Exponential<T> exponential(T x) {
+  const T one(1.0f);
+  const T bounded = at_most(at_least(x, T(kSmallestExponent)), T(89.0f));
+  const T n = nearest_integer(bounded * T(1.44269504088896341f));
+  const T high = multiply_add(n, T(-0.693359375f), bounded), r = multiply_add(n, T(2.12194440e-4f), high);
+  T p(1.9875691500e-4f);
+  p = multiply_add(p, r, T(1.3981999507e-3f));
+  p = multiply_add(p, r, T(8.3334519073e-3f));
+  p = multiply_add(p, r, T(4.1665795894e-2f));
+  p = multiply_add(p, r, T(1.6666665459e-1f));
+  p = multiply_add(p, r, T(5.0000001201e-1f));
+  // What r and 1 + r lose to rounding is kept: both are of the size of the result's last digit.
+  const T r_lost = multiply_add(n, T(2.12194440e-4f), high - r), one_and_r = one + r;
+  const T rest = multiply_add(p, r * r, (r - (one_and_r - one)) + r_lost), whole = one_and_r + rest;
+  Exponential<T> result;
+  result.value = times_power_of_two(whole, n);
+  result.lost = times_power_of_two((one_and_r - whole) + rest, n);
+  // With n = 0 it stands there already. Elsewhere e^x is large enough against what cancels; where it is very large, one
+  // rounding is left.
+  result.less_line = where_greater(one, absolute(n), p * (r * r), result.value - ((one + x) - result.lost));
+  return result;
+}
+
+// In double precision, where the standard library's are good enough.
+RLHF_HOST_DEVICE Exponential<double> exponential(double x) {
+  const double value = exp(x);
+  return {value, 0, expm1(x) - x};
 }
 
 // log(1 + u) for u in [0, 1] from s = u/(2 + u) ≤ ⅓, as 2·artanh(s): a Chebyshev fit of artanh(s)/s in s², with a
@@ -47,10 +84,10 @@ template <class T>
 RLHF_HOST_DEVICE T logarithm_of_1_plus(T s) {
   const T square = s * s;
   T series = T(0.1408732831478119f);
-  series = series * square + T(0.1398070901632309f);
-  series = series * square + T(0.20012426376342773f);
-  series = series * square + T(0.3333315849304199f);
-  series = series * square + T(1.0f);
+  series = multiply_add(series, square, T(0.1398070901632309f));
+  series = multiply_add(series, square, T(0.20012426376342773f));
+  series = multiply_add(series, square, T(0.3333315849304199f));
+  series = multiply_add(series, square, T(1.0f));
   return T(2.0f) * s * series;
 }
 

@@ -6,16 +6,17 @@
 namespace rlhf_kernels {
 
 struct PolicyClip {
-  float low;        // 1 − ε
-  float high;       // 1 + ε_high
-  float dual;       // c, where has_dual
+  double low;   // 1 − ε
+  double high;  // 1 + ε_high
+  double dual;  // c, where has_dual
   bool has_dual;
 };
 
 template <class T>
 struct PolicyTerm {
   T loss;
-  T gradient;  // in the log-prob
+  T loss_lost;  // by the rounding of loss; no number where loss is none
+  T gradient;   // in the log-prob, weighted
   T ratio;
   T deviation;  // |ρ − 1|
   T kl;         // (ρ − 1) − log ρ
@@ -25,29 +26,34 @@ struct PolicyTerm {
 // e^88 is the largest power that is finite in float32: beyond it the ratio stays there, and has no gradient.
 constexpr float kLargestLogRatio = 88.0f;
 
+// weight, of which weight_lost is what its rounding lost, is the position's share of the reduced loss.
 template <class T>
-RLHF_HOST_DEVICE PolicyTerm<T> policy_term(T logprob, T old_logprob, T advantage, const PolicyClip& clip) {
-  const T zero(0.0f), one(1.0f);
+RLHF_HOST_DEVICE PolicyTerm<T> policy_term(T logprob, T old_logprob, T advantage, const PolicyClip& clip, T weight,
+                                           T weight_lost) {
+  const T zero(0.0f), one(1.0f), gain = zero - advantage;
   const T raw = logprob - old_logprob;
-  const T log_ratio = at_most(raw, T(kLargestLogRatio));
-  const T ratio = exponential(log_ratio);
-  const T kept = at_most(at_least(ratio, T(clip.low)), T(clip.high));
-  const T unclipped_loss = (zero - advantage) * ratio;
-  const T clipped_loss = (zero - advantage) * kept;
+  const auto power = exponential(at_most(raw, T(kLargestLogRatio)));
+  const T ratio = power.value, kept = at_most(at_least(ratio, T(clip.low)), T(clip.high));
+  const T unclipped = gain * ratio, clipped = gain * kept;
   PolicyTerm<T> term;
-  term.loss = at_least(unclipped_loss, clipped_loss);
-  term.gradient = where_greater(clipped_loss, unclipped_loss, zero,
-                                where_greater(raw, T(kLargestLogRatio), zero, unclipped_loss));
+  term.loss = at_least(unclipped, clipped);
+  term.loss_lost = where_greater(clipped, unclipped, lost_by_product(gain, kept, clipped),
+                                 multiply_add(gain, power.lost, lost_by_product(gain, ratio, unclipped)));
+  // The gain is weighted before the ratio comes in, which may be large: then the product overflows only if it must.
+  const T share = gain * weight, share_lost = multiply_add(gain, weight_lost, lost_by_product(gain, weight, share));
+  const T slope = multiply_add(share, ratio, multiply_add(share, power.lost, share_lost * ratio));
+  term.gradient = where_greater(clipped, unclipped, zero, where_greater(raw, T(kLargestLogRatio), zero, slope));
   if (clip.has_dual) {
-    const T limit = T(-clip.dual) * advantage;
-    const T cut = where_greater(zero, advantage, where_greater(term.loss, limit, one, zero), zero);
+    const T limit = T(clip.dual) * gain;
+    const T cut = where_greater(gain, zero, where_greater(term.loss, limit, one, zero), zero);
     term.loss = where_greater(cut, zero, limit, term.loss);
+    term.loss_lost = where_greater(cut, zero, lost_by_product(T(clip.dual), gain, limit), term.loss_lost);
     term.gradient = where_greater(cut, zero, zero, term.gradient);
   }
   term.ratio = ratio;
   term.deviation = absolute(ratio - one);
-  term.kl = exponential_minus_1_minus(log_ratio, ratio);
-  term.clipped = where_greater(clipped_loss, unclipped_loss, one, zero);
+  term.kl = power.less_line;
+  term.clipped = where_greater(clipped, unclipped, one, zero);
   return term;
 }
 
