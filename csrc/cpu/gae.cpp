@@ -1,8 +1,8 @@
 // Advantages from the last position of a sequence to its first, and their whitening.
 
 #include <algorithm>
-#include <bit>
 #include <cstring>
+#include <memory>
 
 #include "cpu/rows.h"
 #include "cpu/table.h"
@@ -45,59 +45,37 @@ Moments moments_of(const float* values, const uint8_t* wanted, int64_t count) {
 }
 
 // One sequence per lane: the recursion waits for its own last result, so sequences side by side cost no more than one.
-// Masks are ragged, and a mispredicted branch costs more than the arithmetic, so nothing here asks what a mask says:
-// masked inputs are 0, and a masked position hands on what it was given by its decay and by bit operations.
+// Masks are ragged, and a mispredicted branch costs more than the arithmetic, so nothing here asks what a mask says: a
+// masked position keeps what was carried to it, and its own results are cut out at the end.
 //
 // Double costs nothing beside the chain's latency, and long sequences lose no digits.
-constexpr int64_t kHalf = kLanes / 2;
-typedef float Floats __attribute__((vector_size(kHalf * sizeof(float))));
-typedef double Doubles __attribute__((vector_size(kHalf * sizeof(double))));
-typedef uint32_t Bits __attribute__((vector_size(kHalf * sizeof(uint32_t))));
-
-template <class Vector>
-inline Vector load(const float* from) {
-  Vector result;
-  std::memcpy(&result, from, sizeof result);
-  return result;
-}
-
-inline void store(float* to, const Doubles& values) {
-  const Floats rounded = __builtin_convertvector(values, Floats);
-  std::memcpy(to, &rounded, sizeof rounded);
-}
-
-inline Doubles doubles(const Bits& floats) { return __builtin_convertvector(std::bit_cast<Floats>(floats), Doubles); }
 
 // Positions of a sequence per lane, as many as the L1 cache holds with room for the inputs.
 constexpr int64_t kTile = 64;
 
 struct Tile {
-  float rewards[kTile][kLanes];  // later the advantages
-  float values[kTile][kLanes];   // later the returns
-  float wanted[kTile][kLanes];   // all ones or zeros
+  Vec rewards[kTile];  // later the advantages
+  Vec values[kTile];   // later the returns
+  Lanes wanted[kTile];
 };
 
 struct Carry {
-  Doubles advantage[2];
-  Bits next_value[2];
+  WideVec advantage, next_value;
 };
 
-void recurse(Tile& tile, int64_t first, double gamma, double gamma_lambda, Carry& carry) {
-  const Bits one = std::bit_cast<Bits>(Floats{} + 1.0f);
+void recurse(Tile& tile, int64_t first, const Doubles& gamma, const Doubles& gamma_lambda, Carry& carry) {
   for (int64_t t = kTile - 1; t >= first; --t) {
+    const WideVec reward = widened(tile.rewards[t]), value = widened(tile.values[t]);
+    WideVec target;
     for (int half = 0; half < 2; ++half) {
-      float* const rewards = tile.rewards[t] + half * kHalf;
-      float* const values = tile.values[t] + half * kHalf;
-      const Bits keep = load<Bits>(tile.wanted[t] + half * kHalf), value = load<Bits>(values);
-      const Doubles kept = doubles(keep & one);
-      Bits& next_value = carry.next_value[half];
-      const Doubles delta =
-          gae_delta(doubles(load<Bits>(rewards)), doubles(value), doubles(next_value & keep), gamma);
-      carry.advantage[half] = gae_advantage(delta, kept * gamma_lambda + (1.0 - kept), carry.advantage[half]);
-      next_value ^= (next_value ^ value) & keep;
-      store(rewards, carry.advantage[half]);
-      store(values, carry.advantage[half] + doubles(value));
+      Doubles &after = carry.advantage.half[half], &next_value = carry.next_value.half[half];
+      const Doubles delta = gae_delta(reward.half[half], value.half[half], next_value, gamma);
+      after = select(tile.wanted[t], half, gae_advantage(delta, gamma_lambda, after), after);
+      next_value = select(tile.wanted[t], half, value.half[half], next_value);
+      target.half[half] = after + value.half[half];
     }
+    tile.rewards[t] = rounded(carry.advantage);
+    tile.values[t] = rounded(target);
   }
 }
 
@@ -106,34 +84,60 @@ inline void prefetch(const float* from) {
   for (int64_t i = 0; i < kTile; i += 64 / sizeof(float)) __builtin_prefetch(from + i);
 }
 
-// A tile's rows hold its lanes one after another, before and after this.
-void lanes_to_tile(float (&tile)[kTile][kLanes], const float (&lanes)[kLanes][kTile], int64_t first) {
+// A lane's stretch of a tile, of which the last `count` positions are there. Where those are all, it is used where it
+// lies; the others' is made here.
+template <class T>
+struct Stretch {
+  T values[kTile] = {};
+
+  const T* of(const T* from, int64_t count) {
+    std::memcpy(values + kTile - count, from, count * sizeof(T));
+    return values;
+  }
+};
+
+void rows_to_tile(const float* const (&rows)[kLanes], int64_t first, Vec (&tile)[kTile]) {
   for (int64_t t = first / kLanes * kLanes; t < kTile; t += kLanes) {
     Vec square[kLanes];
-    for (int64_t lane = 0; lane < kLanes; ++lane) square[lane] = load_lanes(lanes[lane] + t);
+#pragma GCC unroll 16
+    for (int64_t lane = 0; lane < kLanes; ++lane) square[lane] = load_lanes(rows[lane] + t);
     transpose(square);
-    for (int64_t i = 0; i < kLanes; ++i) store_lanes(tile[t + i], square[i]);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kLanes; ++i) tile[t + i] = square[i];
   }
 }
 
-void tile_to_lanes(float (&lanes)[kLanes][kTile], const float (&tile)[kTile][kLanes], int64_t first) {
+// What is masked becomes 0.
+void tile_to_rows(const Vec (&tile)[kTile], const uint8_t* const (&wanted)[kLanes], int64_t first,
+                  float* const (&rows)[kLanes]) {
   for (int64_t t = first / kLanes * kLanes; t < kTile; t += kLanes) {
     Vec square[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i) square[i] = load_lanes(tile[t + i]);
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kLanes; ++i) square[i] = tile[t + i];
     transpose(square);
-    for (int64_t lane = 0; lane < kLanes; ++lane) store_lanes(lanes[lane] + t, square[lane]);
+#pragma GCC unroll 16
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      store_lanes(rows[lane] + t, kept(lanes_of(wanted[lane] + t), square[lane]));
+    }
   }
 }
+
+// What a thread needs for a group of sequences, beside the tile.
+struct Workspace {
+  Scratch scratch[2];
+  Stretch<float> rewards[kLanes], values[kLanes], advantages[kLanes], returns[kLanes];
+  Stretch<uint8_t> wanted[kLanes];
+};
 
 }  // namespace
 
 // With shaping, rewards are made tile by tile just before they are used, and the values in between never leave the
-// cache. Sequences end together, at a tile's last position.
+// cache. Sequences end together, at a tile's last position. Before a sequence's first position, and in lanes without
+// one, stands what was there: nothing of it is wanted.
 void gae(const GaeArguments& in, const KlShaping* shaping, int64_t begin, int64_t end) {
-  Scratch scratch[2];
+  const auto work = std::make_unique<Workspace>();
   Tile tile;
-  // Before a sequence's first position, and in lanes without one, stands what was there: it moves nothing that is kept.
-  float rewards[kLanes][kTile] = {}, values[kLanes][kTile] = {}, wanted[kLanes][kTile] = {};
+  const Doubles gamma(in.gamma), gamma_lambda(in.gamma * in.lambda);
   for (int64_t group = begin; group < end; ++group) {
     const int64_t first_sequence = group * kLanes;
     const int64_t lanes = std::min(kLanes, in.sequences.count - first_sequence);
@@ -146,50 +150,58 @@ void gae(const GaeArguments& in, const KlShaping* shaping, int64_t begin, int64_
       longest = std::max(longest, span.length);
       if (in.bootstrap) bootstraps[lane] = in.bootstrap[first_sequence + lane];
     }
-    Carry carry{{}, {load<Bits>(bootstraps), load<Bits>(bootstraps + kHalf)}};
+    Carry carry{widened(Vec(0.0f)), widened(load_lanes(bootstraps))};
     for (int64_t from_end = 0; from_end < longest; from_end += kTile) {
       const int64_t first = std::max<int64_t>(0, kTile - (longest - from_end));
-      for (int64_t lane = 0; lane < lanes; ++lane) {
+      const float *rewards[kLanes], *values[kLanes];
+      const uint8_t* wanted[kLanes];
+      float *advantages[kLanes], *returns[kLanes];
+      int64_t counts[kLanes] = {};
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        // Unless the whole stretch is there, below.
+        rewards[lane] = work->rewards[lane].values;
+        values[lane] = work->values[lane].values;
+        wanted[lane] = work->wanted[lane].values;
+        advantages[lane] = work->advantages[lane].values;
+        returns[lane] = work->returns[lane].values;
         const Span& span = spans[lane];
-        const int64_t stop = span.length - from_end, count = std::min(kTile, stop), start = stop - count;
+        const int64_t stop = lane < lanes ? span.length - from_end : 0, count = std::min(kTile, stop);
+        if (count < kTile) std::memset(work->wanted[lane].values, 0, kTile);
         if (count <= 0) continue;
-        const int64_t flat = span.flat + start;
+        counts[lane] = count;
+        const int64_t start = stop - count, flat = span.flat + start;
         const float* own_rewards;
         if (shaping) {
           const int64_t last = scored[lane] >= start && scored[lane] < stop ? scored[lane] - start : -1;
-          shape_block(*shaping, span, in.wanted, start, count, last, first_sequence + lane, scratch);
+          shape_block(*shaping, span, in.wanted, start, count, last, first_sequence + lane, work->scratch);
           own_rewards = shaping->rewards + flat;
         } else {
-          own_rewards = read(in.rewards, span.row, span.column + start, count, scratch[0]);
+          own_rewards = read(in.rewards, span.row, span.column + start, count, work->scratch[0]);
         }
+        const float* own_values = read(in.values, span.row, span.column + start, count, work->scratch[1]);
         prefetch(in.advantages + flat - kTile);
         prefetch(in.returns + flat - kTile);
         prefetch(own_rewards - kTile);
-        const float* own_values = read(in.values, span.row, span.column + start, count, scratch[1]);
         prefetch(own_values - kTile);
-        for_lanes(count, [&](int64_t i, int64_t some) {
-          const Lanes keep = lanes_of(in.wanted + flat + i, some);
-          const int64_t at = kTile - count + i;
-          store_lanes(wanted[lane] + at, select(keep, Vec(std::bit_cast<float>(-1)), Vec(0.0f)), some);
-          store_lanes(rewards[lane] + at, kept(keep, load_lanes(own_rewards + i, some)), some);
-          store_lanes(values[lane] + at, kept(keep, load_lanes(own_values + i, some)), some);
-        });
+        const bool whole = count == kTile;
+        rewards[lane] = whole && own_rewards != work->scratch[0].values ? own_rewards : work->rewards[lane].of(own_rewards, count);
+        values[lane] = whole && own_values != work->scratch[1].values ? own_values : work->values[lane].of(own_values, count);
+        wanted[lane] = whole ? in.wanted + flat : work->wanted[lane].of(in.wanted + flat, count);
+        if (!whole) continue;
+        advantages[lane] = in.advantages + flat;
+        returns[lane] = in.returns + flat;
       }
-      lanes_to_tile(tile.rewards, rewards, first);
-      lanes_to_tile(tile.values, values, first);
-      lanes_to_tile(tile.wanted, wanted, first);
-      recurse(tile, first, in.gamma, in.gamma * in.lambda, carry);
-      tile_to_lanes(rewards, tile.rewards, first);
-      tile_to_lanes(values, tile.values, first);
+      rows_to_tile(rewards, first, tile.rewards);
+      rows_to_tile(values, first, tile.values);
+      lanes_by_position(wanted, first, tile.wanted);
+      recurse(tile, first, gamma, gamma_lambda, carry);
+      tile_to_rows(tile.rewards, wanted, first, advantages);
+      tile_to_rows(tile.values, wanted, first, returns);
       for (int64_t lane = 0; lane < lanes; ++lane) {
-        const int64_t stop = spans[lane].length - from_end, count = std::min(kTile, stop);
-        const int64_t flat = spans[lane].flat + stop - count;
-        for_lanes(count, [&](int64_t i, int64_t some) {
-          const int64_t at = kTile - count + i;
-          const Vec keep = load_lanes(wanted[lane] + at, some);
-          store_lanes(in.advantages + flat + i, load_lanes(rewards[lane] + at, some) & keep, some);
-          store_lanes(in.returns + flat + i, load_lanes(values[lane] + at, some) & keep, some);
-        });
+        if (counts[lane] == kTile) continue;
+        const int64_t count = counts[lane], flat = spans[lane].flat, at = kTile - count;
+        std::memcpy(in.advantages + flat, advantages[lane] + at, count * sizeof(float));
+        std::memcpy(in.returns + flat, returns[lane] + at, count * sizeof(float));
       }
     }
     for (int64_t lane = 0; in.moments && lane < lanes; ++lane) {

@@ -35,8 +35,7 @@ void policy_rows(const PolicyArguments& in, int64_t begin, int64_t end) {
   Scratch scratch[3];
   for (int64_t row = begin; row < end; ++row) {
     PolicySums sums{};
-    const float rounded = static_cast<float>(in.weights[row]);
-    const Vec weight(rounded), weight_lost(static_cast<float>(in.weights[row] - static_cast<double>(rounded)));
+    const Vec weight(static_cast<float>(in.weights[row])), weight_lost = lost_by_conversion<Vec>(in.weights[row]);
     const int64_t left = in.positions - row * in.length, length = left < in.length ? left : in.length;
     for (int64_t t = 0; t < length; t += kRowBlock) {
       const int64_t count = length - t < kRowBlock ? length - t : kRowBlock, flat = row * in.length + t;

@@ -263,6 +263,62 @@ inline Lanes lanes_of(const uint8_t* wanted, int64_t count = kLanes) {
 #endif
 }
 
+// The two halves of a vector in double precision.
+using Doubles = at::vec::Vectorized<double>;
+constexpr int64_t kHalf = kLanes / 2;
+static_assert(Doubles::size() == kHalf);
+
+struct WideVec {
+  Doubles half[2];
+};
+
+inline WideVec widened(const Vec& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return {{_mm512_cvtps_pd(_mm512_castps512_ps256(x)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1))}};
+#elif defined(CPU_CAPABILITY_AVX2)
+  return {{_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1))}};
+#else
+  float floats[kLanes];
+  double doubles[kLanes];
+  x.store(floats);
+  for (int64_t i = 0; i < kLanes; ++i) doubles[i] = floats[i];
+  return {{Doubles::loadu(doubles), Doubles::loadu(doubles + kHalf)}};
+#endif
+}
+
+inline Vec rounded(const WideVec& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(x.half[0])), _mm512_cvtpd_ps(x.half[1]), 1);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm256_cvtpd_ps(x.half[0])), _mm256_cvtpd_ps(x.half[1]), 1);
+#else
+  float floats[kLanes];
+  double doubles[kLanes];
+  x.half[0].store(doubles);
+  x.half[1].store(doubles + kHalf);
+  for (int64_t i = 0; i < kLanes; ++i) floats[i] = static_cast<float>(doubles[i]);
+  return Vec::loadu(floats);
+#endif
+}
+
+// Of one half, the lanes of `where` that belong to it.
+inline Doubles select(const Lanes& where, int half, const Doubles& yes, const Doubles& no) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_mask_mov_pd(no, static_cast<__mmask8>(where.bits >> (half * kHalf)), yes);
+#elif defined(CPU_CAPABILITY_AVX2)
+  const __m128i bits = _mm_castps_si128(half ? _mm256_extractf128_ps(where.bits, 1) : _mm256_castps256_ps128(where.bits));
+  return _mm256_blendv_pd(no, yes, _mm256_castsi256_pd(_mm256_cvtepi32_epi64(bits)));
+#else
+  float bits[kLanes];
+  double a[kHalf], b[kHalf];
+  where.bits.store(bits);
+  yes.store(a);
+  no.store(b);
+  for (int64_t i = 0; i < kHalf; ++i) b[i] = std::bit_cast<uint32_t>(bits[half * kHalf + i]) ? a[i] : b[i];
+  return Doubles::loadu(b);
+#endif
+}
+
 // Rows and columns of a square of lanes change places.
 inline void transpose(Vec (&rows)[kLanes]) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -328,6 +384,33 @@ inline void for_dtype(Dtype dtype, Function&& function) {
   }
 }
 
+// Of kLanes rows of bytes, the lanes whose byte is not 0, position by position.
+template <int64_t kCount>
+inline void lanes_by_position(const uint8_t* const (&rows)[kLanes], int64_t first, Lanes (&result)[kCount]) {
+#if defined(CPU_CAPABILITY_AVX512)
+  static_assert(kCount == 64);
+  uint16_t words[4][kLanes];
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    const __m512i bytes = _mm512_loadu_si512(rows[lane]);
+    const uint64_t bits = _mm512_test_epi8_mask(bytes, bytes);
+    for (int part = 0; part < 4; ++part) words[part][lane] = static_cast<uint16_t>(bits >> (16 * part));
+  }
+  for (int64_t part = first / kLanes; part < 4; ++part) {
+    const __m256i columns = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words[part]));
+    for (int i = 0; i < kLanes; ++i) {
+      result[part * kLanes + i] = {_mm256_test_epi16_mask(columns, _mm256_set1_epi16(static_cast<int16_t>(1 << i)))};
+    }
+  }
+#else
+  for (int64_t t = first / kLanes * kLanes; t < kCount; t += kLanes) {
+    Vec square[kLanes];
+    for (int64_t lane = 0; lane < kLanes; ++lane) square[lane] = lanes_of(rows[lane] + t).bits;
+    transpose(square);
+    for (int64_t i = 0; i < kLanes; ++i) result[t + i] = {square[i]};
+  }
+#endif
+}
+
 }  // namespace RLHF_ISA
 }  // namespace rlhf_kernels::cpu
 
@@ -368,6 +451,10 @@ inline Vectorized<float> power_of_two(const Vectorized<float>& x) { return rlhf_
 inline Vectorized<float> multiply_add(const Vectorized<float>& a, const Vectorized<float>& b,
                                       const Vectorized<float>& c) {
   return rlhf_kernels::cpu::fma(a, b, c);
+}
+inline Vectorized<double> multiply_add(const Vectorized<double>& a, const Vectorized<double>& b,
+                                       const Vectorized<double>& c) {
+  return fmadd(a, b, c);
 }
 inline Vectorized<float> lost_by_product(const Vectorized<float>& a, const Vectorized<float>& b,
                                          const Vectorized<float>& product) {

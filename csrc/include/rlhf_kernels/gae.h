@@ -7,14 +7,14 @@ namespace rlhf_kernels {
 
 // δ_t = r_t + γ·V_{t+1} − V_t, where t + 1 is the next unmasked position.
 template <class T>
-RLHF_HOST_DEVICE T gae_delta(T reward, T value, T next_value, double gamma) {
-  return (reward - value) + gamma * next_value;
+RLHF_HOST_DEVICE T gae_delta(T reward, T value, T next_value, T gamma) {
+  return multiply_add(gamma, next_value, reward - value);
 }
 
-// A_t = δ_t + γλ·A_{t+1}. A masked position, with δ = 0 and a decay of 1, hands on what it was given.
+// A_t = δ_t + γλ·A_{t+1}.
 template <class T>
-RLHF_HOST_DEVICE T gae_advantage(T delta, T decay, T after) {
-  return delta + decay * after;
+RLHF_HOST_DEVICE T gae_advantage(T delta, T gamma_lambda, T after) {
+  return multiply_add(gamma_lambda, after, delta);
 }
 
 // Count, mean and sum of squared distances to the mean; merged as in Chan, Golub and LeVeque 1979.

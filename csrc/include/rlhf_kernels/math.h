@@ -36,6 +36,16 @@ RLHF_HOST_DEVICE float nearest_integer(float x) { return rintf(x); }
 // x·2^n for an integral n, rounded once where the result is subnormal.
 RLHF_HOST_DEVICE float times_power_of_two(float x, float n) { return ldexpf(x, static_cast<int>(n)); }
 
+// What T, a float or a vector of them, does not hold of x.
+template <class T>
+RLHF_HOST_DEVICE T lost_by_conversion(double x) {
+  return T(static_cast<float>(x - static_cast<double>(static_cast<float>(x))));
+}
+template <>
+RLHF_HOST_DEVICE double lost_by_conversion<double>(double) {
+  return 0;
+}
+
 template <class T>
 struct Exponential {
   T value;     // e^x, within 0.6 ulp

@@ -33,11 +33,15 @@ RLHF_HOST_DEVICE PolicyTerm<T> policy_term(T logprob, T old_logprob, T advantage
   const T zero(0.0f), one(1.0f), gain = zero - advantage;
   const T raw = logprob - old_logprob;
   const auto power = exponential(at_most(raw, T(kLargestLogRatio)));
-  const T ratio = power.value, kept = at_most(at_least(ratio, T(clip.low)), T(clip.high));
-  const T unclipped = gain * ratio, clipped = gain * kept;
+  const T ratio = power.value;
+  // Of the two ends of the clip range only one can raise the loss: the low one for a gain above 0. What its rounding to T
+  // lost is kept too.
+  const T end = where_greater(gain, zero, T(clip.low), T(clip.high));
+  const T end_lost = where_greater(gain, zero, lost_by_conversion<T>(clip.low), lost_by_conversion<T>(clip.high));
+  const T unclipped = gain * ratio, clipped = gain * end;
   PolicyTerm<T> term;
   term.loss = at_least(unclipped, clipped);
-  term.loss_lost = where_greater(clipped, unclipped, lost_by_product(gain, kept, clipped),
+  term.loss_lost = where_greater(clipped, unclipped, multiply_add(gain, end_lost, lost_by_product(gain, end, clipped)),
                                  multiply_add(gain, power.lost, lost_by_product(gain, ratio, unclipped)));
   // The gain is weighted before the ratio comes in, which may be large: then the product overflows only if it must.
   const T share = gain * weight, share_lost = multiply_add(gain, weight_lost, lost_by_product(gain, weight, share));
