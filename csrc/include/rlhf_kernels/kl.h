@@ -7,6 +7,16 @@ namespace rlhf_kernels {
 
 enum class KlEstimator { k1, k2, k3, abs };
 
+// e^x − 1 − x with x = log π_ref − log π, and with what the difference lost, as long as both are numbers.
+template <class T>
+RLHF_HOST_DEVICE T k3_penalty(T logprob, T ref_logprob) {
+  const T x = ref_logprob - logprob;
+  const auto power = exponential(x);
+  return where_greater(T(88.0f), absolute(x),
+                       multiply_add(lost_by_difference(ref_logprob, logprob, x), power.value - T(1.0f), power.less_line),
+                       power.less_line);
+}
+
 template <class T>
 RLHF_HOST_DEVICE T kl_penalty(T logprob, T ref_logprob, KlEstimator estimator) {
   const T d = logprob - ref_logprob;
@@ -16,7 +26,7 @@ RLHF_HOST_DEVICE T kl_penalty(T logprob, T ref_logprob, KlEstimator estimator) {
     case KlEstimator::k2:
       return d * d * T(0.5f);
     case KlEstimator::k3:
-      return exponential(T(0.0f) - d).less_line;
+      return k3_penalty(logprob, ref_logprob);
     default:
       return absolute(d);
   }

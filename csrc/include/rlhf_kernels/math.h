@@ -36,6 +36,13 @@ RLHF_HOST_DEVICE float nearest_integer(float x) { return rintf(x); }
 // x·2^n for an integral n, rounded once where the result is subnormal.
 RLHF_HOST_DEVICE float times_power_of_two(float x, float n) { return ldexpf(x, static_cast<int>(n)); }
 
+// What rounding took from difference = a − b (Knuth's two-sum); no number where the difference is none.
+template <class T>
+RLHF_HOST_DEVICE T lost_by_difference(T a, T b, T difference) {
+  const T minus_b = difference - a;
+  return (a - (difference - minus_b)) - (b + minus_b);
+}
+
 // What T, a float or a vector of them, does not hold of x.
 template <class T>
 RLHF_HOST_DEVICE T lost_by_conversion(double x) {
