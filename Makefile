@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test test-gpu lint asan bench triton-report clean
+.PHONY: demo test test-gpu sanitize-gpu lint asan bench triton-report clean
 
 demo: $(VENV)/installed
 	$(BIN)/rlhf demo --seed $(SEED) --output_dir runs/demo --resume
@@ -17,6 +17,12 @@ test: $(VENV)/installed
 # The kernel tests on a GPU, for a torch that sees one.
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest tests/kernels -k triton
+
+# Every op under NVIDIA's sanitizers, which come with the CUDA toolkit.
+sanitize-gpu: $(VENV)/installed
+	for tool in memcheck racecheck initcheck synccheck; do \
+	  compute-sanitizer --error-exitcode 1 --tool $$tool \
+	    $(BIN)/python -m pytest tests/kernels/test_determinism.py -k "triton and runs" || exit 1; done
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

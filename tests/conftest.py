@@ -25,12 +25,22 @@ settings.register_profile(
 settings.load_profile("rlhf")
 
 
+def _on(name):
+    gpu = name in ("triton", "cuda") and torch.cuda.is_available()
+    with rlhf_kernels.use_backend(name), torch.device("cuda" if gpu else "cpu"):
+        yield name
+
+
 @pytest.fixture(params=rlhf_kernels.available_backends())
 def backend(request):
     """Runs a test once on every backend that this install has, on a GPU where the backend is one for GPUs."""
-    gpu = request.param in ("triton", "cuda") and torch.cuda.is_available()
-    with rlhf_kernels.use_backend(request.param), torch.device("cuda" if gpu else "cpu"):
-        yield request.param
+    yield from _on(request.param)
+
+
+@pytest.fixture(params=[name for name in rlhf_kernels.available_backends() if name != "reference"])
+def kernels(request):
+    """The same, for what the reference does not promise."""
+    yield from _on(request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -44,18 +44,38 @@ def span(sequence, boundaries, length, PACKED: tl.constexpr):
 
 
 @triton.jit
-def expm1_minus(x, exp_x):
-    """e^x − 1 − x given e^x: from its Taylor series where the difference would cancel."""
-    series = x * (1.0 / 39916800) + 1.0 / 3628800
-    series = series * x + 1.0 / 362880
-    series = series * x + 1.0 / 40320
-    series = series * x + 1.0 / 5040
-    series = series * x + 1.0 / 720
-    series = series * x + 1.0 / 120
-    series = series * x + 1.0 / 24
-    series = series * x + 1.0 / 6
-    series = series * x + 0.5
-    return tl.where(tl.abs(x) < 1.0, series * x * x, exp_x - 1.0 - x)
+def scaled_by_power(x, n):
+    """x·2^n for an integral n, in two factors that are normal numbers each."""
+    k = n.to(tl.int32)
+    half = k >> 1
+    first = ((half + 127) << 23).to(tl.float32, bitcast=True)
+    return x * first * ((k - half + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def exponential(x):
+    """e^x, what its rounding lost, and e^x − 1 − x without cancellation: as in csrc/include/rlhf_kernels/math.h.
+
+    ``tl.exp`` takes 2 to a rounded power, which loses a digit at 20 and would make the losses' errors larger than
+    those of the plain formula.
+    """
+    bounded = tl.where(x < -104.0, -104.0, tl.where(x > 89.0, 89.0, x))  # NaN stays
+    n = tl.floor(bounded * LOG2_E + 0.5)
+    high = bounded - n * 0.693359375  # exact: ln 2's first part has few digits
+    r = high + n * 2.12194440e-4
+    p = r * 1.9875691500e-4 + 1.3981999507e-3
+    p = p * r + 8.3334519073e-3
+    p = p * r + 4.1665795894e-2
+    p = p * r + 1.6666665459e-1
+    p = p * r + 5.0000001201e-1
+    r_lost = (high - r) + n * 2.12194440e-4
+    one_and_r = r + 1.0
+    rest = p * (r * r) + ((r - (one_and_r - 1.0)) + r_lost)
+    whole = one_and_r + rest
+    value = scaled_by_power(whole, n)
+    lost = scaled_by_power((one_and_r - whole) + rest, n)
+    less_line = tl.where(n == 0, p * (r * r), value - ((x + 1.0) - lost))
+    return value, lost, less_line
 
 
 @triton.jit
@@ -65,7 +85,11 @@ def kl_estimate(logprob, ref, ESTIMATOR: tl.constexpr):
     if ESTIMATOR == "k2":
         return d * d * 0.5
     elif ESTIMATOR == "k3":
-        return expm1_minus(-d, tl.exp(-d))
+        value, _, less_line = exponential(-d)
+        # With what the difference lost (Knuth's two-sum), as long as both are numbers.
+        minus_ref = d - logprob
+        lost = (logprob - (d - minus_ref)) - (ref + minus_ref)
+        return tl.where(tl.abs(d) < 88.0, less_line - lost * (value - 1.0), less_line)
     elif ESTIMATOR == "abs":
         return tl.abs(d)
     else:
@@ -79,8 +103,8 @@ def kl_slope(logprob, ref, ESTIMATOR: tl.constexpr):
     if ESTIMATOR == "k2":
         return d
     elif ESTIMATOR == "k3":
-        # 1 − e^(−d) without cancellation
-        return d - expm1_minus(-d, tl.exp(-d))
+        _, _, less_line = exponential(-d)
+        return d - less_line  # 1 − e^(−d) without cancellation
     elif ESTIMATOR == "abs":
         return tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d))
     else:

@@ -14,9 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_kernels.triton import configurations
-from rlhf_kernels.triton.common import LN_2, LOG2_E, blocks
+from rlhf_kernels.triton.common import LN_2, LOG2_E, blocks, exponential
 from rlhf_kernels.triton.log_prob import finish_rows, gradient_block, reduce_block, write_gradient
-from rlhf_kernels.triton.ppo_loss import policy_results, policy_term, row_weights
+from rlhf_kernels.triton.ppo_loss import clip_ends, policy_results, policy_term, row_weights
 
 # Part of the result's definition: the columns whose sums are taken in one go.
 CHUNK = 4096
@@ -26,9 +26,9 @@ WORKSPACE_BYTES = 224 << 20
 @triton.jit
 def capped(logits, softcap):
     """softcap·tanh(logits/softcap), from an exponential that does not overflow."""
-    y = tl.abs(logits) / softcap
-    small = tl.exp(-2.0 * y)
-    tanh = tl.where(y < 0.02, y * (1.0 - y * y * (1.0 / 3)), (1.0 - small) / (1.0 + small))
+    y = tl.div_rn(tl.abs(logits), logits * 0.0 + softcap)
+    small, _, _ = exponential(-2.0 * y)
+    tanh = tl.where(y < 0.02, y * (1.0 - y * y * (1.0 / 3)), tl.div_rn(1.0 - small, 1.0 + small))
     return tl.where(logits < 0, -softcap, softcap) * tanh
 
 
@@ -76,21 +76,40 @@ def _tile_sums(
     tl.store(chosen + row, mine, mask=counts & here)
 
 
+def may_wait(tensor: Tensor) -> bool:
+    """Whether the host may wait for a value: not while a CUDA graph is captured."""
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 class Rows:
-    """The rows that count, side by side, and the operands as the kernels read them."""
+    """The rows that count, side by side, and the operands as the kernels read them.
+
+    How many count is known only after waiting for the GPU. Where that is forbidden all rows are kept, and those that
+    don't count are 0 and give nothing.
+    """
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, index: Tensor, wanted: Tensor, bias: Tensor | None, temperature: float,
         softcap: float | None,
     ):  # fmt: skip
         self.count = hidden.shape[0]
-        self.kept = wanted.reshape(-1).nonzero().squeeze(1)
-        self.all = self.kept.numel() == self.count
-        self.hidden = (hidden if self.all else hidden[self.kept]).contiguous()
+        self.wanted = wanted.reshape(-1)
+        if may_wait(hidden):
+            self.kept = self.wanted.nonzero().squeeze(1)
+            self.all = self.kept.numel() == self.count
+            self.hidden = (hidden if self.all else hidden[self.kept]).contiguous()
+            self.wanted = self.take(self.wanted)
+        else:
+            self.all = True
+            self.hidden = torch.where(self.wanted[:, None], hidden, 0)
         self.weight = weight if weight.stride(-1) == 1 else weight.contiguous()
         self.index = self.take(index)
         self.bias = None if bias is None else bias.contiguous()
         self.temperature, self.softcap = temperature, softcap
+
+    def share(self) -> Tensor:
+        """One over the number of rows that count, float64."""
+        return self.wanted.sum().clamp(min=1).double().reciprocal()
 
     def __len__(self) -> int:
         return self.hidden.shape[0]
@@ -147,9 +166,8 @@ def linear_selective_log_softmax(
             BLOCK_N=shape.columns, BLOCK_K=shape.depth, BIAS=bias is not None, SOFTCAP=softcap is not None,
             ENTROPY=with_entropy, WIDEN=shape.widen, num_warps=shape.warps, num_stages=shape.stages,
         )  # fmt: skip
-        everything = torch.ones(count, dtype=torch.bool, device=hidden.device)
         finish_rows(
-            chosen, rows.index, everything, sums, (logprobs, entropies, maxima, log_sums), (0, 0, 1, vocabulary),
+            chosen, rows.index, rows.wanted, sums, (logprobs, entropies, maxima, log_sums), (0, 0, 1, vocabulary),
             chunks, temperature, gather=False,
         )  # fmt: skip
     entropies = rows.scatter(entropies) if with_entropy else entropies
@@ -167,7 +185,6 @@ def linear_selective_log_softmax_backward(
     maxima, log_sums, grad_logprobs = (rows.take(x) for x in (maxima, log_sums, grad_logprobs))
     entropies = rows.take(entropies) if grad_entropies is not None else entropies
     grad_entropies = None if grad_entropies is None else rows.take(grad_entropies)
-    everything = torch.ones(count, dtype=torch.bool, device=hidden.device)
     gradients = Gradients(rows, needs_hidden, needs_weight)
     tokens = max(256, WORKSPACE_BYTES // (6 * max(1, count)) // 256 * 256)
     for first in range(0, vocabulary if count else 0, tokens):
@@ -177,7 +194,7 @@ def linear_selective_log_softmax_backward(
         slopes = logits if hidden.dtype == torch.float32 else torch.empty_like(logits, dtype=hidden.dtype)
         kept = logits.clone() if softcap is not None and slopes is logits else logits
         write_gradient(
-            kept[None], slopes[None], rows.index, everything, temperature, entropies, maxima, log_sums, grad_logprobs,
+            kept[None], slopes[None], rows.index, rows.wanted, temperature, entropies, maxima, log_sums, grad_logprobs,
             grad_entropies, vocabulary, first,
         )  # fmt: skip
         if softcap is not None:
@@ -222,9 +239,9 @@ class Gradients:
 
 @triton.jit
 def _row_losses(
-    logits, slopes, index, weights, old_logprobs, advantages, losses, statistics, stride, slope_stride, vocabulary,
-    scale, inverse_temperature, softcap, low, high, dual, BLOCK: tl.constexpr, POLICY: tl.constexpr, DUAL: tl.constexpr,
-    SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr,
+    logits, slopes, index, wanted, weights, old_logprobs, advantages, losses, statistics, stride, slope_stride,
+    vocabulary, scale, inverse_temperature, softcap, low, low_lost, high, high_lost, dual, BLOCK: tl.constexpr,
+    POLICY: tl.constexpr, DUAL: tl.constexpr, SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """A row's loss from its logits, then their gradient, in place of them or in half precision: read twice, the second
     time from the cache.
@@ -240,34 +257,36 @@ def _row_losses(
         top, total, weighted = reduce_block(x, top, total, weighted, scale, 0, POLICY)
     token = tl.load(index + row)
     valid = (token >= 0) & (token < vocabulary)
-    weight = tl.load(weights + row)
+    counts = tl.load(wanted + row) != 0
+    weight = tl.where(counts, tl.load(weights + row), 0.0)
     log_sum = tl.log(total.to(tl.float64))
     chosen = tl.load(line + tl.where(valid, token, 0))
-    logprob = ((chosen.to(tl.float64) - top) * inverse_temperature - log_sum).to(tl.float32)
-    logprob = tl.where(valid, logprob, float("nan"))
-    coefficient = -weight
+    logprob = (chosen.to(tl.float64) - top) * inverse_temperature - log_sum
+    logprob = tl.where(valid, logprob, tl.where(counts, float("nan"), 0.0))
+    coefficient = (-weight).to(tl.float32)
     loss = -logprob
     if POLICY:
-        loss, coefficient, ratio, deviation, kl, clipped = policy_term(
-            logprob, tl.load(old_logprobs + row), tl.load(advantages + row), low, high, dual, DUAL
+        old = tl.load(old_logprobs + row).to(tl.float64)
+        loss, slope, ratio, deviation, kl, clipped = policy_term(
+            logprob, old, tl.load(advantages + row), low, low_lost, high, high_lost, dual, DUAL
         )
-        coefficient = coefficient * weight
+        coefficient = (slope * weight).to(tl.float32)
         entropy = (log_sum - weighted.to(tl.float64) * LN_2 / total).to(tl.float32)
         to = statistics + row * 5
-        tl.store(to, ratio)
-        tl.store(to + 1, deviation)
-        tl.store(to + 2, kl)
-        tl.store(to + 3, clipped)
-        tl.store(to + 4, tl.where(valid, entropy, float("nan")))
-    tl.store(losses + row, loss * weight)
+        tl.store(to, tl.where(counts, ratio, 0.0))
+        tl.store(to + 1, tl.where(counts, deviation, 0.0))
+        tl.store(to + 2, tl.where(counts, kl, 0.0))
+        tl.store(to + 3, tl.where(counts, clipped, 0.0))
+        tl.store(to + 4, tl.where(counts, tl.where(valid, entropy, float("nan")), 0.0))
+    tl.store(losses + row, tl.where(counts, loss * weight, 0.0))
     if GRADIENT:
-        coefficient = tl.where(valid, coefficient, 0.0)
+        coefficient = tl.where(valid & counts, coefficient, 0.0)
         for start in range(0, vocabulary, BLOCK):
             at = start + tl.arange(0, BLOCK)
             here = at < vocabulary
             x = tl.load(line + at, mask=here, other=float("-inf"))
             g = gradient_block(
-                x, at, token, top, log_sum.to(tl.float32), 0.0, coefficient, 0.0, inverse_temperature, False
+                x, start, token, top, log_sum.to(tl.float32), 0.0, coefficient, 0.0, inverse_temperature, BLOCK, False
             )
             if SOFTCAP:
                 y = x / softcap
@@ -276,15 +295,15 @@ def _row_losses(
 
 
 def _losses(
-    rows: Rows, weights: Tensor, policy: tuple[Tensor, Tensor, float, float, float | None] | None, needs_hidden: bool,
-    needs_weight: bool,
+    rows: Rows, weights: Tensor, policy: tuple[Tensor, Tensor, tuple[float, ...], float | None] | None,
+    needs_hidden: bool, needs_weight: bool,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """Rows' losses, statistics and the gradients of their sum, chunk by chunk of rows."""
     count, vocabulary = len(rows), rows.weight.shape[0]
     device = rows.hidden.device
-    losses = torch.empty(count, device=device)
+    losses = torch.empty(count, dtype=torch.float64, device=device)
     statistics = torch.empty(count, 5 if policy else 0, device=device)
-    old, advantages, low, high, dual = policy or (losses, losses, 0.0, 0.0, None)
+    old, advantages, ends, dual = policy or (losses, losses, (0.0,) * 4, None)
     gradients = Gradients(rows, needs_hidden, needs_weight)
     with_gradient = needs_hidden or needs_weight
     size = max(16, WORKSPACE_BYTES // (6 * vocabulary))
@@ -295,11 +314,11 @@ def _losses(
         if with_gradient and rows.hidden.dtype != torch.float32:
             slopes = torch.empty_like(logits, dtype=rows.hidden.dtype)
         _row_losses[(logits.shape[0],)](
-            logits, slopes, rows.index[part], weights[part], old[part], advantages[part], losses[part],
-            statistics[part], logits.stride(0), slopes.stride(0), vocabulary, LOG2_E.value / rows.temperature,
-            1.0 / rows.temperature, rows.softcap or 1.0, low, high, dual or 0.0, BLOCK=blocks(vocabulary, 4096),
-            POLICY=policy is not None, DUAL=dual is not None, SOFTCAP=rows.softcap is not None,
-            GRADIENT=with_gradient, num_warps=8,
+            logits, slopes, rows.index[part], rows.wanted[part], weights[part], old[part], advantages[part],
+            losses[part], statistics[part], logits.stride(0), slopes.stride(0), vocabulary,
+            LOG2_E.value / rows.temperature, 1.0 / rows.temperature, rows.softcap or 1.0, *ends, dual or 0.0,
+            BLOCK=blocks(vocabulary, 4096), POLICY=policy is not None, DUAL=dual is not None,
+            SOFTCAP=rows.softcap is not None, GRADIENT=with_gradient, num_warps=8,
         )  # fmt: skip
         if with_gradient:
             gradients.add(slopes, part, slice(None))
@@ -312,10 +331,10 @@ def linear_cross_entropy(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss, and the gradients of hidden, weight and bias."""
     rows = Rows(hidden, weight, labels, wanted, bias, temperature, softcap)
-    share = 1.0 / max(1, len(rows)) if mean else 1.0
-    weights = torch.full((len(rows),), share, device=hidden.device)
+    share = rows.share() if mean else torch.ones((), dtype=torch.float64, device=hidden.device)
+    weights = share.repeat(len(rows))
     losses, _, gradients = _losses(rows, weights, None, needs_hidden, needs_weight)
-    return losses.sum(dtype=torch.float64).float(), *gradients
+    return losses.sum().float(), *gradients
 
 
 def linear_ppo_policy_loss(
@@ -327,8 +346,8 @@ def linear_ppo_policy_loss(
     rows = Rows(hidden, weight, index, wanted, bias, temperature, softcap)
     weights = rows.take(row_weights(wanted, reduction))
     policy = (
-        rows.take(old_logprobs).float(), rows.take(advantages).float(), 1.0 - clip_low, 1.0 + clip_high, dual_clip
+        rows.take(old_logprobs).float(), rows.take(advantages).float(), clip_ends(clip_low, clip_high), dual_clip
     )  # fmt: skip
     losses, statistics, gradients = _losses(rows, weights, policy, needs_hidden, needs_weight)
-    loss, values = policy_results(losses, statistics)
+    loss, values = policy_results(losses, statistics, rows.share())
     return loss, values, *gradients

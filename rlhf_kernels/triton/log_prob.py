@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_kernels.triton.common import LN_2, LOG2_E, blocks, expm1_minus, rows_of
+from rlhf_kernels.triton.common import LN_2, LOG2_E, blocks, rows_of
 
 # Part of the result's definition: never tuned.
 CHUNK = 16384
@@ -143,22 +143,30 @@ def finish_rows(
 
 
 @triton.jit
-def gradient_block(x, at, token, top, log_sum, entropy, go, gh, inverse_temperature, ENTROPY: tl.constexpr):
-    """d(go·log p_token + gh·H) / d logit of a block of logits: −p·(go + gh·(log p + H))/τ, and go/τ for the token."""
+def gradient_block(
+    x, begin, token, top, log_sum, entropy, go, gh, inverse_temperature, BLOCK: tl.constexpr, ENTROPY: tl.constexpr
+):
+    """d(go·log p_token + gh·H) / d logit from token ``begin`` on: −p·(go + gh·(log p + H))/τ, plus go/τ for the token.
+
+    That of the token is worked out apart, in float64: 1 − p would cancel where p is near 1.
+    """
     log2_p = (x - top) * (inverse_temperature * LOG2_E) - log_sum * LOG2_E
     # A banned token's −inf would make 0·inf of the slope; 2^−150 rounds to 0.
     log2_p = tl.where(log2_p < -150.0, -150.0, log2_p)
-    p = tl.exp2(log2_p)
     inner = go
     if ENTROPY:
         inner = go + gh * (log2_p * LN_2 + entropy)
-    others = -p * inner * inverse_temperature
-    # 1 − p would cancel where p is near 1.
-    log_p = log2_p * LN_2
-    mine = -go * tl.where(log_p > -1.0, log_p + expm1_minus(log_p, p), p - 1.0)
-    if ENTROPY:
-        mine = mine - p * gh * (log2_p * LN_2 + entropy)
-    return tl.where(at == token, mine * inverse_temperature, others)
+    result = -tl.exp2(log2_p) * inner * inverse_temperature
+    if (token >= begin) & (token < begin + BLOCK):
+        at = begin + tl.arange(0, BLOCK)
+        chosen = tl.sum(tl.where(at == token, x, 0.0), 0).to(tl.float64)
+        log_p = (chosen - top) * inverse_temperature - log_sum
+        p = tl.exp(log_p)
+        mine = go * (1.0 - p)
+        if ENTROPY:
+            mine -= tl.where(p == 0, 0.0, p * gh * (log_p + entropy))
+        result = tl.where(at == token, (mine * inverse_temperature).to(tl.float32), result)
+    return result
 
 
 @triton.jit
@@ -185,7 +193,9 @@ def _gradient(
             gh = tl.load(grad_entropies + row)
             entropy = tl.load(entropies + row)
         token = tl.load(index + row) - first
-        g = gradient_block(x, at, token, top, log_sum, entropy, go, gh, inverse_temperature, ENTROPY)
+        g = gradient_block(
+            x, tl.program_id(1) * BLOCK, token, top, log_sum, entropy, go, gh, inverse_temperature, BLOCK, ENTROPY
+        )
         tl.store(to, g.to(gradient.dtype.element_ty), mask=here)
     else:
         tl.store(to, tl.zeros([BLOCK], gradient.dtype.element_ty), mask=here)

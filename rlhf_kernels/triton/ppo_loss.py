@@ -4,12 +4,14 @@ that only the whole mask gives; a second one puts the sums together, in one orde
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_kernels.triton.common import blocks, expm1_minus
+from rlhf_kernels.triton.common import blocks, exponential
 
 BLOCK = 1024
 # What a block's sums are, after the number of positions that count and the loss: ratio, largest deviation, KL, clipped.
@@ -19,23 +21,33 @@ LARGEST_LOG_RATIO = tl.constexpr(88.0)  # e^88 is the largest power that is fini
 
 
 @triton.jit
-def policy_term(logprob, old_logprob, advantage, low, high, dual, DUAL: tl.constexpr):
-    """Loss, its derivative in ``logprob``, ratio, |ratio − 1|, (ratio − 1) − log ratio, and 1 where clipping counts."""
-    raw = logprob - old_logprob
+def policy_term(logprob, old_logprob, advantage, low, low_lost, high, high_lost, dual, DUAL: tl.constexpr):
+    """Loss, its derivative in ``logprob``, ratio, |ratio − 1|, (ratio − 1) − log ratio, and 1 where clipping counts.
+
+    ``logprob`` and ``old_logprob`` are float64, and so are the first two results: few operations, which hide behind the
+    reads. The exponential is float32 with what it lost.
+    """
+    exact = logprob - old_logprob
+    raw = exact.to(tl.float32)
     log_ratio = tl.where(raw > LARGEST_LOG_RATIO, LARGEST_LOG_RATIO, raw)
-    ratio = tl.exp(log_ratio)
-    kept = tl.where(ratio < low, low, tl.where(ratio > high, high, ratio))
-    unclipped = -advantage * ratio
-    clipped = -advantage * kept
+    ratio, lost, kl = exponential(log_ratio)
+    raw_lost = tl.where(tl.abs(raw) < LARGEST_LOG_RATIO, (exact - raw).to(tl.float32), 0.0)
+    precise = ratio.to(tl.float64) + (lost + ratio * raw_lost)
+    kl += raw_lost * (ratio - 1.0)
+    gain = -advantage.to(tl.float64)
+    # Of the two ends of the clip range only one can raise the loss: the low one for a gain above 0.
+    end = tl.where(gain > 0, tl.cast(low, tl.float64) + low_lost, tl.cast(high, tl.float64) + high_lost)
+    unclipped = gain * precise
+    clipped = gain * end
     cut = clipped > unclipped
     loss = tl.where(cut, clipped, unclipped)
     gradient = tl.where(cut | (raw > LARGEST_LOG_RATIO), 0.0, unclipped)
     if DUAL:
-        limit = -dual * advantage
-        over = (advantage < 0) & (loss > limit)
+        limit = dual * gain
+        over = (gain > 0) & (loss > limit)
         loss = tl.where(over, limit, loss)
         gradient = tl.where(over, 0.0, gradient)
-    return loss, gradient, ratio, tl.abs(ratio - 1.0), expm1_minus(log_ratio, ratio), cut.to(tl.float32)
+    return loss, gradient, ratio, tl.abs(ratio - 1.0), kl, cut.to(tl.float32)
 
 
 @triton.jit
@@ -60,8 +72,8 @@ def value_term(value, old_value, target, clip_range, CLIP: tl.constexpr):
 
 @triton.jit
 def _terms(
-    first, second, third, wanted, gradient, sums, size, length, per_row, low, high, extra, POLICY: tl.constexpr,
-    OPTION: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    first, second, third, wanted, gradient, sums, size, length, per_row, low, low_lost, high, high_lost, extra,
+    POLICY: tl.constexpr, OPTION: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
@@ -75,7 +87,9 @@ def _terms(
     to = sums + (row * per_row + block) * 6
     if POLICY:
         # A masked position has advantage 0 and ratio 1: only the ratio must be kept out of the sums.
-        loss, slope, ratio, deviation, kl, clipped = policy_term(x, y, z, low, high, extra, OPTION)
+        loss, slope, ratio, deviation, kl, clipped = policy_term(
+            x.to(tl.float64), y.to(tl.float64), z, low, low_lost, high, high_lost, extra, OPTION
+        )
         tl.store(to + 2, tl.sum(tl.where(counts, ratio, 0.0), 0))
         tl.store(to + 3, tl.max(deviation, 0))
         tl.store(to + 4, tl.sum(kl, 0))
@@ -87,9 +101,9 @@ def _terms(
         tl.store(to + 4, tl.sum(clipped, 0))
         tl.store(to + 5, 0.0)
     tl.store(to, tl.sum(counts.to(tl.float32), 0))
-    tl.store(to + 1, tl.sum(loss, 0))
+    tl.store(to + 1, tl.sum(loss.to(tl.float64), 0))
     if GRADIENT:
-        tl.store(gradient + at, slope, mask=here)
+        tl.store(gradient + at, slope.to(tl.float32), mask=here)
 
 
 @triton.jit
@@ -154,7 +168,8 @@ def _finish(
         t = block * BLOCK + tl.arange(0, BLOCK)
         at = row * length + t
         here = (t < length) & (at < size)
-        tl.store(gradient + at, tl.load(gradient + at, mask=here, other=0.0) * weight.to(tl.float32), mask=here)
+        slope = tl.load(gradient + at, mask=here, other=0.0).to(tl.float64)
+        tl.store(gradient + at, (slope * weight).to(tl.float32), mask=here)
 
 
 def ppo_policy_loss(
@@ -163,7 +178,7 @@ def ppo_policy_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, statistics, and the gradient of ``logprobs`` (empty if not asked for)."""
     inputs = (logprobs, old_logprobs, advantages, wanted)
-    options = (1.0 - clip_low, 1.0 + clip_high, dual_clip or 0.0)
+    options = (*clip_ends(clip_low, clip_high), dual_clip or 0.0)
     return _run(inputs, options, dual_clip is not None, reduction, with_gradient, policy=True)
 
 
@@ -173,12 +188,12 @@ def ppo_value_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, statistics, and the gradient of ``values`` (empty if not asked for)."""
     inputs = (values, old_values, returns, wanted)
-    options = (0.0, 0.0, clip_range or 0.0)
+    options = (0.0, 0.0, 0.0, 0.0, clip_range or 0.0)
     return _run(inputs, options, clip_range is not None, reduction, with_gradient, policy=False)
 
 
 def _run(
-    inputs: tuple[Tensor, ...], options: tuple[float, float, float], option: bool, reduction: str, with_gradient: bool,
+    inputs: tuple[Tensor, ...], options: tuple[float, ...], option: bool, reduction: str, with_gradient: bool,
     *, policy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     first = inputs[0]
@@ -196,7 +211,7 @@ def _run(
         rows, length = first.shape
         block = blocks(length, BLOCK)
         per_row = triton.cdiv(length, block)
-    sums = torch.empty(rows * per_row * 6, device=device)
+    sums = torch.empty(rows * per_row * 6, dtype=torch.float64, device=device)
     _terms[(rows, per_row)](
         *(x.contiguous() for x in inputs), gradient, sums, size, length, per_row, *options, POLICY=policy,
         OPTION=option, GRADIENT=with_gradient, BLOCK=block,
@@ -209,21 +224,30 @@ def _run(
     return loss, statistics, gradient
 
 
+def clip_ends(clip_low: float, clip_high: float) -> tuple[float, float, float, float]:
+    """1 − ε and 1 + ε_high, each as a float32, which is what a kernel is given, and what that lacks."""
+    ends = []
+    for end in (1.0 - clip_low, 1.0 + clip_high):
+        rounded = ctypes.c_float(end).value
+        ends += [rounded, end - rounded]
+    return ends[0], ends[1], ends[2], ends[3]
+
+
 def row_weights(wanted: Tensor, reduction: str) -> Tensor:
-    """How a reduction weighs each position, from the mask alone; float32, of the mask's shape."""
+    """How a reduction weighs each position, from the mask alone; float64, of the mask's shape."""
     if reduction == "token-mean":
-        return (1.0 / wanted.sum().clamp(min=1)).to(torch.float32).expand(wanted.shape)
+        return wanted.sum().clamp(min=1).double().reciprocal().expand(wanted.shape)
     counts = wanted.sum(1)
-    weights = 1.0 / (counts > 0).sum().clamp(min=1)
+    weights = (counts > 0).sum().clamp(min=1).double().reciprocal()
     rows = weights / counts.clamp(min=1) if reduction == "seq-mean-token-mean" else weights.expand(counts.shape)
-    return rows.to(torch.float32)[:, None].expand(wanted.shape)
+    return rows[:, None].expand(wanted.shape)
 
 
-def policy_results(losses: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss and its statistics from rows' weighted losses and (rows, 5) terms."""
-    loss = losses.sum(dtype=torch.float64).float()
+def policy_results(losses: Tensor, statistics: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss and its statistics from rows' weighted losses (float64), their terms, and one over how many count."""
+    loss = losses.sum().float()
     if not len(losses):
         return loss, statistics.new_zeros(5)
-    values = statistics.mean(0, dtype=torch.float64)
+    values = statistics.sum(0, dtype=torch.float64) * share
     values[1] = statistics[:, 1].amax()
     return loss, values.float()

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_kernels.triton.common import blocks, span
+from rlhf_kernels.triton.common import blocks, exponential, span
 
 TILE = 32
 BLOCK = 1024
@@ -47,9 +47,9 @@ def _prompts(
             difference = score_i[:, None] - score_j[None, :]
             # Of the pair in its own order: the winner's score less the loser's.
             x = tl.where(worse, -difference, difference) - margin
-            small = tl.exp(-tl.abs(x))
+            small, _, _ = exponential(-tl.abs(x))
             # log(1 + u) as 2·artanh(u/(2 + u)), which keeps the digits of a small u.
-            s = small / (small + 2.0)
+            s = tl.div_rn(small, small + 2.0)
             square = s * s
             series = square * 0.1408732831478119 + 0.1398070901632309
             series = series * square + 0.20012426376342773
@@ -64,7 +64,7 @@ def _prompts(
             right += tl.sum(tl.sum(tl.where(better, order, 0.0).to(tl.float64), 1), 0)
             if GRADIENT:
                 # σ(−x), from the exponential that does not overflow.
-                sigmoid = tl.where(x < 0, 1.0, small) / (1.0 + small)
+                sigmoid = tl.div_rn(tl.where(x < 0, 1.0, small), 1.0 + small)
                 sigmoid = tl.where(x == x, sigmoid, x)
                 slopes += tl.sum((tl.where(worse, sigmoid, 0.0) - tl.where(better, sigmoid, 0.0)).to(tl.float64), 1)
         if GRADIENT:

@@ -8,11 +8,12 @@ from calls import Call
 
 import rlhf_kernels as k
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 
 def errors(call: Call):
     """The largest absolute error of each result: ours, then the formula's; and the size of the result."""
-    with k.use_backend("cpu"):
-        ours = call.run()
+    ours = call.run()
     floats = {n: x.float() if x.is_floating_point() else x for n, x in call.tensors.items()}
     doubles = {n: x.double() if x.is_floating_point() else x for n, x in call.tensors.items()}
     with k.use_backend("reference"):
@@ -26,8 +27,6 @@ def errors(call: Call):
 
 def hold(call: Call, outputs: int):
     """Of the first ``outputs`` results; gradients in half precision are rounded, as the formula's would be."""
-    if "cpu" not in k.available_backends():
-        pytest.skip("no native kernels in this install")
     for ours, formula, size in list(errors(call))[:outputs]:
         # A unit in the last place of the largest value: below that, which of two roundings is nearer is luck.
         assert ours <= max(formula, size * 2**-23)

@@ -15,12 +15,7 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def native():
-    if "cpu" not in k.available_backends():
-        pytest.skip("no native kernels in this install")
-    with k.use_backend("cpu"):
-        yield
+pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def same(got, want):
@@ -31,7 +26,7 @@ def same(got, want):
 
 @pytest.mark.parametrize("dtype", oracles.DTYPES)
 @pytest.mark.parametrize("name", NAMES)
-def test_runs_and_thread_counts(native, threads, name, dtype):
+def test_runs_and_thread_counts(threads, name, dtype):
     call = calls(23, 67, dtype)[name]
     threads(1)
     want = call.run()
@@ -42,7 +37,7 @@ def test_runs_and_thread_counts(native, threads, name, dtype):
 
 @pytest.mark.parametrize("dtype", oracles.DTYPES)
 @pytest.mark.parametrize(("depth", "vocabulary"), [(37, 301), (600, 1111)])
-def test_a_row_of_linear_log_probs_is_the_same_alone_in_8_and_in_512(native, threads, dtype, depth, vocabulary):
+def test_a_row_of_linear_log_probs_is_the_same_alone_in_8_and_in_512(threads, dtype, depth, vocabulary):
     hidden, weight = torch.randn(512, depth).to(dtype), (torch.randn(vocabulary, depth) / depth**0.5).to(dtype)
     index = torch.randint(0, vocabulary, (512,))
     whole = k.linear_selective_log_softmax_and_entropy(hidden, weight, index)
@@ -58,7 +53,7 @@ def test_a_row_of_linear_log_probs_is_the_same_alone_in_8_and_in_512(native, thr
 
 
 @pytest.mark.parametrize("dtype", oracles.DTYPES)
-def test_a_row_of_log_probs_and_its_gradient_are_the_same_alone(native, threads, dtype):
+def test_a_row_of_log_probs_and_its_gradient_are_the_same_alone(threads, dtype):
     logits, index = torch.randn(40, 5003).to(dtype).requires_grad_(), torch.randint(0, 5003, (40,))
     whole = k.selective_log_softmax_and_entropy(logits, index)
     (gradient,) = torch.autograd.grad(whole[0].sum() + whole[1].sum(), logits)
@@ -70,7 +65,7 @@ def test_a_row_of_log_probs_and_its_gradient_are_the_same_alone(native, threads,
         same(torch.autograd.grad(part[0].sum() + part[1].sum(), alone), [gradient[row : row + 1]])
 
 
-def test_the_rows_of_small_ops_are_the_same_alone(native):
+def test_the_rows_of_small_ops_are_the_same_alone():
     for name in ("kl_penalty", "kl_shaped_rewards", "masked_gae", "ppo_advantages"):
         call = calls(9, 1500)[name]
         call = call._replace(options=call.options | ({"whiten": False} if "gae" in name or "adv" in name else {}))
