@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -740,6 +741,14 @@ std::tuple<Tensor, Tensor> advantages_of(const Tensor& like, cpu::GaeArguments i
   Tensor advantages = empty(sizes(like), ScalarType::Float), returns = empty(sizes(like), ScalarType::Float);
   in.advantages = mutable_data<float>(advantages);
   in.returns = mutable_data<float>(returns);
+  // Sequences of like lengths side by side: a group of them takes as long as its longest.
+  std::vector<int64_t> order(in.sequences.boundaries ? in.sequences.count : 0);
+  std::iota(order.begin(), order.end(), int64_t{0});
+  const auto length_of = [&](int64_t b) { return in.sequences.boundaries[b + 1] - in.sequences.boundaries[b]; };
+  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+    return length_of(a) != length_of(b) ? length_of(a) > length_of(b) : a < b;
+  });
+  if (!order.empty()) in.sequences.order = order.data();
   std::vector<Moments> moments(whiten ? in.sequences.count : 0);
   in.moments = whiten ? moments.data() : nullptr;
   const int64_t length = in.sequences.count ? like.numel() / in.sequences.count : 0;

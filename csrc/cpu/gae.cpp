@@ -142,13 +142,14 @@ void gae(const GaeArguments& in, const KlShaping* shaping, int64_t begin, int64_
     const int64_t first_sequence = group * kLanes;
     const int64_t lanes = std::min(kLanes, in.sequences.count - first_sequence);
     Span spans[kLanes];
-    int64_t scored[kLanes], longest = 0;
+    int64_t sequences[kLanes], scored[kLanes], longest = 0;
     float bootstraps[kLanes] = {};
     for (int64_t lane = 0; lane < lanes; ++lane) {
-      const Span& span = spans[lane] = span_of(in.sequences, first_sequence + lane);
+      sequences[lane] = in.sequences.at(first_sequence + lane);
+      const Span& span = spans[lane] = span_of(in.sequences, sequences[lane]);
       scored[lane] = shaping ? last_wanted(in.wanted + span.flat, span.length) : -1;
       longest = std::max(longest, span.length);
-      if (in.bootstrap) bootstraps[lane] = in.bootstrap[first_sequence + lane];
+      if (in.bootstrap) bootstraps[lane] = in.bootstrap[sequences[lane]];
     }
     Carry carry{widened(Vec(0.0f)), widened(load_lanes(bootstraps))};
     for (int64_t from_end = 0; from_end < longest; from_end += kTile) {
@@ -173,7 +174,7 @@ void gae(const GaeArguments& in, const KlShaping* shaping, int64_t begin, int64_
         const float* own_rewards;
         if (shaping) {
           const int64_t last = scored[lane] >= start && scored[lane] < stop ? scored[lane] - start : -1;
-          shape_block(*shaping, span, in.wanted, start, count, last, first_sequence + lane, work->scratch);
+          shape_block(*shaping, span, in.wanted, start, count, last, sequences[lane], work->scratch);
           own_rewards = shaping->rewards + flat;
         } else {
           own_rewards = read(in.rewards, span.row, span.column + start, count, work->scratch[0]);
@@ -205,7 +206,7 @@ void gae(const GaeArguments& in, const KlShaping* shaping, int64_t begin, int64_
       }
     }
     for (int64_t lane = 0; in.moments && lane < lanes; ++lane) {
-      Moments& moments = in.moments[first_sequence + lane] = {};
+      Moments& moments = in.moments[sequences[lane]] = {};
       for (int64_t t = 0; t < spans[lane].length; t += kRowBlock) {
         const int64_t flat = spans[lane].flat + t;
         merge(moments, moments_of(in.advantages + flat, in.wanted + flat, std::min(kRowBlock, spans[lane].length - t)));

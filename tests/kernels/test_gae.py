@@ -208,3 +208,21 @@ def test_errors_name_the_argument(backend, arguments, error, message):
     } | arguments
     with pytest.raises(error, match=message):
         masked_gae(**call)
+
+
+def test_packed_sequences_of_very_unequal_lengths_are_what_they_are_alone(kernels):
+    """More of them than share a vector, in no order of their lengths."""
+    lengths = [1, 300, 0, 7, 64, 65, 2, 128, 1, 900, 3, 0, 16] * 3
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    rewards, values = torch.randn(2, sum(lengths))
+    bootstrap = torch.randn(len(lengths))
+    mask = torch.rand(sum(lengths)) < 0.8
+    together = masked_gae(rewards, values, mask, gamma=0.9, bootstrap=bootstrap, cu_seqlens=cu_seqlens)
+    for b, (begin, end) in enumerate(zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)):
+        some = slice(begin, end)
+        one = torch.tensor([0, end - begin])
+        alone = masked_gae(
+            rewards[some], values[some], mask[some], gamma=0.9, bootstrap=bootstrap[b : b + 1], cu_seqlens=one
+        )
+        for x, y in zip(together, alone, strict=True):
+            assert torch.equal(x[some], y)
