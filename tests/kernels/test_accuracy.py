@@ -94,7 +94,9 @@ def test_ranking_loss(spread, shape):
     hold(Call(k.pairwise_ranking_loss, tensors, ("scores",)), 3)
 
 
-def test_more_pairs_than_a_float32_counts():
+def test_more_pairs_than_a_float32_counts(kernels):
+    if kernels == "triton" and not torch.cuda.is_available():
+        pytest.skip("18 million pairs take the interpreter five minutes")
     loss, accuracy = k.pairwise_ranking_loss(torch.zeros(1, 6000), torch.arange(6000)[None])
     assert loss.item() == pytest.approx(math.log(2), rel=1e-6)
     assert accuracy == 0.5
