@@ -18,18 +18,10 @@ def main() -> None:
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can see"
     print(f"GPU: {gpu}")
     for name in BACKENDS:
-        print(f"backend {name:>9}: {missing(name) or ('available' if name != 'cpu' else cpu())}")
+        print(f"backend {name:>9}: {missing(name) or ('available' if name != 'cpu' else f'available, with {isa()}')}")
     if os.environ.get("RLHF_KERNELS_BACKEND"):
         print(f"RLHF_KERNELS_BACKEND forces {os.environ['RLHF_KERNELS_BACKEND']}")
     print("native module:", native_module())
-
-
-def cpu() -> str:
-    """The instruction set of the CPU kernels, or why none runs."""
-    try:
-        return f"available, with {isa()}"
-    except RuntimeError as error:
-        return str(error)
 
 
 def native_module() -> str:

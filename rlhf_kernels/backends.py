@@ -69,6 +69,27 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
+def isa() -> str:
+    """The instruction set whose build of the CPU kernels runs here.
+
+    ``RLHF_KERNELS_ISA`` forces a lesser one: amx_bf16, avx512_bf16, avx512, avx2 or baseline.
+
+    Raises:
+        RuntimeError: this install has no CPU kernels, or this processor does not run the ones asked for.
+    """
+    if _MISSING["cpu"] is not None:
+        raise RuntimeError(_MISSING["cpu"])
+    library = ctypes.CDLL(str(Path(__file__).with_name("_ops.so")))
+    library.rlhf_kernels_isa.restype = ctypes.c_char_p
+    answer = str(library.rlhf_kernels_isa().decode())
+    if answer.startswith("!"):
+        raise RuntimeError(answer[1:])
+    return answer
+
+
+if os.environ.get("RLHF_KERNELS_ISA") and _MISSING["cpu"] is None:
+    isa()  # raises where it can't be had: an op could not say why
+
 _forced: str | None = None
 if os.environ.get("RLHF_KERNELS_BACKEND"):
     _forced = _checked(os.environ["RLHF_KERNELS_BACKEND"], "RLHF_KERNELS_BACKEND")
@@ -105,21 +126,3 @@ def choose(first: Tensor, *others: Tensor | None) -> str:
     if _forced != "reference" and double:
         raise RuntimeError(f"backend {_forced!r} was asked for, which has no float64; the reference has")
     return _forced
-
-
-def isa() -> str:
-    """The instruction set whose build of the CPU kernels runs here.
-
-    ``RLHF_KERNELS_ISA`` forces a lesser one: amx_bf16, avx512_bf16, avx512, avx2 or baseline.
-
-    Raises:
-        RuntimeError: this install has no CPU kernels, or this processor does not run the ones asked for.
-    """
-    if _MISSING["cpu"] is not None:
-        raise RuntimeError(_MISSING["cpu"])
-    library = ctypes.CDLL(str(Path(__file__).with_name("_ops.so")))
-    library.rlhf_kernels_isa.restype = ctypes.c_char_p
-    answer = str(library.rlhf_kernels_isa().decode())
-    if answer.startswith("!"):
-        raise RuntimeError(answer[1:])
-    return answer

@@ -51,8 +51,8 @@ def number(
         raise TypeError(f"{name}: is {type(value).__name__}, must be a number")
     too_low = value <= low if exclusive_low else value < low
     if too_low or value > high or not math.isfinite(value):
-        bracket = "(" if exclusive_low else "["
-        raise ValueError(f"{name}: is {value}, must be finite and in {bracket}{low}, {high}]")
+        first, last = "(" if exclusive_low else "[", ")" if high == math.inf else "]"
+        raise ValueError(f"{name}: is {value}, must be finite and in {first}{low}, {high}{last}")
 
 
 def integer(name: str, value: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from rlhf_kernels.backends import missing
 from rlhf_kernels.checks import values_can_be_read
@@ -101,6 +102,12 @@ def call(backend: str, name: str, *inputs: Any) -> Any:
     """
     if torch.compiler.is_compiling() and missing("cpu") is None:
         return run(None, name, *inputs)
+    if forward_ad._current_level >= 0 and any(
+        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs
+    ):
+        raise RuntimeError(
+            f"{name} has no forward-mode derivative on this backend; use_backend('reference') has one for most ops"
+        )
     if torch.is_grad_enabled() and name in _FUNCTIONS:
         for x in inputs:
             if isinstance(x, Tensor) and x.requires_grad:

@@ -142,6 +142,7 @@ void sum_pairs(Columns& lanes, int64_t widest, float margin_of_all, Totals& tota
       const auto pair = ranking_pair(difference - margin);
       loss = add_where(is_pair, loss, pair.loss);
       pairs = add_where(is_pair, pairs, one);
+      // Half each, so that equal scores, and those that cannot be compared, count half.
       right = add_where(is_pair & greater(difference, zero), right, half);
       right = add_where(is_pair & not_less(difference, zero), right, half);
       if constexpr (!kGradient) continue;

@@ -56,7 +56,8 @@ inline Vec scaled_by_power(const Vec& p, const Vec& n) {
   p.store(values);
   n.store(powers);
   for (int64_t i = 0; i < kLanes; ++i) {  // two factors here too
-    const uint32_t exponent = static_cast<uint32_t>(static_cast<int32_t>(powers[i]) + 256), half = exponent >> 1;
+    const float power = powers[i] == powers[i] ? powers[i] : 0.0f;  // NaN has no integer, and is in p as well
+    const uint32_t exponent = static_cast<uint32_t>(static_cast<int32_t>(power) + 256), half = exponent >> 1;
     values[i] *= std::bit_cast<float>((half - 1) << 23);
     values[i] *= std::bit_cast<float>((exponent - half - 1) << 23);
   }
@@ -200,11 +201,12 @@ inline Lanes greater(const Vec& a, const Vec& b) {
 #endif
 }
 
+// Also where one of them is NaN.
 inline Lanes not_less(const Vec& a, const Vec& b) {
 #if defined(CPU_CAPABILITY_AVX512)
-  return {_mm512_cmp_ps_mask(a, b, _CMP_GE_OQ)};
+  return {_mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ)};
 #else
-  return {a >= b};
+  return {(a < b) ^ Vec(std::bit_cast<float>(-1))};
 #endif
 }
 
@@ -458,7 +460,20 @@ inline Vectorized<double> multiply_add(const Vectorized<double>& a, const Vector
 }
 inline Vectorized<float> lost_by_product(const Vectorized<float>& a, const Vectorized<float>& b,
                                          const Vectorized<float>& product) {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   return fmsub(a, b, product);
+#else
+  // Where that would round the product, a double holds it.
+  constexpr int lanes = Vectorized<float>::size();
+  float x[lanes], y[lanes], z[lanes];
+  a.store(x);
+  b.store(y);
+  product.store(z);
+  for (int i = 0; i < lanes; ++i) {
+    z[i] = static_cast<float>(static_cast<double>(x[i]) * static_cast<double>(y[i]) - static_cast<double>(z[i]));
+  }
+  return Vectorized<float>::loadu(z);
+#endif
 }
 
 }  // namespace CPU_CAPABILITY

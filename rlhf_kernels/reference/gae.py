@@ -98,4 +98,4 @@ def whitened(advantages: Tensor, wanted: Tensor) -> Tensor:
     """Mean 0 and population variance 1 over the positions that count."""
     count = wanted.sum().clamp(min=1)
     centred = torch.where(wanted, advantages - advantages.sum() / count, 0.0)
-    return centred * torch.rsqrt(centred.square().sum() / count + VARIANCE_EPS)
+    return torch.where(wanted, centred * torch.rsqrt(centred.square().sum() / count + VARIANCE_EPS), 0.0)

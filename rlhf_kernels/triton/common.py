@@ -85,11 +85,20 @@ def kl_estimate(logprob, ref, ESTIMATOR: tl.constexpr):
     if ESTIMATOR == "k2":
         return d * d * 0.5
     elif ESTIMATOR == "k3":
-        value, _, less_line = exponential(-d)
+        value, value_lost, less_line = exponential(-d)
         # With what the difference lost (Knuth's two-sum), as long as both are numbers.
         minus_ref = d - logprob
         lost = (logprob - (d - minus_ref)) - (ref + minus_ref)
-        return tl.where(tl.abs(d) < 88.0, less_line - lost * (value - 1.0), less_line)
+        near = less_line - lost * (value - 1.0)
+        # Further off every step keeps what it loses.
+        line = 1.0 - d
+        line_lost = -d - (line - 1.0)
+        difference = value - line
+        difference_lost = (value - difference) - line
+        far = difference + (difference_lost + ((value_lost - value * lost) - line_lost))
+        # At d = −∞ it is ∞, not ∞ − ∞.
+        farthest = tl.where(d < 0, value, less_line)
+        return tl.where(tl.abs(d) < 0.34, near, tl.where(tl.abs(d) < 88.0, far, farthest))
     elif ESTIMATOR == "abs":
         return tl.abs(d)
     else:
@@ -103,9 +112,9 @@ def kl_slope(logprob, ref, ESTIMATOR: tl.constexpr):
     if ESTIMATOR == "k2":
         return d
     elif ESTIMATOR == "k3":
-        _, _, less_line = exponential(-d)
-        return d - less_line  # 1 − e^(−d) without cancellation
+        value, lost, less_line = exponential(-d)
+        return tl.where(tl.abs(d) < 0.34, d - less_line, (1.0 - value) - lost)  # 1 − e^(−d)
     elif ESTIMATOR == "abs":
-        return tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, d))
+        return tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0))
     else:
-        return d * 0.0 + 1.0
+        return tl.full(d.shape, 1.0, tl.float32)

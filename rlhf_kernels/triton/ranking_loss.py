@@ -60,7 +60,6 @@ def _prompts(
             loss += tl.sum(tl.sum(tl.where(better, term, 0.0).to(tl.float64), 1), 0)
             pairs += tl.sum(tl.sum(better.to(tl.float64), 1), 0)
             order = tl.where(difference > 0, 1.0, tl.where(difference < 0, 0.0, 0.5))
-            order = tl.where(difference == difference, order, difference)
             right += tl.sum(tl.sum(tl.where(better, order, 0.0).to(tl.float64), 1), 0)
             if GRADIENT:
                 # σ(−x), from the exponential that does not overflow.

@@ -106,3 +106,10 @@ def test_whitening_far_from_zero():
     rewards = torch.randn(64, 1024) + 1e3
     tensors = {"rewards": rewards, "values": torch.zeros(64, 1024), "mask": torch.rand(64, 1024) < 0.8}
     hold(Call(k.masked_gae, tensors, (), {"gamma": 0.0, "whiten": True}), 2)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-2, -0.1), (-0.3, 0.3), (-0.5, 1), (1, 4), (4, 16), (-20, 20)])
+def test_k3_penalty(low, high):
+    logprobs = -5 * torch.rand(64, 64)
+    tensors = {"logprobs": logprobs, "ref_logprobs": logprobs - (low + (high - low) * torch.rand(64, 64))}
+    hold(Call(k.kl_penalty, tensors, ("logprobs",), {"estimator": "k3"}), 2)

@@ -1,3 +1,5 @@
+import math
+
 import oracles
 import pytest
 import torch
@@ -226,3 +228,10 @@ def test_packed_sequences_of_very_unequal_lengths_are_what_they_are_alone(kernel
         )
         for x, y in zip(together, alone, strict=True):
             assert torch.equal(x[some], y)
+
+
+def test_whitening_leaves_masked_positions_0_whatever_the_others_are(backend):
+    rewards = torch.tensor([[1.0, math.nan, 2.0, 5.0]])
+    advantages, returns = masked_gae(rewards, torch.zeros(1, 4), torch.tensor([[1, 1, 1, 0]]), whiten=True)
+    assert advantages[0, :2].isnan().all()
+    assert advantages[0, 3] == returns[0, 3] == 0

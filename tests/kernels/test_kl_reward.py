@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_kernels import kl_penalty, kl_shaped_rewards
+from rlhf_kernels import kl_penalty, kl_shaped_rewards, use_backend
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 
@@ -96,3 +96,17 @@ def test_errors_name_the_argument(backend, arguments, error, message):
     } | arguments
     with pytest.raises(error, match=message):
         kl_shaped_rewards(**call)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
+def test_infinite_log_probs_give_what_the_formula_gives(backend, estimator):
+    inf = math.inf
+    logprobs = torch.tensor([0.0, 0.0, -inf, -inf, -1.0, -200.0, -1.0], requires_grad=True)
+    ref = torch.tensor([-inf, inf, -1.0, -inf, -200.0, -1.0, math.nan])
+    got = kl_penalty(logprobs, ref, estimator=estimator)
+    (gradient,) = torch.autograd.grad(got.sum(), logprobs)
+    with use_backend("reference"):
+        want = kl_penalty(logprobs, ref, estimator=estimator)
+        (wanted,) = torch.autograd.grad(want.sum(), logprobs)
+    torch.testing.assert_close(got, want, equal_nan=True)
+    torch.testing.assert_close(gradient, wanted, equal_nan=True)

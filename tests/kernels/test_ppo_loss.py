@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_kernels import ppo_policy_loss, ppo_value_loss
+from rlhf_kernels import ppo_policy_loss, ppo_value_loss, use_backend
 
 REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
 
@@ -200,3 +200,16 @@ def test_errors_name_the_argument(backend, function, arguments, error, message):
     call = {name: torch.zeros(4) for name in names} | {"mask": None} | arguments
     with pytest.raises(error, match=message):
         function(**call)
+
+
+@pytest.mark.parametrize("advantage", [math.inf, -math.inf, 1e38, -1e38])
+def test_a_huge_advantage_spoils_no_other_position(backend, advantage):
+    logprobs = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
+    old, advantages = torch.tensor([-1.1, -102.0, -2.9]), torch.tensor([advantage, 1.0, 1.0])
+    loss, _ = ppo_policy_loss(logprobs, old, advantages, None)
+    (gradient,) = torch.autograd.grad(loss, logprobs)
+    with use_backend("reference"):
+        want, _ = ppo_policy_loss(logprobs.double(), old.double(), advantages.double(), None)
+        (wanted,) = torch.autograd.grad(want, logprobs)
+    torch.testing.assert_close(loss, want.float())
+    torch.testing.assert_close(gradient, wanted)

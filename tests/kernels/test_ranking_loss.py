@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_kernels import pairwise_ranking_loss
+from rlhf_kernels import pairwise_ranking_loss, use_backend
 
 PROMPTS = st.lists(
     st.lists(st.tuples(st.sampled_from([-2.0, 0.0, 0.5, 3.0, 1e4, -1e4]), st.integers(1, 4)), max_size=9), max_size=5
@@ -120,3 +120,12 @@ def test_errors_name_the_argument(backend, arguments, error, message):
     call = {"scores": torch.zeros(4), "ranks": torch.arange(4), "offsets": torch.tensor([0, 4])} | arguments
     with pytest.raises(error, match=message):
         pairwise_ranking_loss(**call)
+
+
+def test_scores_that_cannot_be_compared_count_half(backend):
+    ranks = torch.tensor([[1, 2, 3, 4]])
+    for scores in ([1.0, math.nan, 2.0, 0.3], [math.inf, math.inf, 1.0, 0.0], [-math.inf, 0.0, 0.0, 1.0]):
+        got = pairwise_ranking_loss(torch.tensor([scores]), ranks)
+        with use_backend("reference"):
+            want = pairwise_ranking_loss(torch.tensor([scores]), ranks)
+        torch.testing.assert_close(got, want, equal_nan=True)

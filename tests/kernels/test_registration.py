@@ -121,3 +121,14 @@ def test_the_library_needs_no_symbol_outside_the_stable_abi():
     assert any(n.startswith("aoti_torch_") for n in torchs)
     foreign = [n for n in names if ("c10" in n or "at6" in n or "2at" in n or "torch" in n) and n not in torchs]
     assert foreign == []
+
+
+def test_forward_mode_says_that_it_is_not_there(native):
+    x = torch.randn(3)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones(3))
+        with pytest.raises(RuntimeError, match="kl_penalty has no forward-mode derivative on this backend"):
+            k.kl_penalty(dual, x)
+        assert torch.equal(k.kl_penalty(x, x), torch.zeros(3))
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda y: k.kl_penalty(y, x), (x,), (torch.ones(3),))

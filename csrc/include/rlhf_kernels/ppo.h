@@ -25,6 +25,7 @@ struct PolicyTerm {
 
 // e^88 is the largest power that is finite in float32: beyond it the ratio stays there, and has no gradient.
 constexpr float kLargestLogRatio = 88.0f;
+constexpr float kLargestFloat = 3.4028234e38f;
 
 // weight, of which weight_lost is what its rounding lost, is the position's share of the reduced loss.
 template <class T>
@@ -45,7 +46,9 @@ RLHF_HOST_DEVICE PolicyTerm<T> policy_term(T logprob, T old_logprob, T advantage
                                  multiply_add(gain, power.lost, lost_by_product(gain, ratio, unclipped)));
   // The gain is weighted before the ratio comes in, which may be large: then the product overflows only if it must.
   const T share = gain * weight, share_lost = multiply_add(gain, weight_lost, lost_by_product(gain, weight, share));
-  const T slope = multiply_add(share, ratio, multiply_add(share, power.lost, share_lost * ratio));
+  const T slope_lost = where_greater(T(kLargestFloat), absolute(share),
+                                     multiply_add(share, power.lost, share_lost * ratio), zero);  // an infinite gain
+  const T slope = multiply_add(share, ratio, slope_lost);
   term.gradient = where_greater(clipped, unclipped, zero, where_greater(raw, T(kLargestLogRatio), zero, slope));
   if (clip.has_dual) {
     const T limit = T(clip.dual) * gain;
