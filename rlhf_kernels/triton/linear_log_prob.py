@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_kernels.triton import configurations
-from rlhf_kernels.triton.common import LN_2, LOG2_E, blocks, exponential
+from rlhf_kernels.triton.common import LN_2, LOG2_E, blocks
 from rlhf_kernels.triton.log_prob import finish_rows, gradient_block, reduce_block, write_gradient
 from rlhf_kernels.triton.ppo_loss import clip_ends, policy_results, policy_term, row_weights
 
@@ -26,9 +26,9 @@ WORKSPACE_BYTES = 224 << 20
 @triton.jit
 def capped(logits, softcap):
     """softcap·tanh(logits/softcap), from an exponential that does not overflow."""
-    y = tl.div_rn(tl.abs(logits), logits * 0.0 + softcap)
-    small, _, _ = exponential(-2.0 * y)
-    tanh = tl.where(y < 0.02, y * (1.0 - y * y * (1.0 / 3)), tl.div_rn(1.0 - small, 1.0 + small))
+    y = tl.abs(logits) / softcap
+    small = tl.exp(-2.0 * y)
+    tanh = tl.where(y < 0.02, y * (1.0 - y * y * (1.0 / 3)), (1.0 - small) / (1.0 + small))
     return tl.where(logits < 0, -softcap, softcap) * tanh
 
 

@@ -112,6 +112,15 @@ def _column(entry, column, inside):
 
 
 @triton.jit
+def _reciprocal(count):
+    """1 / max(count, 1) in float64, by Newton's method from float32: a division is a subroutine there, and spills."""
+    x = tl.maximum(count, 1.0)
+    y = (1.0 / x.to(tl.float32)).to(tl.float64)
+    y = y * (2.0 - x * y)
+    return y * (2.0 - x * y)
+
+
+@triton.jit
 def _finish(
     gradient, sums, loss, statistics, size, length, per_row, rows, POLICY: tl.constexpr, REDUCTION: tl.constexpr,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PER_ROW: tl.constexpr,
@@ -134,7 +143,7 @@ def _finish(
         counts = tl.sum(_column(entry, 0, inside), 1)
         losses = tl.sum(_column(entry, 1, inside), 1)
         if REDUCTION == "seq-mean-token-mean":
-            losses = losses * (1.0 / tl.maximum(counts.to(tl.float32), 1.0))  # divisions in float64 spill
+            losses = losses * _reciprocal(counts)
         number += tl.sum(counts, 0)
         some += tl.sum((counts > 0).to(tl.float64), 0)
         total += tl.sum(losses, 0)
@@ -146,11 +155,12 @@ def _finish(
         else:
             two += tl.sum(tl.sum(_column(entry, 3, inside), 1), 0)
             three += tl.sum(tl.sum(_column(entry, 4, inside), 1), 0)
-    share = 1.0 / tl.maximum(number, 1.0)
-    weight = share
-    if REDUCTION != "token-mean":
-        weight = 1.0 / tl.maximum(some, 1.0)
+    weighted = some
+    if REDUCTION == "token-mean":
+        weighted = number
+    weight = _reciprocal(weighted)
     if (row == 0) & (block == 0):
+        share = _reciprocal(number)
         tl.store(loss, (total * weight).to(tl.float32))
         tl.store(statistics, (one * share).to(tl.float32))
         if POLICY:
@@ -164,12 +174,16 @@ def _finish(
     if GRADIENT:
         if REDUCTION == "seq-mean-token-mean":
             mine = tl.sum(_column(sums + (row * per_row + p) * 6, 0, p < per_row), 0)
-            weight = weight * (1.0 / tl.maximum(mine.to(tl.float32), 1.0))
+            weight = weight * _reciprocal(mine)
         t = block * BLOCK + tl.arange(0, BLOCK)
         at = row * length + t
         here = (t < length) & (at < size)
-        slope = tl.load(gradient + at, mask=here, other=0.0).to(tl.float64)
-        tl.store(gradient + at, (slope * weight).to(tl.float32), mask=here)
+        slope = tl.load(gradient + at, mask=here, other=0.0)
+        # In two parts: products in float64 spill.
+        high = weight.to(tl.float32)
+        low = (weight - high).to(tl.float32)
+        rest = tl.where(tl.abs(slope) < float("inf"), slope * low, 0.0)
+        tl.store(gradient + at, slope * high + rest, mask=here)
 
 
 def ppo_policy_loss(

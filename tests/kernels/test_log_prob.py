@@ -160,7 +160,7 @@ def test_inplace_backward_refuses_a_second_pass(backend):
         ({"logits": torch.zeros(2, 5).int()}, TypeError, "logits: has dtype torch.int32, must be one of torch.float32"),
         ({"logits": torch.zeros(2, 0)}, ValueError, r"logits: has shape \(2, 0\), must be .* V at least 1"),
         ({"logits": torch.tensor(1.0)}, ValueError, r"logits: has shape \(\), must be"),
-        ({"temperature": 0.0}, ValueError, r"temperature: is 0.0, must be finite and in \(0.0, inf\]"),
+        ({"temperature": 0.0}, ValueError, r"temperature: is 0.0, must be finite and in \(0.0, inf\)"),
         ({"temperature": math.nan}, ValueError, "temperature: is nan, must be finite"),
         ({"temperature": "1"}, TypeError, "temperature: is str, must be a number"),
         ({"row_mask": torch.ones(3)}, ValueError, r"row_mask: has shape \(3,\), must be \(2,\)"),
