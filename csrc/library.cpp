@@ -745,9 +745,7 @@ std::tuple<Tensor, Tensor> advantages_of(const Tensor& like, cpu::GaeArguments i
   std::vector<int64_t> order(in.sequences.boundaries ? in.sequences.count : 0);
   std::iota(order.begin(), order.end(), int64_t{0});
   const auto length_of = [&](int64_t b) { return in.sequences.boundaries[b + 1] - in.sequences.boundaries[b]; };
-  std::sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
-    return length_of(a) != length_of(b) ? length_of(a) > length_of(b) : a < b;
-  });
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return length_of(a) > length_of(b); });
   if (!order.empty()) in.sequences.order = order.data();
   std::vector<Moments> moments(whiten ? in.sequences.count : 0);
   in.moments = whiten ? moments.data() : nullptr;

@@ -102,16 +102,13 @@ def call(backend: str, name: str, *inputs: Any) -> Any:
     """
     if torch.compiler.is_compiling() and missing("cpu") is None:
         return run(None, name, *inputs)
-    if forward_ad._current_level >= 0 and any(
-        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in inputs
-    ):
+    tensors = [x for x in inputs if isinstance(x, Tensor)]
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise RuntimeError(
             f"{name} has no forward-mode derivative on this backend; use_backend('reference') has one for most ops"
         )
-    if torch.is_grad_enabled() and name in _FUNCTIONS:
-        for x in inputs:
-            if isinstance(x, Tensor) and x.requires_grad:
-                return _FUNCTIONS[name].apply(*inputs, backend)
+    if name in _FUNCTIONS and needs_gradient(*tensors):
+        return _FUNCTIONS[name].apply(*inputs, backend)
     return run(backend, name, *inputs)
 
 

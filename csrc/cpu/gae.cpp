@@ -84,13 +84,14 @@ inline void prefetch(const float* from) {
   for (int64_t i = 0; i < kTile; i += 64 / sizeof(float)) __builtin_prefetch(from + i);
 }
 
-// A lane's stretch of a tile, of which the last `count` positions are there. Where those are all, it is used where it
-// lies; the others' is made here.
+// A lane's stretch of a tile, of which the last `count` positions are there. Where those are all, and stay where they
+// are, it is used in place; the others' is made here.
 template <class T>
 struct Stretch {
   T values[kTile] = {};
 
-  const T* of(const T* from, int64_t count) {
+  const T* of(const T* from, int64_t count, bool stays = true) {
+    if (count == kTile && stays) return from;
     std::memcpy(values + kTile - count, from, count * sizeof(T));
     return values;
   }
@@ -184,11 +185,10 @@ void gae(const GaeArguments& in, const KlShaping* shaping, int64_t begin, int64_
         prefetch(in.returns + flat - kTile);
         prefetch(own_rewards - kTile);
         prefetch(own_values - kTile);
-        const bool whole = count == kTile;
-        rewards[lane] = whole && own_rewards != work->scratch[0].values ? own_rewards : work->rewards[lane].of(own_rewards, count);
-        values[lane] = whole && own_values != work->scratch[1].values ? own_values : work->values[lane].of(own_values, count);
-        wanted[lane] = whole ? in.wanted + flat : work->wanted[lane].of(in.wanted + flat, count);
-        if (!whole) continue;
+        rewards[lane] = work->rewards[lane].of(own_rewards, count, own_rewards != work->scratch[0].values);
+        values[lane] = work->values[lane].of(own_values, count, own_values != work->scratch[1].values);
+        wanted[lane] = work->wanted[lane].of(in.wanted + flat, count);
+        if (count < kTile) continue;
         advantages[lane] = in.advantages + flat;
         returns[lane] = in.returns + flat;
       }

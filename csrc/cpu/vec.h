@@ -39,7 +39,7 @@ inline Vec smaller(const Vec& a, const Vec& b) {
 #endif
 }
 
-// The names in which csrc/include writes its formulas are at the end of this file, where the argument's namespace is.
+// p·2^n for an integral n.
 inline Vec scaled_by_power(const Vec& p, const Vec& n) {
 #if defined(CPU_CAPABILITY_AVX512)
   return _mm512_scalef_ps(p, n);

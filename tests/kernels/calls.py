@@ -12,6 +12,20 @@ from torch import Tensor
 import rlhf_kernels as k
 
 
+class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+    """The native ops that a call makes, with their arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "rlhf_kernels":
+            copies = tuple(x.detach().clone() if isinstance(x, torch.Tensor) else x for x in args)
+            self.seen.append((function, copies))
+        return function(*args, **(kwargs or {}))
+
+
 class Call(NamedTuple):
     """``function(*tensors, **options)``; gradients are taken in the tensors that are named."""
 

@@ -7,15 +7,14 @@ from calls import NAMES, calls
 
 import rlhf_kernels as k
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 
 @pytest.fixture
 def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
-
-
-pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def same(got, want):

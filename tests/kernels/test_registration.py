@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from calls import NAMES, calls
+from calls import NAMES, Recorder, calls
 
 import rlhf_kernels as k
 from rlhf_kernels import backends
@@ -17,20 +17,6 @@ pytestmark = pytest.mark.skipif(backends.missing("cpu") is not None, reason="no 
 def native():
     with k.use_backend("cpu"):
         yield
-
-
-class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
-    """The native ops that a call makes, with their arguments."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "rlhf_kernels":
-            copies = tuple(x.detach().clone() if isinstance(x, torch.Tensor) else x for x in args)
-            self.seen.append((function, copies))
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from calls import NAMES, calls
-from test_registration import Recorder
+from calls import NAMES, Recorder, calls
 
 import rlhf_kernels
 from rlhf_kernels import backends
