@@ -802,20 +802,21 @@ std::tuple<Tensor, Tensor, Tensor> pairwise_ranking_loss(Tensor scores, Tensor r
   const OptionalTensor boundaries = as_int64(offsets);
   const auto prompts = sequences_of(scores, boundaries);
   Tensor gradient = with_gradient ? empty(sizes(scores), ScalarType::Float) : nothing();
-  std::vector<double> losses(prompts.count), accuracies(prompts.count);
-  std::vector<uint8_t> counts(prompts.count);
+  const int64_t groups = groups_of(prompts);
+  std::vector<double> losses(groups), accuracies(groups);
+  std::vector<int64_t> counts(groups);
   const cpu::RankingArguments in{data<float>(values), data<int64_t>(dense_ranks), data<uint8_t>(mask), prompts,
                                  static_cast<float>(margin), with_gradient ? mutable_data<float>(gradient) : nullptr,
                                  losses.data(), accuracies.data(), counts.data()};
   const int64_t width = prompts.count ? scores.numel() / prompts.count : 0;
-  parallel(groups_of(prompts), k.sequences_per_group * width * width * 4,
+  parallel(groups, k.sequences_per_group * width * width * 4,
            [&](int64_t begin, int64_t end) { k.ranking(in, begin, end); });
   double loss = 0, accuracy = 0;
   int64_t some = 0;
-  for (int64_t b = 0; b < prompts.count; ++b) {
-    loss += losses[b];
-    accuracy += accuracies[b];
-    some += counts[b];
+  for (int64_t group = 0; group < groups; ++group) {
+    loss += losses[group];
+    accuracy += accuracies[group];
+    some += counts[group];
   }
   const double share = some ? 1.0 / static_cast<double>(some) : 0.0;
   if (with_gradient) {

@@ -118,7 +118,9 @@ def choose(first: Tensor, *others: Tensor | None) -> str:
         RuntimeError: the forced backend does not run on this device, or not with float64.
     """
     on_cpu = first.device.type == "cpu"
-    double = any(x is not None and x.dtype == torch.float64 for x in (first, *others))
+    double = first.dtype == torch.float64
+    for x in others:
+        double = double or (x is not None and x.dtype == torch.float64)
     if _forced is None:
         return "cpu" if on_cpu and not double and _MISSING["cpu"] is None else "reference"
     if (_forced == "cpu" and not on_cpu) or (_forced == "triton" and on_cpu and not _interpreted()):

@@ -34,7 +34,7 @@ def shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> 
     Raises:
         ValueError: another shape.
     """
-    if tuple(value.shape) != tuple(expected):
+    if value.shape != expected:
         raise ValueError(f"{name}: has shape {tuple(value.shape)}, must be {tuple(expected)}, {meaning}")
 
 

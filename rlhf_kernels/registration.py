@@ -102,12 +102,13 @@ def call(backend: str, name: str, *inputs: Any) -> Any:
     """
     if torch.compiler.is_compiling() and missing("cpu") is None:
         return run(None, name, *inputs)
-    tensors = [x for x in inputs if isinstance(x, Tensor)]
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        raise RuntimeError(
-            f"{name} has no forward-mode derivative on this backend; use_backend('reference') has one for most ops"
-        )
-    if name in _FUNCTIONS and needs_gradient(*tensors):
+    if forward_ad._current_level >= 0:
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+            raise RuntimeError(
+                f"{name} has no forward-mode derivative on this backend; use_backend('reference') has one for most ops"
+            )
+    if name in _FUNCTIONS and needs_gradient(*inputs):
         return _FUNCTIONS[name].apply(*inputs, backend)
     return run(backend, name, *inputs)
 
@@ -127,9 +128,13 @@ class _NoSecondDerivative(torch.autograd.Function):
         )
 
 
-def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether a derivative in one of these will be asked for."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+def needs_gradient(*inputs: Any) -> bool:
+    """Whether a derivative in one of these, those that are tensors, will be asked for."""
+    if torch.is_grad_enabled():
+        for x in inputs:  # a generator would take longer than what it looks at
+            if isinstance(x, Tensor) and x.requires_grad:
+                return True
+    return False
 
 
 def scaled(gradient: Tensor, by: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -173,9 +173,9 @@ struct RankingArguments {
   Sequences prompts;
   float margin;
   float* gradient;   // may be null; not yet divided by the number of prompts that count
-  double* losses;    // per prompt
+  double* losses;    // of a group of prompts, their sum
   double* accuracies;
-  uint8_t* counts;   // whether a prompt has a pair
+  int64_t* counts;   // and how many of them have a pair
 };
 
 // All kernels of one instruction set. Ranges are of rows, blocks, sequences or groups of prompts.

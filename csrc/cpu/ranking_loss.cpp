@@ -15,12 +15,12 @@ inline namespace RLHF_ISA {
 
 namespace {
 
-// float32 has every rank up to here as it is.
-constexpr int64_t kExactRank = int64_t{1} << 24;
+// float32 has every rank below this as it is.
+constexpr float kExactRank = 16777216.0f;
 
 // Where a group's prompts lie: one behind another.
 struct Group {
-  int64_t start[kLanes] = {}, length[kLanes] = {}, lanes, begin, end, widest = 0;
+  int64_t start[kLanes] = {}, length[kLanes] = {}, lanes, widest = 0;
 
   Group(const Sequences& prompts, int64_t group) {
     const int64_t first = group * kLanes;
@@ -31,45 +31,17 @@ struct Group {
       length[lane] = span.length;
       widest = std::max(widest, span.length);
     }
-    begin = start[0];
-    end = start[lanes - 1] + length[lanes - 1];
   }
 };
 
-// Whether some float32 is that of several ranks. Only their order matters, so then how many of the prompt's are smaller
-// takes their place.
-void order_ranks(const Group& group, const int64_t* ranks, float* result) {
-  int64_t least = 0, most = 0;
-  for (int64_t i = group.begin; i < group.end; ++i) {
-    least = ranks[i] < least ? ranks[i] : least;
-    most = ranks[i] > most ? ranks[i] : most;
-  }
-  for (int64_t i = group.begin; i < group.end; ++i) result[i - group.begin] = static_cast<float>(ranks[i]);
-  const bool exact = least >= -kExactRank && most <= kExactRank;
-  for (int64_t lane = 0; !exact && lane < group.lanes; ++lane) {
-    const int64_t* own = ranks + group.start[lane];
-    for (int64_t k = 0; k < group.length[lane]; ++k) {
-      int64_t smaller_ones = 0;
-      for (int64_t other = 0; other < group.length[lane]; ++other) smaller_ones += own[other] < own[k];
-      result[group.start[lane] - group.begin + k] = static_cast<float>(smaller_ones);
-    }
-  }
-}
-
-// From a row per prompt to a lane per prompt. Past a prompt's end stands what lies there, up to `limit` floats, which
-// nothing may use.
-void rows_to_lanes(const Group& group, const float* rows, int64_t limit, Vec* lanes) {
+// From a row per prompt to a lane per prompt: read(lane, k, count) gives the count completions from the k-th on, which may
+// be none.
+template <class Read>
+void rows_to_lanes(const Group& group, Vec* lanes, Read&& read) {
   for (int64_t k = 0; k < group.widest; k += kLanes) {
     Vec square[kLanes];
-    const int64_t last = group.start[kLanes - 1] - group.begin + k;
-    if (group.lanes == kLanes && last + kLanes <= limit) {
-#pragma GCC unroll 16
-      for (int64_t lane = 0; lane < kLanes; ++lane) square[lane] = load_lanes(rows + group.start[lane] - group.begin + k);
-    } else {
-      for (int64_t lane = 0; lane < group.lanes; ++lane) {
-        const int64_t at = group.start[lane] - group.begin + k;
-        if (at < limit) square[lane] = load_lanes(rows + at, std::min(kLanes, limit - at));
-      }
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      square[lane] = read(lane, k, std::clamp<int64_t>(group.length[lane] - k, 0, kLanes));
     }
     transpose(square);
     for (int64_t i = 0; i < std::min(kLanes, group.widest - k); ++i) lanes[k + i] = square[i];
@@ -88,6 +60,37 @@ void lanes_to_rows(const Group& group, const Vec* lanes, float* rows) {
   }
 }
 
+// A prompt's ranks in an order that float32 can tell: how many of them are smaller.
+void order_ranks(const int64_t* ranks, int64_t length, float* result) {
+  for (int64_t k = 0; k < length; ++k) {
+    int64_t smaller_ones = 0;
+    for (int64_t other = 0; other < length; ++other) smaller_ones += ranks[other] < ranks[k];
+    result[k] = static_cast<float>(smaller_ones);
+  }
+}
+
+// The ranks, and NaN for what is no completion: that has no order with anything.
+void ranks_to_lanes(const RankingArguments& in, const Group& group, Vec* lanes) {
+  const auto completions = [&](int64_t lane, int64_t k, int64_t count, const Vec& ranks) {
+    return select(lanes_of(in.wanted + group.start[lane] + k, count), ranks, Vec(NAN));
+  };
+  Vec farthest(0.0f);
+  rows_to_lanes(group, lanes, [&](int64_t lane, int64_t k, int64_t count) {
+    const Vec ranks = load_integers(in.ranks + group.start[lane] + k, count);
+    farthest = larger(ranks.abs(), farthest);
+    return completions(lane, k, count, ranks);
+  });
+  if (count(not_less(farthest, Vec(kExactRank))) == 0) return;
+  // Some float32 may be that of several ranks. Only their order matters.
+  std::vector<float> ordered(group.widest * kLanes);
+  for (int64_t lane = 0; lane < group.lanes; ++lane) {
+    order_ranks(in.ranks + group.start[lane], group.length[lane], ordered.data() + lane * group.widest);
+  }
+  rows_to_lanes(group, lanes, [&](int64_t lane, int64_t k, int64_t count) {
+    return completions(lane, k, count, load_lanes(ordered.data() + lane * group.widest + k, count));
+  });
+}
+
 // A prompt per lane, completion by completion.
 struct Columns {
   int64_t capacity = 0;
@@ -103,30 +106,28 @@ struct Columns {
   }
 };
 
-// Of float32 additions that follow on one another. More lose digits, and a float32 counts to 2^24 only.
+// Of float32 additions, or factors, that follow on one another. More lose digits, overflow, and a float32 counts to 2^24
+// only.
 constexpr int64_t kLongestChain = 64;
 
 // Per lane.
 struct Totals {
-  double losses[kLanes] = {}, rights[kLanes] = {}, pairs[kLanes] = {};
-
-  static void add(double (&sums)[kLanes], const Vec& values) {
-    float lanes[kLanes];
-    store_lanes(lanes, values);
-    for (int64_t lane = 0; lane < kLanes; ++lane) sums[lane] += static_cast<double>(lanes[lane]);
-  }
+  WideVec losses, rights, pairs;
 };
 
 template <bool kGradient>
 void sum_pairs(Columns& lanes, int64_t widest, float margin_of_all, Totals& totals) {
   const Vec zero(0.0f), half(0.5f), one(1.0f), margin(margin_of_all);
-  Vec loss(0.0f), right(0.0f), pairs(0.0f);
+  for (int64_t k = 0; k < widest; ++k) lanes.gradients[k] = {};
+  Vec excess(0.0f), product(0.0f), right(0.0f), pairs(0.0f);
   int64_t chain = 0;
   const auto flush = [&] {
-    totals.add(totals.losses, loss);
-    totals.add(totals.rights, right);
-    totals.add(totals.pairs, pairs);
-    loss = right = pairs = zero;
+    const WideVec products = widened(product);
+    totals.losses += widened(excess);
+    totals.losses += WideVec{{products.half[0].log1p(), products.half[1].log1p()}};
+    totals.rights += widened(right);
+    totals.pairs += widened(pairs);
+    excess = product = right = pairs = zero;
     chain = 0;
   };
   for (int64_t i = 0; i + 1 < widest; ++i) {
@@ -138,15 +139,16 @@ void sum_pairs(Columns& lanes, int64_t widest, float margin_of_all, Totals& tota
       // Not at a tie, nor where the rank of one of them is NaN. Cut out, not multiplied: a score that is infinite or NaN
       // stays in its own pairs.
       const Lanes is_pair = different(rank_i, rank_j), i_is_better = greater(rank_j, rank_i);
-      const Vec difference = select(i_is_better, score_i - score_j, score_j - score_i);
+      const Vec difference = flipped(i_is_better, score_j - score_i);
       const auto pair = ranking_pair(difference - margin);
-      loss = add_where(is_pair, loss, pair.loss);
+      excess = add_where(is_pair, excess, pair.excess);
+      product = with_tail(product, kept(is_pair, pair.tail));
       pairs = add_where(is_pair, pairs, one);
       // Half each, so that equal scores, and those that cannot be compared, count half.
       right = add_where(is_pair & greater(difference, zero), right, half);
       right = add_where(is_pair & not_less(difference, zero), right, half);
       if constexpr (!kGradient) continue;
-      const Vec slope = kept(is_pair, pair.slope), uphill = select(i_is_better, zero - slope, slope);
+      const Vec uphill = flipped(i_is_better, kept(is_pair, pair.slope));
       gradient_i.add(uphill);
       lanes.gradients[j].subtract(uphill);
     }
@@ -159,50 +161,26 @@ void sum_pairs(Columns& lanes, int64_t widest, float margin_of_all, Totals& tota
 
 void ranking(const RankingArguments& in, int64_t begin, int64_t end) {
   Columns side_by_side;
-  std::vector<float> rows;
-  const Vec not_a_number(NAN);
-  const Span final = span_of(in.prompts, in.prompts.count - 1);
-  const int64_t completions = final.flat + final.length;
   for (int64_t number = begin; number < end; ++number) {
     const Group group(in.prompts, number);
-    const int64_t first = number * kLanes, widest = group.widest;
-    side_by_side.make_room(widest);
-    rows.resize(group.end - group.begin + kLanes);
-    rows_to_lanes(group, in.scores + group.begin, completions - group.begin, side_by_side.scores.get());
-    order_ranks(group, in.ranks, rows.data());
-    // What is no completion has no order with anything.
-    for_lanes(group.end - group.begin, [&](int64_t i, int64_t lanes) {
-      const Lanes wanted = lanes_of(in.wanted + group.begin + i, lanes);
-      store_lanes(rows.data() + i, select(wanted, load_lanes(rows.data() + i, lanes), not_a_number), lanes);
+    side_by_side.make_room(group.widest);
+    rows_to_lanes(group, side_by_side.scores.get(), [&](int64_t lane, int64_t k, int64_t count) {
+      return load_lanes(in.scores + group.start[lane] + k, count);
     });
-    rows_to_lanes(group, rows.data(), static_cast<int64_t>(rows.size()), side_by_side.ranks.get());
-    float lengths[kLanes];
-    for (int64_t lane = 0; lane < kLanes; ++lane) lengths[lane] = static_cast<float>(group.length[lane]);
-    for (int64_t k = 0; k < widest; ++k) {
-      const Lanes inside = greater(load_lanes(lengths), Vec(static_cast<float>(k)));
-      side_by_side.ranks[k] = select(inside, side_by_side.ranks[k], not_a_number);
-      side_by_side.gradients[k] = {};
-    }
+    ranks_to_lanes(in, group, side_by_side.ranks.get());
     Totals totals;
-    in.gradient ? sum_pairs<true>(side_by_side, widest, in.margin, totals)
-                : sum_pairs<false>(side_by_side, widest, in.margin, totals);
-    double shares[kLanes];
-    float divisors[kLanes];  // without a pair the gradient is 0 already, as are the sums
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      const double pairs = std::max(1.0, totals.pairs[lane]);
-      shares[lane] = 1.0 / pairs;
-      divisors[lane] = static_cast<float>(pairs);
-    }
-    for (int64_t lane = 0; lane < group.lanes; ++lane) {
-      in.counts[first + lane] = totals.pairs[lane] > 0;
-      in.losses[first + lane] = totals.losses[lane] * shares[lane];
-      in.accuracies[first + lane] = totals.rights[lane] * shares[lane];
-    }
+    in.gradient ? sum_pairs<true>(side_by_side, group.widest, in.margin, totals)
+                : sum_pairs<false>(side_by_side, group.widest, in.margin, totals);
+    // Without a pair the sums and the gradient are 0 already.
+    const auto at_least_1 = [](const Doubles& pairs) { return at::vec::maximum(pairs, Doubles(1.0)); };
+    const WideVec divisors{{at_least_1(totals.pairs.half[0]), at_least_1(totals.pairs.half[1])}};
+    const Vec divisor = rounded(divisors);
+    in.losses[number] = sum(totals.losses / divisors);
+    in.accuracies[number] = sum(totals.rights / divisors);
+    in.counts[number] = count(greater(rounded(totals.pairs), Vec(0.0f)));
     if (!in.gradient) continue;
     // In place of the scores, which nobody needs any more.
-    for (int64_t k = 0; k < widest; ++k) {
-      side_by_side.scores[k] = side_by_side.gradients[k].total / load_lanes(divisors);
-    }
+    for (int64_t k = 0; k < group.widest; ++k) side_by_side.scores[k] = side_by_side.gradients[k].total / divisor;
     lanes_to_rows(group, side_by_side.scores.get(), in.gradient);
   }
 }

@@ -109,6 +109,22 @@ inline Vec load_lanes(const T* from, int64_t count = kLanes) {
   }
 }
 
+// The first count of a vector, each as the nearest float; the rest is 0.
+inline Vec load_integers(const int64_t* from, int64_t count) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const auto floats = [](__mmask8 mask, const int64_t* at) {
+    return _mm512_cvtepi64_ps(_mm512_maskz_loadu_epi64(mask, at));
+  };
+  const uint32_t mask = (1u << count) - 1;
+  return _mm512_insertf32x8(_mm512_castps256_ps512(floats(static_cast<__mmask8>(mask), from)),
+                            floats(static_cast<__mmask8>(mask >> 8), from + 8), 1);
+#else
+  float values[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) values[i] = static_cast<float>(from[i]);
+  return Vec::loadu(values);
+#endif
+}
+
 // The first count of a vector, and fill in the other lanes.
 template <class T>
 inline Vec load_lanes_or(const T* from, int64_t count, float fill) {
@@ -164,18 +180,6 @@ struct CompensatedSum {
   }
 };
 
-inline double sum(const Vec& values) {
-  float floats[kLanes];
-  values.store(floats);
-  double lanes[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) lanes[i] = static_cast<double>(floats[i]);
-  // Pairwise, the same on every machine with these lanes.
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-    for (int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
-}
-
 inline float largest(const Vec& values) {
   float lanes[kLanes];
   values.store(lanes);
@@ -227,6 +231,20 @@ inline Lanes operator&(const Lanes& a, const Lanes& b) {
 #endif
 }
 
+inline int64_t count(const Lanes& where) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return std::popcount(static_cast<uint32_t>(where.bits));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return std::popcount(static_cast<uint32_t>(_mm256_movemask_ps(where.bits)));
+#else
+  float bits[kLanes];
+  where.bits.store(bits);
+  int64_t result = 0;
+  for (const float lane : bits) result += std::bit_cast<uint32_t>(lane) != 0;
+  return result;
+#endif
+}
+
 // x, and 0 in the other lanes whatever x is there.
 inline Vec kept(const Lanes& where, const Vec& x) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -252,6 +270,15 @@ inline Vec add_where(const Lanes& where, const Vec& total, const Vec& x) {
 #endif
 }
 
+// −x there, and x in the other lanes.
+inline Vec flipped(const Lanes& where, const Vec& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_mask_sub_ps(x, where.bits, _mm512_setzero_ps(), x);
+#else
+  return x ^ (where.bits & Vec(-0.0f));
+#endif
+}
+
 // The lanes whose byte is not 0.
 inline Lanes lanes_of(const uint8_t* wanted, int64_t count = kLanes) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -271,8 +298,25 @@ constexpr int64_t kHalf = kLanes / 2;
 static_assert(Doubles::size() == kHalf);
 
 struct WideVec {
-  Doubles half[2];
+  Doubles half[2] = {Doubles(0.0), Doubles(0.0)};
+
+  WideVec& operator+=(const WideVec& other) {
+    for (int i = 0; i < 2; ++i) half[i] = half[i] + other.half[i];
+    return *this;
+  }
 };
+
+inline WideVec operator/(const WideVec& a, const WideVec& b) { return {{a.half[0] / b.half[0], a.half[1] / b.half[1]}}; }
+
+// Pairwise, the same on every machine with these lanes.
+inline double sum(const WideVec& values) {
+  double lanes[kHalf];
+  (values.half[0] + values.half[1]).store(lanes);
+  for (int64_t width = kHalf / 2; width > 0; width /= 2) {
+    for (int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
 
 inline WideVec widened(const Vec& x) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -302,6 +346,8 @@ inline Vec rounded(const WideVec& x) {
   return Vec::loadu(floats);
 #endif
 }
+
+inline double sum(const Vec& values) { return sum(widened(values)); }
 
 // Of one half, the lanes of `where` that belong to it.
 inline Doubles select(const Lanes& where, int half, const Doubles& yes, const Doubles& no) {

@@ -6,19 +6,24 @@
 namespace rlhf_kernels {
 
 template <class T>
-struct RankingPair {
-  T loss;   // −log σ(x), x = r_w − r_l − margin
-  T slope;  // σ(−x), minus the derivative in x
+struct RankingPair {  // of x = r_w − r_l − margin: −log σ(x) = excess + log(1 + tail)
+  T excess;           // max(−x, 0)
+  T tail;             // e^−|x|
+  T slope;            // σ(−x), minus the derivative in x
 };
 
-// −log σ(x) = max(−x, 0) + log(1 + e^−|x|), and σ(−x) from the same exponential; neither overflows.
 template <class T>
 RLHF_HOST_DEVICE RankingPair<T> ranking_pair(T x) {
   const T zero(0.0f), one(1.0f);
-  const T small = exponential(minus_absolute(x)).value, more = one + small, most = one + more;
-  const T both = reciprocal(more * most);  // one division for two: σ(|x|), and the argument of the logarithm's series
-  const T tail = both * most;
-  return {at_least(zero - x, zero) + logarithm_of_1_plus(small * both * more), where_greater(x, zero, small * tail, tail)};
+  const T tail = exponential(minus_absolute(x)).value;
+  return {at_least(zero - x, zero), tail, where_greater(x, zero, tail, one) * reciprocal(one + tail)};
+}
+
+// Π(1 + tail) − 1 with one more tail: many pairs take one logarithm. Nothing cancels, and in float32 up to 127 pairs can't
+// overflow.
+template <class T>
+RLHF_HOST_DEVICE T with_tail(T product, T tail) {
+  return multiply_add(product, tail, product + tail);
 }
 
 }  // namespace rlhf_kernels
