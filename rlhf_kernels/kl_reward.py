@@ -33,7 +33,7 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1")
         ValueError: shapes or devices differ, or the estimator is unknown.
     """
     _check(logprobs, ref_logprobs, estimator)
-    backend = choose(logprobs, ref_logprobs)
+    backend = choose("kl_penalty", logprobs, ref_logprobs)
     if backend == "reference":
         return reference.kl_reward.kl_penalty(logprobs, ref_logprobs, estimator)
     if logprobs.dim() in (1, 2):
@@ -82,7 +82,7 @@ def kl_shaped_rewards(
     wanted = checks.mask("mask", mask, logprobs, logprobs.shape)
     check_shaping(scores, logprobs, logprobs.shape[0], beta, score_clip)
     arguments = (scores, logprobs, ref_logprobs, wanted, beta, estimator, score_clip)
-    backend = choose(scores, logprobs, ref_logprobs)
+    backend = choose("kl_shaped_rewards", scores, logprobs, ref_logprobs)
     if backend == "reference":
         return reference.kl_reward.kl_shaped_rewards(*arguments)
     with torch.no_grad():

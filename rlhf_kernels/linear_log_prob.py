@@ -139,7 +139,7 @@ def linear_ppo_policy_loss(
     check_clipping(clip_range, clip_range_high, dual_clip)
     check_reduction(reduction, len(rows))
     clip = (clip_range, clip_range if clip_range_high is None else clip_range_high, dual_clip, reduction)
-    backend = choose(hidden, weight)
+    backend = choose("linear_ppo_policy_loss", hidden, weight)
     if backend == "reference":
         return reference.linear_log_prob.linear_ppo_policy_loss(
             hidden, weight, index, old_logprobs, advantages, wanted, bias, temperature, softcap, *clip
@@ -193,7 +193,7 @@ def linear_cross_entropy(
     checks.integer("ignore_index", ignore_index)
     wanted = labels != ignore_index
     checks.index_range("labels", labels, weight.shape[0], wanted)
-    backend = choose(hidden, weight)
+    backend = choose("linear_cross_entropy", hidden, weight)
     if backend == "reference":
         return reference.linear_log_prob.linear_cross_entropy(
             hidden, weight, labels, wanted, bias, temperature, softcap, reduction
@@ -227,7 +227,7 @@ def _run(
     hidden: Tensor, weight: Tensor, index: Tensor, wanted: Tensor, bias: Tensor | None, temperature: float,
     softcap: float | None, *, with_entropy: bool,
 ) -> tuple[Tensor, Any]:  # fmt: skip
-    backend = choose(hidden, weight)
+    backend = choose("linear_selective_log_softmax", hidden, weight)
     if backend == "reference":
         return reference.linear_log_prob.linear_selective_log_softmax_and_entropy(
             hidden, weight, index, wanted, bias, temperature, softcap, with_entropy=with_entropy

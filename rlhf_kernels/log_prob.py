@@ -73,7 +73,7 @@ def selective_log_softmax_and_entropy(
 def _run(
     logits: Tensor, index: Tensor, wanted: Tensor, temperature: float, inplace_backward: bool, *, with_entropy: bool
 ) -> tuple[Tensor, Any]:
-    backend = choose(logits)
+    backend = choose("selective_log_softmax", logits)
     if backend == "reference":
         return reference.log_prob.selective_log_softmax_and_entropy(
             logits, index, wanted, temperature, inplace_backward, with_entropy=with_entropy

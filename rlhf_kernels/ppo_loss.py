@@ -60,7 +60,7 @@ def ppo_policy_loss(
     check_reduction(reduction, logprobs.dim())
     high = clip_range if clip_range_high is None else clip_range_high
     arguments = (logprobs, old_logprobs, advantages, wanted, clip_range, high, dual_clip, reduction)
-    backend = choose(logprobs, old_logprobs, advantages)
+    backend = choose("ppo_policy_loss", logprobs, old_logprobs, advantages)
     if backend == "reference":
         return reference.ppo_loss.ppo_policy_loss(*arguments)
     loss, statistics, _ = call(backend, "ppo_policy_loss", *arguments, needs_gradient(logprobs))
@@ -102,7 +102,7 @@ def ppo_value_loss(
         checks.number("clip_range", clip_range, 0.0, exclusive_low=True)
     check_reduction(reduction, values.dim())
     arguments = (values, old_values, returns, wanted, clip_range, reduction)
-    backend = choose(values, old_values, returns)
+    backend = choose("ppo_value_loss", values, old_values, returns)
     if backend == "reference":
         return reference.ppo_loss.ppo_value_loss(*arguments)
     loss, statistics, _ = call(backend, "ppo_value_loss", *arguments, needs_gradient(values))

@@ -61,7 +61,7 @@ def pairwise_ranking_loss(
     if margin is not None:
         checks.number("margin", margin, 0.0)
     arguments = (scores, ranks, offsets, wanted, margin or 0.0)
-    backend = choose(scores)
+    backend = choose("pairwise_ranking_loss", scores)
     if backend == "reference":
         return reference.ranking_loss.pairwise_ranking_loss(*arguments)
     loss, accuracy, _ = call(backend, "pairwise_ranking_loss", *arguments, needs_gradient(scores))

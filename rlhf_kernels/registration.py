@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from rlhf_kernels.backends import missing
+from rlhf_kernels.backends import emulated, missing
 from rlhf_kernels.checks import values_can_be_read
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
@@ -26,8 +26,11 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         if missing("cpu") is None:
             torch.library.register_fake(f"rlhf_kernels::{name}", function)
-            # For compiled code on a GPU; eager code goes there directly.
-            torch.library.impl(f"rlhf_kernels::{name}", "cuda", lambda *inputs: implementation("triton", name)(*inputs))
+            # For code compiled for a GPU, if the CUDA kernels have not registered theirs. Eager code goes directly.
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"rlhf_kernels::{name}", "CUDA"):
+                torch.library.impl(
+                    f"rlhf_kernels::{name}", "cuda", lambda *inputs: implementation("triton", name)(*inputs)
+                )
         return function
 
     return register
@@ -83,7 +86,8 @@ def implementation(backend: str, name: str) -> Callable[..., Any]:
         from rlhf_kernels import triton
 
         return triton.OPS[name]
-    return getattr(torch.ops.rlhf_kernels, name).default
+    library = torch.ops.rlhf_kernels_emulated if backend == "cuda" and emulated("cuda") else torch.ops.rlhf_kernels
+    return getattr(library, name).default
 
 
 def run(backend: str | None, name: str, *inputs: Any) -> Any:

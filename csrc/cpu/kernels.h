@@ -4,79 +4,11 @@
 
 #include <cstdint>
 
-#include "rlhf_kernels/gae.h"
-#include "rlhf_kernels/kl.h"
+#include "rlhf_kernels/arguments.h"
 #include "rlhf_kernels/online_softmax.h"
 #include "rlhf_kernels/ppo.h"
 
 namespace rlhf_kernels::cpu {
-
-enum class Dtype { float32, bfloat16, float16 };
-
-constexpr int kMaxDims = 8;
-
-// Rows of a tensor of any leading shape; strides are in elements, the last dimension's is 1.
-struct Rows {
-  int dims;
-  int64_t sizes[kMaxDims];
-  int64_t strides[kMaxDims];
-
-  int64_t offset(int64_t row) const {
-    int64_t result = 0;
-    for (int d = dims - 1; d > 0; --d) {
-      result += (row % sizes[d]) * strides[d];
-      row /= sizes[d];
-    }
-    return dims ? result + row * strides[0] : 0;
-  }
-};
-
-// A matrix with any strides, read as float32.
-struct View {
-  const void* data;
-  Dtype dtype;
-  int64_t row_stride;
-  int64_t stride;
-};
-
-// Sequences as the rows of padded matrices of `length` columns, or (boundaries not null) back to back in one row.
-struct Sequences {
-  int64_t count;
-  int64_t length;
-  const int64_t* boundaries;
-  const int64_t* order = nullptr;  // in which they are taken, for kernels that take several side by side
-
-  int64_t at(int64_t place) const { return order ? order[place] : place; }
-};
-
-// ------------------------------------------------------------------------------------------------------- log_prob
-
-struct LogProbArguments {
-  const void* logits;
-  Dtype dtype;
-  Rows rows;
-  int64_t vocabulary;
-  const int64_t* index;
-  const uint8_t* wanted;
-  double temperature;
-};
-
-struct LogProbResults {
-  float* logprobs;
-  float* entropies;  // may be null
-  float* maxima;
-  float* log_sums;
-};
-
-struct LogProbGradient {
-  const float* entropies;      // null with grad_entropies
-  const float* maxima;
-  const float* log_sums;
-  const float* grad_logprobs;
-  const float* grad_entropies;  // may be null
-  void* gradient;               // may be the logits
-  Rows rows;
-};
 
 // ------------------------------------------------------------------------------------------------ linear_log_prob
 
@@ -109,32 +41,6 @@ struct RowLossResults {
 };
 
 // -------------------------------------------------------------------------------------------------- small families
-
-struct KlShaping {
-  const float* scores;
-  View logprobs;
-  View ref_logprobs;
-  double beta;
-  KlEstimator estimator;
-  double score_clip;  // below 0: none
-  float* rewards;
-  float* kl;
-};
-
-struct GaeArguments {
-  View rewards;  // unused by ppo_advantages
-  View values;
-  const uint8_t* wanted;
-  Sequences sequences;
-  double gamma;
-  double lambda;
-  const float* bootstrap;  // may be null
-  float* advantages;
-  float* returns;
-  Moments* moments;  // per sequence; may be null
-};
-
-enum class Reduction { token_mean, seq_mean_token_mean, seq_mean_token_sum };
 
 // A row's share of the loss and of the statistics, summed over its unmasked positions (deviation: the largest).
 struct PolicySums {

@@ -7,6 +7,7 @@ import torch
 from calls import Call
 
 import rlhf_kernels as k
+from rlhf_kernels.backends import emulated
 
 pytestmark = pytest.mark.usefixtures("kernels")
 
@@ -95,8 +96,8 @@ def test_ranking_loss(spread, shape):
 
 
 def test_more_pairs_than_a_float32_counts(kernels):
-    if kernels == "triton" and not torch.cuda.is_available():
-        pytest.skip("18 million pairs take the interpreter five minutes")
+    if emulated(kernels):
+        pytest.skip("18 million pairs take an interpreter minutes")
     loss, accuracy = k.pairwise_ranking_loss(torch.zeros(1, 6000), torch.arange(6000)[None])
     assert loss.item() == pytest.approx(math.log(2), rel=1e-6)
     assert accuracy == 0.5

@@ -57,7 +57,7 @@ def logits_loss(logits, index):
     return (k.kl_penalty(a, a.detach() - 1, estimator="k3") + h).sum()
 
 
-def test_a_ppo_loss(backend, rollout):
+def test_a_ppo_loss_from_linear_log_probs(backend, rollout):
     loss, stats = ppo(**rollout)
     compiled_loss, compiled_stats = torch.compile(ppo, fullgraph=True, backend="aot_eager")(**rollout)
     torch.testing.assert_close(compiled_loss, loss)

@@ -17,6 +17,49 @@ RLHF_HOST_DEVICE T gae_advantage(T delta, T gamma_lambda, T after) {
   return multiply_add(gamma_lambda, after, delta);
 }
 
+// What comes to a position from its right: the advantage of the next position that counts, and that position's γ·V.
+// Before the first of them: 0 and γ times the bootstrap value, plus the score that waits for the sequence's last position.
+struct GaeState {
+  double advantage;
+  double next;
+  bool seen;  // whether some position to the right counts
+};
+
+// What a stretch of positions makes of a state: advantage = slope·advantage' + following·next' + offset, and a next of
+// its own. The recursion of equation 16 as a composition of affine maps, which may be taken in any grouping (Blelloch
+// 1990). A stretch in which nothing counts hands on what came.
+struct GaeMap {
+  double slope = 1, following = 0, offset = 0, next = 0;
+  bool counts = false;
+
+  // Takes in the position to the left of the stretch, one that counts.
+  RLHF_HOST_DEVICE void take(double reward, double value, double gamma, double gamma_lambda) {
+    offset = counts ? fma(gamma_lambda, offset, next + (reward - value)) : reward - value;
+    following = counts ? gamma_lambda * following : 1;
+    slope = gamma_lambda * slope;
+    next = gamma * value;
+    counts = true;
+  }
+
+  RLHF_HOST_DEVICE GaeState applied(const GaeState& right) const {
+    if (!counts) return right;
+    return {fma(slope, right.advantage, fma(following, right.next, offset)), next, true};
+  }
+};
+
+// The map of two stretches side by side.
+RLHF_HOST_DEVICE GaeMap joined(const GaeMap& left, const GaeMap& right) {
+  if (!left.counts) return right;
+  if (!right.counts) return left;
+  GaeMap both;
+  both.slope = left.slope * right.slope;
+  both.following = left.slope * right.following;
+  both.offset = fma(left.slope, right.offset, fma(left.following, right.next, left.offset));
+  both.next = left.next;
+  both.counts = true;
+  return both;
+}
+
 // Count, mean and sum of squared distances to the mean; merged as in Chan, Golub and LeVeque 1979.
 struct Moments {
   double count = 0;

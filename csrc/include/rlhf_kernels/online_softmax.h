@@ -50,8 +50,8 @@ struct LogitGradient {
   T slope, offset;             // the gradient is p·(slope·log₂ p + offset)
 
   // log_sum = log Σ e^d. Without an entropy's gradient, neither it nor its row's entropy is looked at.
-  LogitGradient(float row_maximum, float log_sum, float entropy, float grad_logprob, float grad_entropy,
-                double temperature)
+  RLHF_HOST_DEVICE LogitGradient(float row_maximum, float log_sum, float entropy, float grad_logprob,
+                                 float grad_entropy, double temperature)
       : maximum(row_maximum),
         scale(static_cast<float>(1.44269504088896341 / temperature)),
         log2_sum(static_cast<float>(1.44269504088896341 * log_sum)),

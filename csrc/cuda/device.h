@@ -1,0 +1,299 @@
+// What the CUDA kernels share: reads of eight at a time, sums over a block in one order, and the launch.
+#pragma once
+
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/kernels.h"
+
+namespace rlhf_kernels::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+// Elements that a thread takes at a time: 16 bytes of the 16-bit types, twice that of float32.
+constexpr int kVector = 8;
+// Blocks of a kernel that walks through its work: as many as fill the largest chips, the same number on every chip, so
+// that the sums have the same bits on all.
+constexpr int64_t kMostBlocks = 1024;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ------------------------------------------------------------------------------------------------------------ lanes
+
+// Any plain value from another lane, word by word.
+template <class T, class Move>
+__device__ __forceinline__ T moved(const T& value, Move&& move) {
+  static_assert(sizeof(T) % 4 == 0);
+  union {
+    T whole;
+    uint32_t words[sizeof(T) / 4];
+  } from{value}, to{value};
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(T) / 4); ++i) to.words[i] = move(from.words[i]);
+  return to.whole;
+}
+
+template <class T>
+__device__ __forceinline__ T shuffle_up(const T& value, int distance) {
+  return moved(value, [&](uint32_t word) { return __shfl_up_sync(kAllLanes, word, distance); });
+}
+
+template <class T>
+__device__ __forceinline__ T shuffle_down(const T& value, int distance) {
+  return moved(value, [&](uint32_t word) { return __shfl_down_sync(kAllLanes, word, distance); });
+}
+
+template <class T>
+__device__ __forceinline__ T shuffle(const T& value, int lane, int width) {
+  return moved(value, [&](uint32_t word) { return __shfl_sync(kAllLanes, word, lane, width); });
+}
+
+template <class T>
+__device__ __forceinline__ T shuffle_xor(const T& value, int mask) {
+  return moved(value, [&](uint32_t word) { return __shfl_xor_sync(kAllLanes, word, mask); });
+}
+
+// Every thread's value merged into the first thread's, always in the same order. All threads of the block come here;
+// merge(a, b) takes b into a. `between` has room for one value per warp.
+template <class T, class Merge>
+__device__ __forceinline__ T block_merge(T value, T* between, Merge&& merge) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    const T other = shuffle_down(value, distance);
+    merge(value, other);
+  }
+  if (threadIdx.x % kWarp == 0) between[threadIdx.x / kWarp] = value;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (unsigned warp = 1; warp < blockDim.x / kWarp; ++warp) merge(value, between[warp]);
+  }
+  __syncthreads();
+  return value;
+}
+
+// Whether this block is the last of the grid to come here; then all that the others wrote before is visible to it.
+// The ticket is 0 when the kernel starts.
+__device__ __forceinline__ bool is_last_block(unsigned* ticket) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+  __syncthreads();
+  __threadfence();
+  return last;
+}
+
+// ------------------------------------------------------------------------------------------------------------ memory
+
+__device__ __forceinline__ float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
+
+__device__ __forceinline__ float widened(uint16_t bits, Dtype dtype) {
+  return dtype == Dtype::bfloat16 ? float_of_bits(uint32_t{bits} << 16) : __half2float(__ushort_as_half(bits));
+}
+
+// To the nearest, ties to even; NaN stays.
+__device__ __forceinline__ uint16_t narrowed(float x, Dtype dtype) {
+  if (dtype == Dtype::float16) return __half_as_ushort(__float2half_rn(x));
+  const uint32_t bits = __float_as_uint(x);
+  if (x != x) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+__device__ __forceinline__ float load(const void* data, Dtype dtype, int64_t at) {
+  return dtype == Dtype::float32 ? static_cast<const float*>(data)[at] : widened(static_cast<const uint16_t*>(data)[at], dtype);
+}
+
+__device__ __forceinline__ void store(void* data, Dtype dtype, int64_t at, float x) {
+  if (dtype == Dtype::float32) {
+    static_cast<float*>(data)[at] = x;
+  } else {
+    static_cast<uint16_t*>(data)[at] = narrowed(x, dtype);
+  }
+}
+
+// 16 bytes at once, to or from an address that is a multiple of 16. Said in PTX: nvcc takes a pointer that was an integer
+// once for one to any memory, and cuts some assignments of its vector types into words.
+__device__ __forceinline__ uint4 load_16_bytes(const void* from) {
+#if defined(__CUDA_ARCH__)
+  uint4 result;
+  asm("ld.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(result.x), "=r"(result.y), "=r"(result.z), "=r"(result.w)
+      : "l"(__cvta_generic_to_global(from)));
+  return result;
+#else
+  return *static_cast<const uint4*>(from);
+#endif
+}
+
+__device__ __forceinline__ void store_16_bytes(void* to, const uint4& value) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(value.x), "r"(value.y),
+               "r"(value.z), "r"(value.w)
+               : "memory");
+#else
+  *static_cast<uint4*>(to) = value;
+#endif
+}
+
+// Eight elements as they come from memory. Conversions wait until all that is to be loaded is on its way.
+struct Packed {
+  uint32_t words[kVector];
+  bool wide;  // an element in each word, as float32; else two in each of the first four
+
+  __device__ __forceinline__ float of(int i, Dtype dtype) const {
+    return wide ? float_of_bits(words[i]) : widened(static_cast<uint16_t>(words[i / 2] >> (16 * (i % 2))), dtype);
+  }
+
+  __device__ __forceinline__ void unpack(Dtype dtype, float (&x)[kVector]) const {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) x[i] = of(i, dtype);
+  }
+
+  __device__ __forceinline__ void set(int first, const uint4& four) {
+    words[first] = four.x;
+    words[first + 1] = four.y;
+    words[first + 2] = four.z;
+    words[first + 3] = four.w;
+  }
+};
+
+__device__ __forceinline__ bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
+
+// Of elements that begin at a multiple of 16 bytes.
+__device__ __forceinline__ Packed fetch_aligned(const void* data, Dtype dtype, int64_t at) {
+  Packed result;
+  result.wide = dtype == Dtype::float32;
+  if (result.wide) {
+    result.set(0, load_16_bytes(static_cast<const float*>(data) + at));
+    result.set(4, load_16_bytes(static_cast<const float*>(data) + at + 4));
+  } else {
+    result.set(0, load_16_bytes(static_cast<const uint16_t*>(data) + at));
+  }
+  return result;
+}
+
+// 16 bytes from an address that is a multiple of 2 only, by the aligned 16 that it begins in and, where it is no multiple
+// of 16, those that follow.
+__device__ __forceinline__ uint4 shifted_16_bytes(const void* from) {
+  const auto address = reinterpret_cast<uintptr_t>(from);
+  const unsigned shift = address & 15;
+  const auto* aligned = static_cast<const char*>(from) - shift;
+  uint4 a = load_16_bytes(aligned), b = load_16_bytes(aligned + (shift ? 16 : 0));
+  if (shift & 8) a = {a.z, a.w, b.x, b.y}, b = {b.z, b.w, 0, 0};
+  if (shift & 4) a = {a.y, a.z, a.w, b.x}, b = {b.y, b.z, b.w, 0};
+  if (shift & 2) {
+    a = {__funnelshift_r(a.x, a.y, 16), __funnelshift_r(a.y, a.z, 16), __funnelshift_r(a.z, a.w, 16),
+         __funnelshift_r(a.w, b.x, 16)};
+  }
+  return a;
+}
+
+// Of elements that begin anywhere, at full width: which elements a thread takes, and so the order of its sums, must not
+// depend on where a row lies in memory.
+__device__ __forceinline__ Packed fetch_shifted(const void* data, Dtype dtype, int64_t at) {
+  Packed result;
+  result.wide = dtype == Dtype::float32;
+  if (result.wide) {
+    result.set(0, shifted_16_bytes(static_cast<const float*>(data) + at));
+    result.set(4, shifted_16_bytes(static_cast<const float*>(data) + at + 4));
+  } else {
+    result.set(0, shifted_16_bytes(static_cast<const uint16_t*>(data) + at));
+  }
+  return result;
+}
+
+// Of elements `stride` apart, one by one, of which the first `count` are there; the others become `fill`.
+__device__ __forceinline__ Packed fetch_one_by_one(const void* data, Dtype dtype, int64_t at, int64_t stride,
+                                                   int64_t count, float fill) {
+  Packed result;
+  result.wide = true;
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    result.words[i] = __float_as_uint(i < count ? load(data, dtype, at + i * stride) : fill);
+  }
+  return result;
+}
+
+// Of a row of a matrix, from t on; 0 past the first `count`.
+__device__ __forceinline__ Packed fetch(const View& view, int64_t row, int64_t t, int64_t count) {
+  const int64_t at = row * view.row_stride + t * view.stride;
+  const char* address = static_cast<const char*>(view.data) + at * (view.dtype == Dtype::float32 ? 4 : 2);
+  if (count >= kVector && view.stride == 1 && is_aligned(address)) return fetch_aligned(view.data, view.dtype, at);
+  return fetch_one_by_one(view.data, view.dtype, at, view.stride, count, 0.0f);
+}
+
+// Of a contiguous array of float32.
+__device__ __forceinline__ Packed fetch(const float* data, int64_t at, int64_t count) {
+  return fetch(View{data, Dtype::float32, 0, 1}, 0, at, count);
+}
+
+// Eight elements to `at`, of which the first `count` have a place. Where the address allows it, 16 bytes at a time.
+__device__ __forceinline__ void store_vector(void* data, Dtype dtype, int64_t at, int64_t count,
+                                             const float (&x)[kVector]) {
+  if (dtype == Dtype::float32) {
+    float* to = static_cast<float*>(data) + at;
+    if (count >= kVector && is_aligned(to)) {
+      uint32_t bits[kVector];
+#pragma unroll
+      for (int i = 0; i < kVector; ++i) bits[i] = __float_as_uint(x[i]);
+      store_16_bytes(to, {bits[0], bits[1], bits[2], bits[3]});
+      store_16_bytes(to + 4, {bits[4], bits[5], bits[6], bits[7]});
+      return;
+    }
+  } else {
+    uint16_t* to = static_cast<uint16_t*>(data) + at;
+    if (count >= kVector && is_aligned(to)) {
+      uint32_t words[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) words[i] = narrowed(x[2 * i], dtype) | uint32_t{narrowed(x[2 * i + 1], dtype)} << 16;
+      store_16_bytes(to, {words[0], words[1], words[2], words[3]});
+      return;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    if (i < count) store(data, dtype, at + i, x[i]);
+  }
+}
+
+// Which of eight positions count, a bit each.
+__device__ __forceinline__ unsigned load_mask(const uint8_t* wanted, int64_t at, int64_t count) {
+  unsigned bits = 0;
+  const uint8_t* from = wanted + at;
+  if (count >= kVector && reinterpret_cast<uintptr_t>(from) % 8 == 0) {
+    const uint2 words = *reinterpret_cast<const uint2*>(from);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) bits |= ((((i < 4 ? words.x : words.y) >> (8 * (i % 4))) & 0xff) != 0) << i;
+    return bits;
+  }
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) bits |= (i < count && from[i] != 0) << i;
+  return bits;
+}
+
+// ------------------------------------------------------------------------------------------------------------ launch
+
+inline void check(cudaError_t error) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("rlhf_kernels: a CUDA kernel was not launched: ") + cudaGetErrorString(error));
+  }
+}
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), int64_t blocks, int threads, Stream stream, const Arguments&... arguments) {
+  if (blocks == 0) return;
+  if (blocks > 0x7fffffff) throw std::runtime_error("rlhf_kernels: the input is too large for one launch");
+#if defined(__CUDACC__)
+  kernel<<<static_cast<unsigned>(blocks), threads, 0, static_cast<cudaStream_t>(stream)>>>(Parameters(arguments)...);
+  check(cudaGetLastError());
+#else
+  emulation::run(static_cast<unsigned>(blocks), threads, [&] { kernel(Parameters(arguments)...); });
+  static_cast<void>(stream);
+#endif
+}
+
+}  // namespace rlhf_kernels::cuda

@@ -1,0 +1,77 @@
+// What the CUDA kernels take and do: functions that launch on a stream and do not wait. Nothing here knows of torch;
+// csrc/cuda/ops.cpp checks and allocates.
+#pragma once
+
+#include <cstdint>
+
+#include "rlhf_kernels/arguments.h"
+#include "rlhf_kernels/online_softmax.h"
+#include "rlhf_kernels/ppo.h"
+
+namespace rlhf_kernels::cuda {
+
+using Stream = void*;  // a cudaStream_t
+
+// ------------------------------------------------------------------------------------------------------- log_prob
+
+// How many stretches of the vocabulary a row's sums are made of.
+int64_t log_prob_chunks(int64_t vocabulary);
+// sums: one per row and chunk; tickets: 0, one per row.
+void log_prob(const LogProbArguments&, const LogProbResults&, int64_t rows, OnlineSoftmax* sums, unsigned* tickets,
+              Stream);
+void log_prob_backward(const LogProbArguments&, const LogProbGradient&, int64_t rows, Stream);
+
+// ------------------------------------------------------------------------------------------------- kl_reward, gae
+
+void kl_penalty(const View& logprobs, const View& ref_logprobs, int64_t rows, int64_t length, KlEstimator,
+                float* result, Stream);
+void kl_penalty_backward(const View& logprobs, const View& ref_logprobs, int64_t rows, int64_t length, KlEstimator,
+                         const float* gradient, float* result, Stream);
+void kl_shaped_rewards(const KlShaping&, const Sequences&, const uint8_t* wanted, Stream);
+
+// Whitened where in.moments is there; size is the number of positions.
+void gae(const GaeArguments& in, int64_t size, Stream);
+// in.rewards is not looked at.
+void ppo_advantages(const GaeArguments& in, const KlShaping&, int64_t size, Stream);
+
+// ------------------------------------------------------------------------------------------------------- ppo_loss
+
+enum class Reduction { token_mean, seq_mean_token_mean, seq_mean_token_sum };
+
+// Inputs as rows of `length`; with token_mean a row may be anything.
+struct TokenLoss {
+  View inputs[3];
+  const uint8_t* wanted;
+  int64_t rows;
+  int64_t length;
+  Reduction reduction;
+  float* gradient;    // may be null
+  float* loss;
+  float* statistics;  // 4 of the policy loss, 3 of the value loss
+};
+
+// What a loss keeps in between, none of it set to anything: its bytes, for so many rows.
+int64_t token_loss_workspace(int64_t rows, int64_t length);
+void ppo_policy_loss(const TokenLoss&, const PolicyClip&, void* workspace, Stream);
+// clip_range below 0: none.
+void ppo_value_loss(const TokenLoss&, float clip_range, void* workspace, Stream);
+
+// --------------------------------------------------------------------------------------------------- ranking_loss
+
+struct RankingLoss {
+  const void* scores;
+  Dtype dtype;
+  const int64_t* ranks;
+  const uint8_t* wanted;
+  Sequences prompts;
+  int64_t completions;  // of all prompts
+  float margin;
+  float* gradient;  // may be null
+  float* loss;
+  float* accuracy;
+};
+
+int64_t ranking_workspace(int64_t prompts);
+void ranking_loss(const RankingLoss&, void* workspace, Stream);
+
+}  // namespace rlhf_kernels::cuda

@@ -1,0 +1,89 @@
+// Per-token KL penalties, their derivative, and rewards shaped by them.
+
+#include "cuda/device.h"
+#include "rlhf_kernels/kl.h"
+
+namespace rlhf_kernels::cuda {
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kChunk = kThreads * kVector;
+
+// A block per chunk of a row. Without `gradient` the penalty, else its derivative times that.
+__global__ void __launch_bounds__(kThreads) penalty_kernel(View logprobs, View ref_logprobs, int64_t length,
+                                                           int64_t per_row, KlEstimator estimator,
+                                                           const float* gradient, float* result) {
+  const int64_t row = blockIdx.x / per_row, t = blockIdx.x % per_row * kChunk + threadIdx.x * kVector;
+  const int64_t count = length - t, flat = row * length + t;
+  if (count <= 0) return;
+  const Packed packed = fetch(logprobs, row, t, count), packed_ref = fetch(ref_logprobs, row, t, count);
+  Packed slopes;
+  if (gradient) slopes = fetch(gradient, flat, count);
+  float x[kVector];
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) {
+    const float logprob = packed.of(i, logprobs.dtype), ref = packed_ref.of(i, ref_logprobs.dtype);
+    x[i] = gradient ? slopes.of(i, Dtype::float32) * kl_penalty_gradient(logprob, ref, estimator)
+                    : rlhf_kernels::kl_penalty(logprob, ref, estimator);
+  }
+  store_vector(result, Dtype::float32, flat, count, x);
+}
+
+// A block per row. The last position that counts is found first: it gets the score.
+__global__ void __launch_bounds__(kThreads) rewards_kernel(KlShaping in, int64_t length, const uint8_t* wanted) {
+  __shared__ int64_t between[kThreads / kWarp];
+  __shared__ int64_t scored;
+  const int64_t row = blockIdx.x, base = row * length;
+  int64_t last = -1;
+  for (int64_t t = int64_t{threadIdx.x} * kVector; t < length; t += kChunk) {
+    const unsigned counts = load_mask(wanted, base + t, length - t);
+    if (counts) last = t + kWarp - 1 - __clz(static_cast<int>(counts));
+  }
+  last = block_merge(last, between, [](int64_t& a, int64_t b) { a = b > a ? b : a; });
+  if (threadIdx.x == 0) scored = last;
+  __syncthreads();
+  last = scored;
+  double score = in.scores[row];
+  if (in.score_clip >= 0) score = at_least(at_most(score, in.score_clip), -in.score_clip);
+  for (int64_t t = int64_t{threadIdx.x} * kVector; t < length; t += kChunk) {
+    const int64_t count = length - t;
+    const unsigned counts = load_mask(wanted, base + t, count);
+    const Packed packed = fetch(in.logprobs, row, t, count), packed_ref = fetch(in.ref_logprobs, row, t, count);
+    float kl[kVector], rewards[kVector];
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      const float logprob = packed.of(i, in.logprobs.dtype), ref = packed_ref.of(i, in.ref_logprobs.dtype);
+      kl[i] = counts >> i & 1 ? rlhf_kernels::kl_penalty(logprob, ref, in.estimator) : 0.0f;
+      const double penalty = in.beta * static_cast<double>(kl[i]);
+      rewards[i] = counts >> i & 1 ? static_cast<float>((t + i == last ? score : 0) - penalty) : 0.0f;
+    }
+    store_vector(in.rewards, Dtype::float32, base + t, count, rewards);
+    store_vector(in.kl, Dtype::float32, base + t, count, kl);
+  }
+}
+
+void run(const View& logprobs, const View& ref_logprobs, int64_t rows, int64_t length, KlEstimator estimator,
+         const float* gradient, float* result, Stream stream) {
+  const int64_t per_row = ceil_div(length, kChunk);
+  launch(penalty_kernel, rows * per_row, kThreads, stream, logprobs, ref_logprobs, length, per_row, estimator, gradient,
+         result);
+}
+
+}  // namespace
+
+void kl_penalty(const View& logprobs, const View& ref_logprobs, int64_t rows, int64_t length, KlEstimator estimator,
+                float* result, Stream stream) {
+  run(logprobs, ref_logprobs, rows, length, estimator, nullptr, result, stream);
+}
+
+void kl_penalty_backward(const View& logprobs, const View& ref_logprobs, int64_t rows, int64_t length,
+                         KlEstimator estimator, const float* gradient, float* result, Stream stream) {
+  run(logprobs, ref_logprobs, rows, length, estimator, gradient, result, stream);
+}
+
+void kl_shaped_rewards(const KlShaping& in, const Sequences& sequences, const uint8_t* wanted, Stream stream) {
+  launch(rewards_kernel, sequences.length ? sequences.count : 0, kThreads, stream, in, sequences.length, wanted);
+}
+
+}  // namespace rlhf_kernels::cuda

@@ -1,0 +1,243 @@
+// Log-prob and entropy of a row in one read of its logits, and their gradient in one read and one write. A block has a
+// chunk of a row, of one size, so that few rows keep the chip as busy as many; the last block of a row to finish merges
+// its chunks, in order.
+
+#include "cuda/device.h"
+#include "rlhf_kernels/online_softmax.h"
+
+namespace rlhf_kernels::cuda {
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kVectors = 8;  // a thread's, all of which it asks for before it looks at the first
+constexpr int kAhead = 4;    // the same, of the gradient, which has less room
+constexpr int kStride = kThreads * kVector;
+constexpr int kChunk = kStride * kVectors;
+constexpr double kLog2E = 1.44269504088896341, kLn2 = 0.69314718055994531;
+
+template <Dtype kDtype>
+constexpr int64_t kSizeOf = kDtype == Dtype::float32 ? 4 : 2;
+
+// Sums of a thread's logits, against its own maximum and in powers of 2.
+template <bool kEntropy>
+struct ThreadSums {
+  float maximum, scale, reference, sum = 0, weighted = 0;
+
+  __device__ __forceinline__ ThreadSums(float maximum, float scale)
+      // Nothing but −inf: any finite reference gives those tokens probability 0.
+      : maximum(maximum), scale(scale), reference(maximum == -INFINITY ? 0.0f : maximum) {}
+
+  __device__ __forceinline__ void add(const float (&x)[kVector]) {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      const float d = (x[i] - reference) * scale, e = exp2f(d);
+      sum += e;
+      if (kEntropy) weighted += d == -INFINITY ? 0.0f : e * d;
+    }
+  }
+};
+
+__device__ __forceinline__ float largest_of(const float (&x)[kVector], float so_far) {
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) so_far = fmaxf(so_far, x[i]);
+  return so_far;
+}
+
+// The block's sums against its maximum; in the first thread.
+template <bool kEntropy>
+__device__ __forceinline__ OnlineSoftmax block_sums(const ThreadSums<kEntropy>& own) {
+  __shared__ float maxima[kThreads / kWarp];
+  __shared__ float maximum;
+  struct Pair {
+    double sum, weighted;
+  };
+  __shared__ Pair between[kThreads / kWarp];
+  const float top = block_merge(own.maximum, maxima, [](float& a, float b) { a = fmaxf(a, b); });
+  if (threadIdx.x == 0) maximum = top;
+  __syncthreads();
+  const float shift = own.maximum == -INFINITY ? 0.0f : (own.maximum - maximum) * own.scale;
+  const double factor = own.maximum == -INFINITY && own.sum == 0 ? 0.0f : exp2f(shift);
+  Pair pair{own.sum * factor, kEntropy ? (own.weighted + static_cast<double>(shift) * own.sum) * factor : 0};
+  pair = block_merge(pair, between, [](Pair& a, const Pair& b) {
+    a.sum += b.sum;
+    a.weighted += b.weighted;
+  });
+  return {maximum, pair.sum, pair.weighted * kLn2};
+}
+
+__device__ __forceinline__ void finish(const LogProbArguments& in, const LogProbResults& out, int64_t row,
+                                       int64_t base, const OnlineSoftmax& sums) {
+  const int64_t token = in.index[row];
+  const bool valid = token >= 0 && token < in.vocabulary;
+  const double inverse_temperature = 1 / in.temperature;
+  const float logit = valid ? load(in.logits, in.dtype, base + token) : NAN;
+  out.logprobs[row] = static_cast<float>(rlhf_kernels::log_prob(sums, logit, inverse_temperature));
+  out.maxima[row] = sums.maximum;
+  out.log_sums[row] = static_cast<float>(log(sums.sum));
+  if (out.entropies) out.entropies[row] = static_cast<float>(entropy(sums));
+}
+
+template <Dtype kDtype, bool kEntropy>
+__global__ void __launch_bounds__(kThreads) sums_kernel(LogProbArguments in, LogProbResults out, int64_t chunks,
+                                                        OnlineSoftmax* sums, unsigned* tickets) {
+  const int64_t row = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
+  if (in.wanted[row] == 0) {
+    if (chunk != 0 || threadIdx.x != 0) return;
+    out.logprobs[row] = out.maxima[row] = out.log_sums[row] = 0;
+    if (out.entropies) out.entropies[row] = 0;
+    return;
+  }
+  const int64_t base = in.rows.offset(row), start = chunk * kChunk + threadIdx.x * kVector;
+  const float scale = static_cast<float>(kLog2E / in.temperature);
+  // All of a thread's vectors are on their way before the first is looked at.
+  const auto all_at_once = [&](auto&& fetch) {
+    Packed packed[kVectors];
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) packed[i] = fetch(base + start + i * kStride);
+    float maximum = -INFINITY;
+    float x[kVector];
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      packed[i].unpack(kDtype, x);
+      maximum = largest_of(x, maximum);
+    }
+    ThreadSums<kEntropy> result(maximum, scale);
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      packed[i].unpack(kDtype, x);
+      result.add(x);
+    }
+    return result;
+  };
+  // Twice through what the cache holds after the first time, in the same order.
+  const auto one_by_one = [&] {
+    float maximum = -INFINITY;
+    float x[kVector];
+    const auto read = [&](int64_t at) {
+      fetch_one_by_one(in.logits, kDtype, base + at, 1, in.vocabulary - at, -INFINITY).unpack(kDtype, x);
+    };
+    const int64_t end = in.vocabulary < (chunk + 1) * kChunk ? in.vocabulary : (chunk + 1) * kChunk;
+#pragma unroll 1
+    for (int64_t at = start; at < end; at += kStride) {
+      read(at);
+      maximum = largest_of(x, maximum);
+    }
+    ThreadSums<kEntropy> result(maximum, scale);
+#pragma unroll 1
+    for (int64_t at = start; at < end; at += kStride) {
+      read(at);
+      result.add(x);
+    }
+    return result;
+  };
+  const bool full = (chunk + 1) * kChunk <= in.vocabulary;
+  const bool aligned = is_aligned(static_cast<const char*>(in.logits) + base * kSizeOf<kDtype>);
+  const auto own = !full     ? one_by_one()
+                   : aligned ? all_at_once([&](int64_t at) { return fetch_aligned(in.logits, kDtype, at); })
+                             : all_at_once([&](int64_t at) { return fetch_shifted(in.logits, kDtype, at); });
+  OnlineSoftmax mine = block_sums(own);
+  if (threadIdx.x != 0) return;
+  if (chunks > 1) {
+    sums[blockIdx.x] = mine;
+    __threadfence();
+    if (atomicAdd(tickets + row, 1u) != chunks - 1) return;
+    __threadfence();
+    mine = {};
+    for (int64_t i = 0; i < chunks; ++i) merge(mine, sums[row * chunks + i], 1 / in.temperature);
+  }
+  finish(in, out, row, base, mine);
+}
+
+template <Dtype kDtype, bool kEntropy>
+__global__ void __launch_bounds__(kThreads) gradient_kernel(LogProbArguments in, LogProbGradient out, int64_t chunks) {
+  const int64_t row = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
+  const int64_t from = in.rows.offset(row), to = out.rows.offset(row);
+  const auto* logits = static_cast<const char*>(in.logits) + from * kSizeOf<kDtype>;
+  const auto* gradients = static_cast<const char*>(out.gradient) + to * kSizeOf<kDtype>;
+  // Vectors begin where the gradient's 16 bytes do: the first may begin before the row.
+  const int64_t lead = reinterpret_cast<uintptr_t>(gradients) % 16 / kSizeOf<kDtype>;
+  const bool aligned = is_aligned(logits - lead * kSizeOf<kDtype>);
+  const bool wanted = in.wanted[row] != 0;
+  const int64_t token = in.index[row];
+  const bool valid = token >= 0 && token < in.vocabulary;
+  const float maximum = out.maxima[row], log_sum = out.log_sums[row], row_entropy = kEntropy ? out.entropies[row] : 0;
+  const float grad_logprob = valid ? out.grad_logprobs[row] : 0, grad_entropy = kEntropy ? out.grad_entropies[row] : 0;
+  const rlhf_kernels::LogitGradient<float> gradient(maximum, log_sum, row_entropy, grad_logprob, grad_entropy,
+                                                    in.temperature);
+  // By one thread, before another may write over the logit.
+  __shared__ float chosen;
+  const int64_t begin = chunk * kChunk - lead;
+  if (threadIdx.x == 0 && wanted && valid && token >= begin && token < begin + kChunk) {
+    chosen = static_cast<float>(chosen_logit_gradient(load(in.logits, kDtype, from + token), maximum, log_sum, row_entropy,
+                                                      grad_logprob, grad_entropy, in.temperature));
+  }
+  __syncthreads();
+  const auto of = [&](int64_t at, float logit) { return at == token ? chosen : gradient.template of<kEntropy>(logit); };
+  const int64_t start = begin + threadIdx.x * kVector;
+#pragma unroll 1
+  for (int first = 0; first < kVectors; first += kAhead) {
+    Packed packed[kAhead];
+    const auto place = [&](int i) { return start + (first + i) * kStride; };
+    const auto is_whole = [&](int64_t at) { return at >= 0 && at + kVector <= in.vocabulary; };
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (!wanted || !is_whole(place(i))) continue;
+      packed[i] = aligned ? fetch_aligned(in.logits, kDtype, from + place(i))
+                          : fetch_shifted(in.logits, kDtype, from + place(i));
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int64_t at = place(i);
+      if (is_whole(at)) {
+        float x[kVector] = {};
+        if (wanted) {
+#pragma unroll
+          for (int j = 0; j < kVector; ++j) x[j] = of(at + j, packed[i].of(j, kDtype));
+        }
+        store_vector(out.gradient, kDtype, to + at, kVector, x);
+        continue;
+      }
+      for (int64_t j = at < 0 ? 0 : at; j < at + kVector && j < in.vocabulary; ++j) {
+        store(out.gradient, kDtype, to + j, wanted ? of(j, load(in.logits, kDtype, from + j)) : 0.0f);
+      }
+    }
+  }
+}
+
+template <class Function>
+void for_dtype(Dtype dtype, Function&& function) {
+  switch (dtype) {
+    case Dtype::float32:
+      return function(std::integral_constant<Dtype, Dtype::float32>());
+    case Dtype::bfloat16:
+      return function(std::integral_constant<Dtype, Dtype::bfloat16>());
+    case Dtype::float16:
+      return function(std::integral_constant<Dtype, Dtype::float16>());
+  }
+}
+
+}  // namespace
+
+int64_t log_prob_chunks(int64_t vocabulary) { return ceil_div(vocabulary, kChunk); }
+
+void log_prob(const LogProbArguments& in, const LogProbResults& out, int64_t rows, OnlineSoftmax* sums,
+              unsigned* tickets, Stream stream) {
+  const int64_t chunks = log_prob_chunks(in.vocabulary);
+  for_dtype(in.dtype, [&](auto dtype) {
+    const auto kernel = out.entropies ? sums_kernel<decltype(dtype)::value, true> : sums_kernel<decltype(dtype)::value, false>;
+    launch(kernel, rows * chunks, kThreads, stream, in, out, chunks, sums, tickets);
+  });
+}
+
+void log_prob_backward(const LogProbArguments& in, const LogProbGradient& out, int64_t rows, Stream stream) {
+  // A row that begins within 16 bytes reaches by so much into another vector.
+  const int64_t chunks = log_prob_chunks(in.vocabulary + kVector - 1);
+  for_dtype(in.dtype, [&](auto dtype) {
+    const auto kernel = out.grad_entropies ? gradient_kernel<decltype(dtype)::value, true>
+                                           : gradient_kernel<decltype(dtype)::value, false>;
+    launch(kernel, rows * chunks, kThreads, stream, in, out, chunks);
+  });
+}
+
+}  // namespace rlhf_kernels::cuda

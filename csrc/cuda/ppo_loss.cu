@@ -1,0 +1,219 @@
+// PPO's losses in two launches: the weights of a reduction need the whole mask, so a first one counts it, a byte per
+// position; the second reads the three inputs once, for loss, statistics and gradient. Its last block adds up.
+
+#include "cuda/device.h"
+#include "rlhf_kernels/ppo.h"
+
+namespace rlhf_kernels::cuda {
+
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kChunk = kThreads * kVector;
+constexpr int kStatistics = 4;
+
+// What the mask says: in how many positions, and in how many rows, something counts. Each block of the first launch has
+// its own, and each row the number of its positions.
+struct Counts {
+  int64_t positions = 0, rows = 0;
+};
+
+struct Sums {
+  double loss = 0, values[kStatistics] = {};
+};
+
+struct Workspace {
+  unsigned* ticket;
+  Counts* counts;       // kMostBlocks
+  int64_t* row_counts;  // where rows have weights of their own
+  Sums* sums;           // one per block of the second launch
+
+  Workspace(void* memory, int64_t rows) {
+    ticket = static_cast<unsigned*>(memory);
+    counts = reinterpret_cast<Counts*>(static_cast<char*>(memory) + 16);
+    row_counts = reinterpret_cast<int64_t*>(counts + kMostBlocks);
+    sums = reinterpret_cast<Sums*>(row_counts + rows);
+  }
+};
+
+int64_t chunks_of(int64_t length) { return ceil_div(length, kChunk); }
+
+int64_t counting_blocks(const TokenLoss& in) {
+  // A warp per row, or eight positions per thread.
+  const int64_t all = in.reduction == Reduction::token_mean ? ceil_div(in.rows * in.length, kChunk) : ceil_div(in.rows, kWarps);
+  return all < kMostBlocks ? all : kMostBlocks;
+}
+
+__global__ void __launch_bounds__(kThreads) count_kernel(const uint8_t* wanted, int64_t rows, int64_t length,
+                                                         bool by_row, unsigned* ticket, Counts* counts,
+                                                         int64_t* row_counts) {
+  __shared__ Counts between[kWarps];
+  Counts own;
+  if (by_row) {
+    const unsigned lane = threadIdx.x % kWarp;
+    for (int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp; row < rows; row += int64_t{gridDim.x} * kWarps) {
+      int64_t here = 0;
+      for (int64_t t = int64_t{lane} * kVector; t < length; t += kWarp * kVector) {
+        here += __popc(load_mask(wanted, row * length + t, length - t));
+      }
+#pragma unroll
+      for (int mask = kWarp / 2; mask > 0; mask /= 2) here += shuffle_xor(here, mask);
+      if (lane == 0) {
+        row_counts[row] = here;
+        own.positions += here;
+        own.rows += here > 0;
+      }
+    }
+  } else {
+    const int64_t size = rows * length, stride = int64_t{gridDim.x} * kChunk;
+    for (int64_t at = int64_t{blockIdx.x} * kChunk + threadIdx.x * kVector; at < size; at += stride) {
+      own.positions += __popc(load_mask(wanted, at, size - at));
+    }
+  }
+  own = block_merge(own, between, [](Counts& a, const Counts& b) {
+    a.positions += b.positions;
+    a.rows += b.rows;
+  });
+  if (threadIdx.x == 0) counts[blockIdx.x] = own;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *ticket = 0;
+}
+
+__device__ __forceinline__ void add(Sums& a, const Sums& b, bool second_is_largest) {
+  a.loss += b.loss;
+#pragma unroll
+  for (int i = 0; i < kStatistics; ++i) {
+    if (i == 1 && second_is_largest) {
+      a.values[i] = b.values[i] > a.values[i] || b.values[i] != b.values[i] ? b.values[i] : a.values[i];
+    } else {
+      a.values[i] += b.values[i];
+    }
+  }
+}
+
+// The terms of the two losses at one position: added to a thread's sums, and the weighted gradient returned. A masked
+// position has inputs of 0.
+struct Policy {
+  PolicyClip clip;
+  static constexpr bool kSecondIsLargest = true;
+  static constexpr int kCount = 4;
+
+  __device__ __forceinline__ float term(float logprob, float old, float advantage, bool counts, float weight,
+                                        float weight_lost, Sums& sums) const {
+    const auto term = policy_term(logprob, old, advantage, clip, weight, weight_lost);
+    const double exact = static_cast<double>(term.loss) + term.loss_lost;
+    sums.loss += isfinite(term.loss) ? exact : static_cast<double>(term.loss);
+    sums.values[0] += counts ? term.ratio : 0.0f;
+    sums.values[1] = term.deviation > sums.values[1] || term.deviation != term.deviation ? term.deviation : sums.values[1];
+    sums.values[2] += term.kl;
+    sums.values[3] += term.clipped;
+    return term.gradient;
+  }
+};
+
+struct Value {
+  float clip_range;
+  static constexpr bool kSecondIsLargest = false;
+  static constexpr int kCount = 3;
+
+  __device__ __forceinline__ float term(float value, float old, float target, bool, float weight, float,
+                                        Sums& sums) const {
+    const auto term = value_term(value, old, target, clip_range);
+    sums.loss += term.loss;
+    sums.values[0] += value;
+    sums.values[1] += target;
+    sums.values[2] += term.clipped;
+    return term.gradient * weight;
+  }
+};
+
+// A block per chunk of a row.
+template <class Loss>
+__global__ void __launch_bounds__(kThreads) loss_kernel(TokenLoss in, Loss loss, Workspace workspace, int64_t per_row,
+                                                        int64_t counters) {
+  __shared__ Counts count_between[kWarps];
+  __shared__ Sums between[kWarps];
+  __shared__ double row_weight, position_share;
+  const int64_t row = blockIdx.x / per_row, t = blockIdx.x % per_row * kChunk + threadIdx.x * kVector;
+  Counts all;
+  for (int64_t i = threadIdx.x; i < counters; i += kThreads) {
+    all.positions += workspace.counts[i].positions;
+    all.rows += workspace.counts[i].rows;
+  }
+  all = block_merge(all, count_between, [](Counts& a, const Counts& b) {
+    a.positions += b.positions;
+    a.rows += b.rows;
+  });
+  if (threadIdx.x == 0) {
+    position_share = all.positions ? 1.0 / static_cast<double>(all.positions) : 0.0;
+    row_weight = position_share;
+    if (in.reduction != Reduction::token_mean) {
+      row_weight = all.rows ? 1.0 / static_cast<double>(all.rows) : 0.0;
+      const int64_t own = workspace.row_counts[row];
+      if (in.reduction == Reduction::seq_mean_token_mean && own) row_weight /= static_cast<double>(own);
+    }
+  }
+  __syncthreads();
+  const int64_t count = in.length - t, flat = row * in.length + t;
+  Sums sums;
+  if (count > 0) {
+    const float weight = static_cast<float>(row_weight), weight_lost = lost_by_conversion<float>(row_weight);
+    const unsigned counts = load_mask(in.wanted, flat, count);
+    Packed packed[3];
+#pragma unroll
+    for (int input = 0; input < 3; ++input) packed[input] = fetch(in.inputs[input], row, t, count);
+    float gradient[kVector];
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) {
+      const bool here = counts >> i & 1;
+      float x[3];
+#pragma unroll
+      for (int input = 0; input < 3; ++input) x[input] = here ? packed[input].of(i, in.inputs[input].dtype) : 0.0f;
+      gradient[i] = loss.term(x[0], x[1], x[2], here, weight, weight_lost, sums);
+    }
+    if (in.gradient) store_vector(in.gradient, Dtype::float32, flat, count, gradient);
+  }
+  const auto merge = [](Sums& a, const Sums& b) { add(a, b, Loss::kSecondIsLargest); };
+  sums = block_merge(sums, between, merge);
+  if (threadIdx.x == 0) {
+    sums.loss *= row_weight;
+    workspace.sums[blockIdx.x] = sums;
+  }
+  if (!is_last_block(workspace.ticket)) return;
+  Sums total;
+  for (int64_t block = threadIdx.x; block < gridDim.x; block += kThreads) merge(total, workspace.sums[block]);
+  total = block_merge(total, between, merge);
+  if (threadIdx.x != 0) return;
+  *in.loss = static_cast<float>(total.loss);
+#pragma unroll
+  for (int i = 0; i < Loss::kCount; ++i) {
+    const bool as_it_is = i == 1 && Loss::kSecondIsLargest;
+    in.statistics[i] = static_cast<float>(as_it_is ? total.values[i] : total.values[i] * position_share);
+  }
+}
+
+template <class Loss>
+void run(const TokenLoss& in, const Loss& loss, void* memory, Stream stream) {
+  const Workspace workspace(memory, in.rows);
+  const int64_t counters = counting_blocks(in), per_row = chunks_of(in.length);
+  launch(count_kernel, counters, kThreads, stream, in.wanted, in.rows, in.length, in.reduction != Reduction::token_mean,
+         workspace.ticket, workspace.counts, workspace.row_counts);
+  launch(loss_kernel<Loss>, in.rows * per_row, kThreads, stream, in, loss, workspace, per_row, counters);
+}
+
+}  // namespace
+
+int64_t token_loss_workspace(int64_t rows, int64_t length) {
+  return 16 + static_cast<int64_t>(sizeof(Counts)) * kMostBlocks + 8 * rows +
+         static_cast<int64_t>(sizeof(Sums)) * rows * chunks_of(length);
+}
+
+void ppo_policy_loss(const TokenLoss& in, const PolicyClip& clip, void* workspace, Stream stream) {
+  run(in, Policy{clip}, workspace, stream);
+}
+
+void ppo_value_loss(const TokenLoss& in, float clip_range, void* workspace, Stream stream) {
+  run(in, Value{clip_range}, workspace, stream);
+}
+
+}  // namespace rlhf_kernels::cuda

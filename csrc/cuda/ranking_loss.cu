@@ -1,0 +1,174 @@
+// The pairwise ranking loss: as many lanes to a prompt as it has completions, every lane with one completion against all
+// others, so that gradients need no sum across lanes. The mean over prompts, and its factor in the gradient, need the
+// number of prompts that have a pair: a second launch puts them in.
+
+#include "cuda/device.h"
+#include "rlhf_kernels/ranking.h"
+
+namespace rlhf_kernels::cuda {
+
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kWarps = kThreads / kWarp;
+
+struct Sums {
+  double loss = 0, right = 0;
+  int64_t prompts = 0;
+};
+
+__device__ __forceinline__ void add(Sums& a, const Sums& b) {
+  a.loss += b.loss;
+  a.right += b.right;
+  a.prompts += b.prompts;
+}
+
+// Of one completion, over all pairs that it wins, and the gradient over all that it is in.
+struct Completion {
+  double loss = 0;
+  float right = 0, pairs = 0, gradient = 0, lost = 0;  // lost: by the additions of the gradient (Kahan 1965)
+};
+
+struct Entry {
+  float score;
+  bool exists;
+  int64_t rank;
+};
+
+__device__ __forceinline__ Entry entry(const RankingLoss& in, int64_t base, int64_t i, int64_t length) {
+  if (i >= length || in.wanted[base + i] == 0) return {0.0f, false, 0};
+  return {load(in.scores, in.dtype, base + i), true, in.ranks[base + i]};
+}
+
+// Of a number float32 can tell from 0, by Newton's method: a division in double is a call, before which registers spill.
+__device__ __forceinline__ double inverse(double x) {
+  double result = 1.0f / static_cast<float>(x);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) result = fma(fma(-x, result, 1.0), result, result);
+  return result;
+}
+
+__global__ void __launch_bounds__(kThreads, 4) prompts_kernel(RankingLoss in, int width, int64_t prompts, Sums* sums) {
+  __shared__ Sums between[kWarps];
+  const int lane = threadIdx.x % width;
+  const int64_t per_block = kThreads / width;
+  Sums own;
+  // All lanes of a warp go on until the last of its prompts is done: they exchange scores.
+  for (int64_t first = blockIdx.x * per_block; first < prompts; first += gridDim.x * per_block) {
+    const int64_t prompt = first + threadIdx.x / width;
+    int64_t base = 0, length = 0;
+    if (prompt < prompts) {
+      base = in.prompts.boundaries ? in.prompts.boundaries[prompt] : prompt * in.prompts.length;
+      length = in.prompts.boundaries ? in.prompts.boundaries[prompt + 1] - base : in.prompts.length;
+    }
+    // With boundaries a prompt has the whole warp, and without they are all as long.
+    const int64_t extent = in.prompts.boundaries ? length : in.prompts.length;
+    double loss = 0, right = 0, pairs = 0;
+    for (int64_t start = 0; start < extent; start += width) {
+      const int64_t i = start + lane;
+      const Entry mine = entry(in, base, i, length);
+      Completion sum;
+      for (int64_t other = 0; other < extent; other += width) {
+        const Entry theirs = entry(in, base, other + lane, length);
+        float excess = 0, product = 0;
+        for (int k = 0; k < width; ++k) {
+          const float score = shuffle(theirs.score, k, width);
+          const int64_t rank = shuffle(theirs.rank, k, width);
+          const bool exists = shuffle(static_cast<int>(theirs.exists), k, width);
+          if (!exists || !mine.exists || rank == mine.rank) continue;
+          const bool wins = mine.rank < rank;
+          const float difference = wins ? mine.score - score : score - mine.score;
+          const auto pair = ranking_pair(difference - in.margin);
+          const float uphill = wins ? -pair.slope : pair.slope;
+          const float term = uphill - sum.lost, next = sum.gradient + term;
+          sum.lost = (next - sum.gradient) - term;
+          sum.gradient = next;
+          if (!wins) continue;
+          excess += pair.excess;
+          product = with_tail(product, pair.tail);
+          // Equal scores, and those that cannot be compared, count half.
+          sum.right += difference > 0 ? 1.0f : difference < 0 ? 0.0f : 0.5f;
+          sum.pairs += 1;
+        }
+        sum.loss += static_cast<double>(excess) + log1p(static_cast<double>(product));
+      }
+      loss += sum.loss;
+      right += sum.right;
+      pairs += sum.pairs;
+      if (in.gradient && i < length) in.gradient[base + i] = sum.gradient;
+    }
+#pragma unroll
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) {
+      if (mask >= width) continue;
+      loss += shuffle_xor(loss, mask);
+      right += shuffle_xor(right, mask);
+      pairs += shuffle_xor(pairs, mask);
+    }
+    const double share = inverse(fmax(pairs, 1.0));
+    if (lane == 0 && pairs > 0) {
+      own.loss += loss * share;
+      own.right += right * share;
+      own.prompts += 1;
+    }
+    if (in.gradient) {
+      for (int64_t i = lane; i < length; i += width) in.gradient[base + i] = static_cast<float>(in.gradient[base + i] * share);
+    }
+  }
+  own = block_merge(own, between, [](Sums& a, const Sums& b) { add(a, b); });
+  if (threadIdx.x == 0) sums[blockIdx.x] = own;
+}
+
+// Every block pools what the first launch left, in one order.
+__global__ void __launch_bounds__(kThreads) finish_kernel(RankingLoss in, int64_t blocks, const Sums* sums) {
+  __shared__ Sums between[kWarps];
+  __shared__ double share;
+  Sums all;
+  for (int64_t i = threadIdx.x; i < blocks; i += kThreads) add(all, sums[i]);
+  all = block_merge(all, between, [](Sums& a, const Sums& b) { add(a, b); });
+  if (threadIdx.x == 0) {
+    share = all.prompts ? 1.0 / static_cast<double>(all.prompts) : 0.0;
+    if (blockIdx.x == 0) {
+      *in.loss = static_cast<float>(all.loss * share);
+      *in.accuracy = static_cast<float>(all.right * share);
+    }
+  }
+  __syncthreads();
+  if (!in.gradient) return;
+  const int64_t stride = int64_t{gridDim.x} * kThreads * kVector;
+  for (int64_t at = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * kVector; at < in.completions; at += stride) {
+    float x[kVector];
+    fetch(in.gradient, at, in.completions - at).unpack(Dtype::float32, x);
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) x[i] = static_cast<float>(x[i] * share);
+    store_vector(in.gradient, Dtype::float32, at, in.completions - at, x);
+  }
+}
+
+// Lanes to a prompt: a power of two. Packed prompts, which may be of any length, have a warp each.
+int width_of(const Sequences& prompts) {
+  int width = prompts.boundaries ? kWarp : 1;
+  while (width < kWarp && width < prompts.length) width *= 2;
+  return width;
+}
+
+int64_t blocks_of(int64_t prompts, int width) {
+  const int64_t all = ceil_div(prompts * width, kThreads);
+  return all < kMostBlocks ? all : kMostBlocks;
+}
+
+}  // namespace
+
+int64_t ranking_workspace(int64_t prompts) {
+  return static_cast<int64_t>(sizeof(Sums)) * blocks_of(prompts, kWarp);
+}
+
+void ranking_loss(const RankingLoss& in, void* workspace, Stream stream) {
+  auto* sums = static_cast<Sums*>(workspace);
+  const int width = width_of(in.prompts);
+  const int64_t blocks = blocks_of(in.prompts.count, width);
+  launch(prompts_kernel, blocks, kThreads, stream, in, width, in.prompts.count, sums);
+  const int64_t scaling = in.gradient ? ceil_div(in.completions, kThreads * kVector) : 1;
+  launch(finish_kernel, scaling < kMostBlocks ? scaling : kMostBlocks, kThreads, stream, in, blocks, sums);
+}
+
+}  // namespace rlhf_kernels::cuda

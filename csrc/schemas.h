@@ -1,0 +1,62 @@
+// Every op's schema.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+namespace rlhf_kernels {
+
+inline void define_ops(torch::stable::detail::StableLibrary& library) {
+  library.def(
+      "selective_log_softmax(Tensor logits, Tensor index, Tensor wanted, float temperature, bool with_entropy, "
+      "bool inplace_backward) -> "
+      "(Tensor logprobs, Tensor entropies, Tensor maxima, Tensor log_sums)");
+  library.def(
+      "selective_log_softmax_backward(Tensor logits, Tensor index, Tensor wanted, float temperature, "
+      "Tensor entropies, Tensor maxima, Tensor log_sums, Tensor grad_logprobs, Tensor? grad_entropies) -> Tensor");
+  library.def(
+      "selective_log_softmax_backward_(Tensor(a!) logits, Tensor index, Tensor wanted, float temperature, "
+      "Tensor entropies, Tensor maxima, Tensor log_sums, Tensor grad_logprobs, Tensor? grad_entropies) -> ()");
+  library.def(
+      "linear_selective_log_softmax(Tensor hidden, Tensor weight, Tensor index, Tensor wanted, Tensor? bias, "
+      "float temperature, float? softcap, bool with_entropy) -> "
+      "(Tensor logprobs, Tensor entropies, Tensor maxima, Tensor log_sums)");
+  library.def(
+      "linear_selective_log_softmax_backward(Tensor hidden, Tensor weight, Tensor index, Tensor wanted, Tensor? bias, "
+      "float temperature, float? softcap, Tensor entropies, Tensor maxima, Tensor log_sums, Tensor grad_logprobs, "
+      "Tensor? grad_entropies, bool needs_hidden, bool needs_weight) -> "
+      "(Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
+  library.def(
+      "linear_ppo_policy_loss(Tensor hidden, Tensor weight, Tensor index, Tensor old_logprobs, Tensor advantages, "
+      "Tensor wanted, Tensor? bias, float temperature, float? softcap, float clip_low, float clip_high, "
+      "float? dual_clip, str reduction, bool needs_hidden, bool needs_weight) -> "
+      "(Tensor loss, Tensor statistics, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
+  library.def(
+      "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, Tensor wanted, Tensor? bias, "
+      "float temperature, float? softcap, bool mean, bool needs_hidden, bool needs_weight) -> "
+      "(Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
+  library.def("kl_penalty(Tensor logprobs, Tensor ref_logprobs, str estimator) -> Tensor");
+  library.def(
+      "kl_penalty_backward(Tensor logprobs, Tensor ref_logprobs, str estimator, Tensor gradient) -> Tensor");
+  library.def(
+      "kl_shaped_rewards(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor wanted, float beta, "
+      "str estimator, float? score_clip) -> (Tensor rewards, Tensor kl)");
+  library.def(
+      "masked_gae(Tensor rewards, Tensor values, Tensor wanted, float gamma, float lam, Tensor? bootstrap, "
+      "bool whiten, Tensor? cu_seqlens) -> (Tensor advantages, Tensor returns)");
+  library.def(
+      "ppo_advantages(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor wanted, float beta, "
+      "float gamma, float lam, bool whiten, Tensor? bootstrap, str estimator, float? score_clip, "
+      "Tensor? cu_seqlens) -> (Tensor advantages, Tensor returns, Tensor rewards, Tensor kl)");
+  library.def(
+      "ppo_policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor wanted, float clip_low, "
+      "float clip_high, float? dual_clip, str reduction, bool with_gradient) -> "
+      "(Tensor loss, Tensor statistics, Tensor gradient)");
+  library.def(
+      "ppo_value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor wanted, float? clip_range, "
+      "str reduction, bool with_gradient) -> (Tensor loss, Tensor statistics, Tensor gradient)");
+  library.def(
+      "pairwise_ranking_loss(Tensor scores, Tensor ranks, Tensor? offsets, Tensor wanted, float margin, "
+      "bool with_gradient) -> (Tensor loss, Tensor accuracy, Tensor gradient)");
+}
+
+}  // namespace rlhf_kernels

@@ -1,0 +1,103 @@
+// From torch's tensors to what kernels are given (rlhf_kernels/arguments.h).
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "rlhf_kernels/arguments.h"
+#include "rlhf_kernels/ppo.h"
+
+namespace rlhf_kernels::tensors {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    case ScalarType::Half:
+      return Dtype::float16;
+    default:
+      STD_TORCH_CHECK(false, "the kernels take float32, bfloat16 and float16");
+  }
+}
+
+inline int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
+inline Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
+inline Tensor cast(const Tensor& tensor, ScalarType type) {
+  return dense(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
+}
+
+template <class T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <class T>
+const T* data(const OptionalTensor& tensor) {
+  return tensor ? data<T>(*tensor) : nullptr;
+}
+
+template <class T>
+T* mutable_data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+inline std::vector<int64_t> sizes(const Tensor& tensor) {
+  std::vector<int64_t> result(tensor.dim());
+  for (int64_t d = 0; d < tensor.dim(); ++d) result[d] = tensor.size(d);
+  return result;
+}
+
+inline Rows rows_of(const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.dim() - 1 <= kMaxDims, "the kernels take at most ", kMaxDims + 1, " dimensions");
+  Rows rows{static_cast<int>(tensor.dim() - 1), {}, {}};
+  for (int d = 0; d < rows.dims; ++d) {
+    rows.sizes[d] = tensor.size(d);
+    rows.strides[d] = tensor.stride(d);
+  }
+  return rows;
+}
+
+inline View view_of(const Tensor& tensor) {
+  const bool matrix = tensor.dim() == 2;
+  return {tensor.const_data_ptr(), dtype_of(tensor), matrix ? tensor.stride(0) : 0, tensor.stride(matrix ? 1 : 0)};
+}
+
+inline OptionalTensor as_int64(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(cast(*tensor, ScalarType::Long)) : std::nullopt;
+}
+
+inline OptionalTensor as_float(const OptionalTensor& tensor) {
+  return tensor ? OptionalTensor(cast(*tensor, ScalarType::Float)) : std::nullopt;
+}
+
+inline KlEstimator estimator_of(const std::string& name) {
+  if (name == "k1") return KlEstimator::k1;
+  if (name == "k2") return KlEstimator::k2;
+  if (name == "k3") return KlEstimator::k3;
+  return KlEstimator::abs;
+}
+
+inline PolicyClip policy_clip(double low, double high, std::optional<double> dual) {
+  return {1 - low, 1 + high, dual.value_or(0), dual.has_value()};
+}
+
+inline KlShaping shaping_of(const Tensor& scores, const Tensor& logprobs, const Tensor& ref_logprobs, double beta,
+                          const std::string& estimator, std::optional<double> score_clip, const Tensor& rewards,
+                          const Tensor& kl) {
+  return {data<float>(scores), view_of(logprobs), view_of(ref_logprobs), beta, estimator_of(estimator),
+          score_clip.value_or(-1.0), mutable_data<float>(rewards), mutable_data<float>(kl)};
+}
+
+}  // namespace rlhf_kernels::tensors
