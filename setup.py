@@ -179,4 +179,5 @@ class CMakeBuild(build_ext):
         return [path for path in super().get_outputs() if Path(path).exists()]
 
 
-setup(ext_modules=[Extension("rlhf_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
+if __name__ == "__main__":
+    setup(ext_modules=[Extension("rlhf_kernels._C", sources=[])], cmdclass={"build_ext": CMakeBuild})
