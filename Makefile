@@ -16,7 +16,7 @@ test: $(VENV)/installed
 
 # The kernel tests on a GPU, for a torch that sees one.
 test-gpu: $(VENV)/installed
-	$(BIN)/python -m pytest tests/kernels -k "triton or cuda"
+	$(BIN)/python -m pytest tests/kernels -k "triton or cuda or gpu"
 
 # Every op under NVIDIA's sanitizers, which come with the CUDA toolkit.
 sanitize-gpu: $(VENV)/installed

@@ -10,6 +10,9 @@ import torch
 from bounds import Work
 from torch import Tensor
 
+from rlhf_kernels import use_backend
+from rlhf_kernels.backends import ON_GPU, missing
+
 Inputs = dict[str, Tensor]
 
 FORWARD = "forward"
@@ -38,6 +41,8 @@ class Implementation:
     """Whether its values are meant to be those of the case, so that an error can be given."""
     adapt: Callable[[list[Tensor], Inputs], list[Tensor]] | None = None
     """Brings its outputs to the definition of the case, before errors are taken; never timed."""
+    on_gpu: tuple[str, ...] = ()
+    """The backends of a GPU that it may run on: on the first of them it does, and the others are measured beside it."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ class Case:
             if step not in implementation.steps:
                 continue
             yield implementation
+            yield from (forced(implementation, backend) for backend in installed(implementation.on_gpu)[1:])
             yield from (compiled(implementation, mode) for mode in implementation.compiles if mode in modes)
 
 
@@ -84,9 +90,31 @@ def compiled(plain: Implementation, mode: str) -> Implementation:
     return replace(plain, name=name, compiles=(), load=lambda: torch.compile(plain.load(), mode=mode, dynamic=False))
 
 
+def installed(on_gpu: tuple[str, ...]) -> list[str]:
+    """Those of the backends that this install has, and has a GPU for."""
+    return [name for name in on_gpu if missing(name) is None] if torch.cuda.is_available() else []
+
+
+def forced(implementation: Implementation, backend: str) -> Implementation:
+    """The op on one backend, whatever it would choose."""
+
+    def load() -> Callable[..., Any]:
+        op = implementation.load()
+
+        def call(*inputs: Any) -> Any:
+            with use_backend(backend):
+                return op(*inputs)
+
+        return call
+
+    return replace(implementation, name=f"{implementation.name} {backend}", load=load, devices=("cuda",), on_gpu=())
+
+
 def ours(op: Callable[..., Any], takes: tuple[str, ...] = ()) -> Implementation:
     """The op under test, on the backend that it chooses by itself."""
-    return Implementation(OURS, lambda: op, takes)
+    called = getattr(op, "func", op).__name__  # a partial has the function within
+    on_gpu = next(backends for name, backends in ON_GPU.items() if called.startswith(name))
+    return Implementation(OURS, lambda: op, takes, on_gpu=on_gpu)
 
 
 def eager(

@@ -22,6 +22,14 @@ constexpr int64_t kMostBlocks = 1024;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// 1/x of an x that float32 can tell from 0, by Newton's method: a division in double is a call, before which registers spill.
+__device__ __forceinline__ double inverse(double x) {
+  double result = 1.0f / static_cast<float>(x);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) result = fma(fma(-x, result, 1.0), result, result);
+  return result;
+}
+
 // ------------------------------------------------------------------------------------------------------------ lanes
 
 // Any plain value from another lane, word by word.
@@ -88,6 +96,19 @@ __device__ __forceinline__ bool is_last_block(unsigned* ticket) {
 }
 
 // ------------------------------------------------------------------------------------------------------------ memory
+
+// Where a sequence, or a prompt's completions, lie. Boundaries come unchecked from the device: whatever they hold, nothing
+// outside the data is looked at.
+struct Span {
+  int64_t row, column, flat, length;
+};
+
+__device__ __forceinline__ Span span_of(const Sequences& sequences, int64_t b) {
+  if (!sequences.boundaries) return {b, 0, b * sequences.length, sequences.length};
+  const auto inside = [&](int64_t at, int64_t least) { return at < least ? least : at > sequences.length ? sequences.length : at; };
+  const int64_t begin = inside(sequences.boundaries[b], 0), end = inside(sequences.boundaries[b + 1], begin);
+  return {0, begin, begin, end - begin};
+}
 
 __device__ __forceinline__ float float_of_bits(uint32_t bits) { return __uint_as_float(bits); }
 

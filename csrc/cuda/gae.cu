@@ -11,20 +11,10 @@ namespace rlhf_kernels::cuda {
 
 namespace {
 
-constexpr int kMostThreads = 512;
+constexpr int kMostThreads = 256;
 constexpr int kMostWarps = kMostThreads / kWarp;
 constexpr int kWhitenThreads = 256;
 constexpr double kVarianceFloor = 1e-8;
-
-struct Span {
-  int64_t row, column, flat, length;
-};
-
-__device__ __forceinline__ Span span_of(const Sequences& sequences, int64_t b) {
-  if (!sequences.boundaries) return {b, 0, b * sequences.length, sequences.length};
-  const int64_t begin = sequences.boundaries[b];
-  return {0, begin, begin, sequences.boundaries[b + 1] - begin};
-}
 
 // Of at most eight advantages.
 __device__ __forceinline__ Moments moments_of(const float (&advantages)[kVector], unsigned counts) {
@@ -43,8 +33,9 @@ __device__ __forceinline__ Moments moments_of(const float (&advantages)[kVector]
   return result;
 }
 
+// Several blocks to a multiprocessor, so that some load while others wait for their scan.
 template <bool kShaped>
-__global__ void __launch_bounds__(kMostThreads) sequence_kernel(GaeArguments in, KlShaping shaping) {
+__global__ void __launch_bounds__(kMostThreads, kShaped ? 2 : 3) sequence_kernel(GaeArguments in, KlShaping shaping) {
   __shared__ GaeMap totals[2][kMostWarps];
   __shared__ Moments between[kMostWarps];
   const int64_t sequence = blockIdx.x;

@@ -145,23 +145,23 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(TokenLoss in, Loss loss,
     a.rows += b.rows;
   });
   if (threadIdx.x == 0) {
-    position_share = all.positions ? 1.0 / static_cast<double>(all.positions) : 0.0;
+    position_share = all.positions ? inverse(static_cast<double>(all.positions)) : 0;
     row_weight = position_share;
     if (in.reduction != Reduction::token_mean) {
-      row_weight = all.rows ? 1.0 / static_cast<double>(all.rows) : 0.0;
+      row_weight = all.rows ? inverse(static_cast<double>(all.rows)) : 0;
       const int64_t own = workspace.row_counts[row];
-      if (in.reduction == Reduction::seq_mean_token_mean && own) row_weight /= static_cast<double>(own);
+      if (in.reduction == Reduction::seq_mean_token_mean && own) row_weight *= inverse(static_cast<double>(own));
     }
   }
   __syncthreads();
   const int64_t count = in.length - t, flat = row * in.length + t;
   Sums sums;
   if (count > 0) {
-    const float weight = static_cast<float>(row_weight), weight_lost = lost_by_conversion<float>(row_weight);
     const unsigned counts = load_mask(in.wanted, flat, count);
     Packed packed[3];
 #pragma unroll
     for (int input = 0; input < 3; ++input) packed[input] = fetch(in.inputs[input], row, t, count);
+    const float weight = static_cast<float>(row_weight), weight_lost = lost_by_conversion<float>(row_weight);
     float gradient[kVector];
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {

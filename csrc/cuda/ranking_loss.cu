@@ -40,14 +40,6 @@ __device__ __forceinline__ Entry entry(const RankingLoss& in, int64_t base, int6
   return {load(in.scores, in.dtype, base + i), true, in.ranks[base + i]};
 }
 
-// Of a number float32 can tell from 0, by Newton's method: a division in double is a call, before which registers spill.
-__device__ __forceinline__ double inverse(double x) {
-  double result = 1.0f / static_cast<float>(x);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) result = fma(fma(-x, result, 1.0), result, result);
-  return result;
-}
-
 __global__ void __launch_bounds__(kThreads, 4) prompts_kernel(RankingLoss in, int width, int64_t prompts, Sums* sums) {
   __shared__ Sums between[kWarps];
   const int lane = threadIdx.x % width;
@@ -56,11 +48,8 @@ __global__ void __launch_bounds__(kThreads, 4) prompts_kernel(RankingLoss in, in
   // All lanes of a warp go on until the last of its prompts is done: they exchange scores.
   for (int64_t first = blockIdx.x * per_block; first < prompts; first += gridDim.x * per_block) {
     const int64_t prompt = first + threadIdx.x / width;
-    int64_t base = 0, length = 0;
-    if (prompt < prompts) {
-      base = in.prompts.boundaries ? in.prompts.boundaries[prompt] : prompt * in.prompts.length;
-      length = in.prompts.boundaries ? in.prompts.boundaries[prompt + 1] - base : in.prompts.length;
-    }
+    const Span span = prompt < prompts ? span_of(in.prompts, prompt) : Span{};
+    const int64_t base = span.flat, length = span.length;
     // With boundaries a prompt has the whole warp, and without they are all as long.
     const int64_t extent = in.prompts.boundaries ? length : in.prompts.length;
     double loss = 0, right = 0, pairs = 0;

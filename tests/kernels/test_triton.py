@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from calls import NAMES, Recorder, calls
+from calls import NAMES, calls
 
 import rlhf_kernels
 from rlhf_kernels import backends
@@ -58,38 +58,3 @@ def test_without_waiting_for_the_number_of_rows_the_results_are_the_same(name, m
         got = call.run(hidden=rubbish)
     for x, y in zip(got, want, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
-
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
-
-
-@needs_gpu
-@pytest.mark.parametrize("name", NAMES)
-def test_a_cuda_graph_captures_every_op(name):
-    with rlhf_kernels.use_backend("triton"), torch.device("cuda"):
-        call = calls()[name]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            call.run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            got = call.run()
-        for tensor in call.tensors.values():
-            if tensor.is_floating_point():
-                tensor.mul_(0.5)
-        graph.replay()
-        for x, y in zip(got, call.run(), strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
-
-
-@needs_gpu
-@pytest.mark.parametrize("name", NAMES)
-def test_opcheck_on_a_gpu(name):
-    """The ops as compiled code calls them, with the arguments that the public function gives them."""
-    with rlhf_kernels.use_backend("cpu"), Recorder() as recorder:
-        calls()[name].run()
-    for function, arguments in recorder.seen:
-        on_gpu = tuple(x.cuda() if isinstance(x, torch.Tensor) else x for x in arguments)
-        torch.library.opcheck(function, on_gpu, test_utils=("test_schema", "test_faketensor"))
