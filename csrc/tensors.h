@@ -89,13 +89,20 @@ inline KlEstimator estimator_of(const std::string& name) {
   return KlEstimator::abs;
 }
 
+// index and wanted dense, int64 and bool.
+inline LogProbArguments log_prob_arguments(const Tensor& logits, const Tensor& index, const Tensor& wanted,
+                                           double temperature) {
+  return {logits.const_data_ptr(),       dtype_of(logits),     rows_of(logits),
+          logits.size(logits.dim() - 1), data<int64_t>(index), data<uint8_t>(wanted), temperature};
+}
+
 inline PolicyClip policy_clip(double low, double high, std::optional<double> dual) {
   return {1 - low, 1 + high, dual.value_or(0), dual.has_value()};
 }
 
 inline KlShaping shaping_of(const Tensor& scores, const Tensor& logprobs, const Tensor& ref_logprobs, double beta,
-                          const std::string& estimator, std::optional<double> score_clip, const Tensor& rewards,
-                          const Tensor& kl) {
+                            const std::string& estimator, std::optional<double> score_clip, const Tensor& rewards,
+                            const Tensor& kl) {
   return {data<float>(scores), view_of(logprobs), view_of(ref_logprobs), beta, estimator_of(estimator),
           score_clip.value_or(-1.0), mutable_data<float>(rewards), mutable_data<float>(kl)};
 }

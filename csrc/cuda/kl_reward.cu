@@ -12,9 +12,9 @@ constexpr int kChunk = kThreads * kVector;
 
 // A block per chunk of a row. Without `gradient` the penalty, else its derivative times that.
 __global__ void __launch_bounds__(kThreads) penalty_kernel(View logprobs, View ref_logprobs, int64_t length,
-                                                           int64_t per_row, KlEstimator estimator,
+                                                           unsigned per_row, KlEstimator estimator,
                                                            const float* gradient, float* result) {
-  const int64_t row = blockIdx.x / per_row, t = blockIdx.x % per_row * kChunk + threadIdx.x * kVector;
+  const int64_t row = blockIdx.x / per_row, t = int64_t{blockIdx.x % per_row} * kChunk + threadIdx.x * kVector;
   const int64_t count = length - t, flat = row * length + t;
   if (count <= 0) return;
   const Packed packed = fetch(logprobs, row, t, count), packed_ref = fetch(ref_logprobs, row, t, count);

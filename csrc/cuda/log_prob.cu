@@ -79,7 +79,7 @@ __device__ __forceinline__ void finish(const LogProbArguments& in, const LogProb
 }
 
 template <Dtype kDtype, bool kEntropy>
-__global__ void __launch_bounds__(kThreads) sums_kernel(LogProbArguments in, LogProbResults out, int64_t chunks,
+__global__ void __launch_bounds__(kThreads) sums_kernel(LogProbArguments in, LogProbResults out, unsigned chunks,
                                                         OnlineSoftmax* sums, unsigned* tickets) {
   const int64_t row = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
   if (in.wanted[row] == 0) {
@@ -144,13 +144,13 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(LogProbArguments in, Log
     if (atomicAdd(tickets + row, 1u) != chunks - 1) return;
     __threadfence();
     mine = {};
-    for (int64_t i = 0; i < chunks; ++i) merge(mine, sums[row * chunks + i], 1 / in.temperature);
+    for (unsigned i = 0; i < chunks; ++i) merge(mine, sums[row * chunks + i], 1 / in.temperature);
   }
   finish(in, out, row, base, mine);
 }
 
 template <Dtype kDtype, bool kEntropy>
-__global__ void __launch_bounds__(kThreads) gradient_kernel(LogProbArguments in, LogProbGradient out, int64_t chunks) {
+__global__ void __launch_bounds__(kThreads, 3) gradient_kernel(LogProbArguments in, LogProbGradient out, unsigned chunks) {
   const int64_t row = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
   const int64_t from = in.rows.offset(row), to = out.rows.offset(row);
   const auto* logits = static_cast<const char*>(in.logits) + from * kSizeOf<kDtype>;

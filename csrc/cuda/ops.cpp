@@ -17,7 +17,6 @@ namespace {
 using namespace rlhf_kernels::tensors;
 using rlhf_kernels::GaeArguments;
 using rlhf_kernels::KlShaping;
-using rlhf_kernels::LogProbArguments;
 using rlhf_kernels::LogProbGradient;
 using rlhf_kernels::LogProbResults;
 using rlhf_kernels::Moments;
@@ -56,12 +55,6 @@ class Launch {
 };
 
 // ------------------------------------------------------------------------------------------------------- log_prob
-
-LogProbArguments log_prob_arguments(const Tensor& logits, const Tensor& index, const Tensor& wanted,
-                                    double temperature) {
-  return {logits.const_data_ptr(),       dtype_of(logits),     rows_of(logits),
-          logits.size(logits.dim() - 1), data<int64_t>(index), data<uint8_t>(wanted), temperature};
-}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> selective_log_softmax(Tensor logits, Tensor index, Tensor wanted,
                                                                  double temperature, bool with_entropy,

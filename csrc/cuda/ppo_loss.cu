@@ -129,12 +129,12 @@ struct Value {
 
 // A block per chunk of a row.
 template <class Loss>
-__global__ void __launch_bounds__(kThreads) loss_kernel(TokenLoss in, Loss loss, Workspace workspace, int64_t per_row,
+__global__ void __launch_bounds__(kThreads) loss_kernel(TokenLoss in, Loss loss, Workspace workspace, unsigned per_row,
                                                         int64_t counters) {
   __shared__ Counts count_between[kWarps];
   __shared__ Sums between[kWarps];
   __shared__ double row_weight, position_share;
-  const int64_t row = blockIdx.x / per_row, t = blockIdx.x % per_row * kChunk + threadIdx.x * kVector;
+  const int64_t row = blockIdx.x / per_row, t = int64_t{blockIdx.x % per_row} * kChunk + threadIdx.x * kVector;
   Counts all;
   for (int64_t i = threadIdx.x; i < counters; i += kThreads) {
     all.positions += workspace.counts[i].positions;
