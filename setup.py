@@ -30,9 +30,10 @@ GIB_PER_JOB = 2
 
 def first_error(output: str) -> str:
     """The first complaint of CMake (a header, then an indented paragraph) or of a compiler, on one line."""
+    fatal = re.search(r"^.*\bnvcc fatal\b.*$", output, re.MULTILINE)  # CMake would quote all that went before it
     paragraph = re.search(r"^CMake Error.*\n((?:[ \t]+.*\n|\n)+)", output, re.MULTILINE)
-    line = re.search(r"^.*(?:\berror\b|nvcc fatal).*:.*$", output, re.MULTILINE | re.IGNORECASE)
-    return " ".join((paragraph[1] if paragraph else line[0] if line else output).split())
+    line = re.search(r"^.*\berror\b.*:.*$", output, re.MULTILINE | re.IGNORECASE)
+    return " ".join((fatal[0] if fatal else paragraph[1] if paragraph else line[0] if line else output).split())
 
 
 def nvcc() -> str | None:
@@ -45,7 +46,7 @@ def architectures(compiler: str) -> str:
     """What CMake is told to compile for.
 
     Raises:
-        ValueError: TORCH_CUDA_ARCH_LIST holds something that is no version.
+        ValueError: TORCH_CUDA_ARCH_LIST holds something that is no version, or none that this nvcc knows.
     """
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     known = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
@@ -55,7 +56,11 @@ def architectures(compiler: str) -> str:
         if not version:
             raise ValueError(f"TORCH_CUDA_ARCH_LIST: has {entry!r}, must be versions such as 8.0 or 12.0+PTX")
         major, minor, suffix, ptx = version.groups()
-        if not asked and f"compute_{major}{minor}" not in known:  # an older nvcc builds for what it knows
+        if f"compute_{major}{minor}" not in known:
+            if asked:
+                raise ValueError(
+                    f"TORCH_CUDA_ARCH_LIST: has {entry!r}, must be what this nvcc knows: {', '.join(known)}"
+                )
             continue
         targets.append(f"{major}{minor}{suffix}-real")
         if ptx:

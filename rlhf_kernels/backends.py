@@ -67,6 +67,8 @@ def _load_cuda() -> str | None:
     path = Path(__file__).with_name("_cuda.so")
     if path.exists() and torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA, so {path.name} is not loaded"
+    if path.exists() and _MISSING["cpu"] is not None:
+        return f"the ops' schemas are missing: {_MISSING['cpu']}"
     return _load(path, "this install has no CUDA kernels: it found no nvcc, or no torch with CUDA, when it was built")
 
 
@@ -75,8 +77,8 @@ _MISSING: dict[str, str | None] = {
     "reference": None,
     "cpu": _load_cpu(),
     "triton": None if importlib.util.find_spec("triton") else "triton is not installed (pip install triton)",
-    "cuda": _load_cuda(),
 }
+_MISSING["cuda"] = _load_cuda()
 
 
 def missing(name: str) -> str | None:

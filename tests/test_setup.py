@@ -24,9 +24,11 @@ def setup(monkeypatch):
 
 @pytest.fixture
 def nvcc(tmp_path):
-    """One that knows Ampere and Hopper, and compiles nothing."""
+    """One that knows Ampere, Hopper and an early Blackwell, and compiles nothing."""
     path = tmp_path / "nvcc"
-    path.write_text("#!/bin/sh\n[ $1 = --list-gpu-arch ] && printf 'compute_80\\ncompute_90\\n'\n")
+    path.write_text(
+        "#!/bin/sh\n[ $1 = --list-gpu-arch ] && printf 'compute_80\\ncompute_86\\ncompute_90\\ncompute_100\\n'\n"
+    )
     path.chmod(0o755)
     return str(path)
 
@@ -38,10 +40,13 @@ def build(setup, tmp_path):
     return command
 
 
-def test_what_an_nvcc_does_not_know_is_left_out_unless_it_is_asked_for(setup, nvcc, monkeypatch):
-    assert setup.architectures(nvcc) == "80-real;90a-real"
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6;12.0+PTX 9.0a")
-    assert setup.architectures(nvcc) == "86-real;120-real;120-virtual;90a-real"
+def test_what_an_nvcc_does_not_know_is_left_out_and_an_error_if_asked_for(setup, nvcc, monkeypatch):
+    assert setup.architectures(nvcc) == "80-real;86-real;90a-real;100-real"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6;10.0+PTX 9.0a")
+    assert setup.architectures(nvcc) == "86-real;100-real;100-virtual;90a-real"
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 12.0")
+    with pytest.raises(ValueError, match=r"TORCH_CUDA_ARCH_LIST: has '12.0', must be what this nvcc knows: compute_80"):
+        setup.architectures(nvcc)
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6;Hopper")
     with pytest.raises(ValueError, match=r"TORCH_CUDA_ARCH_LIST: has 'Hopper', must be versions such as 8.0 or 12.0"):
         setup.architectures(nvcc)
@@ -82,7 +87,8 @@ def test_a_tool_that_fails_is_quoted(setup, monkeypatch, tmp_path, capsys):
     assert error.value.stderr == "x.cu: error: no"
     assert capsys.readouterr().out == "rlhf-kernels: [1/2] Building\n"
     assert (tmp_path / "log").read_text() == "[1/2] Building\nx.cu: error: no\n"
-    assert setup.first_error("nvcc fatal   : Unsupported gpu architecture 'compute_70'\n").startswith("nvcc fatal")
+    quoted = "CMake Error at x:1:\n  [1/2] nvcc\n\n  nvcc fatal   : Unsupported gpu architecture 'compute_70'\n\n"
+    assert setup.first_error(quoted) == "nvcc fatal : Unsupported gpu architecture 'compute_70'"
 
 
 def test_compilers_at_a_time_are_bounded(setup, monkeypatch):
