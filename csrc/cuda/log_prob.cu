@@ -2,6 +2,8 @@
 // chunk of a row, of one size, so that few rows keep the chip as busy as many; the last block of a row to finish merges
 // its chunks, in order.
 
+#include <type_traits>
+
 #include "cuda/device.h"
 #include "rlhf_kernels/online_softmax.h"
 
@@ -90,52 +92,49 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(LogProbArguments in, Log
   }
   const int64_t base = in.rows.offset(row), start = chunk * kChunk + threadIdx.x * kVector;
   const float scale = static_cast<float>(kLog2E / in.temperature);
-  // All of a thread's vectors are on their way before the first is looked at.
-  const auto all_at_once = [&](auto&& fetch) {
-    Packed packed[kVectors];
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) packed[i] = fetch(base + start + i * kStride);
-    float maximum = -INFINITY;
-    float x[kVector];
+  // The row's end, if it is no whole vector: the last of the thread that has it.
+  const int64_t rest = in.vocabulary / kVector * kVector;
+  const bool has_rest = rest < in.vocabulary && rest / kChunk == chunk && rest % kStride == threadIdx.x * kVector;
+  // All of a thread's vectors are on their way before the first is looked at; in a full chunk without asking for each
+  // whether it is there.
+  const auto sums_of = [&](auto full, auto&& fetch) {
+    const auto is_whole = [&](int i) { return full || start + i * kStride + kVector <= in.vocabulary; };
+    Packed packed[kVectors] = {};
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      packed[i].unpack(kDtype, x);
+      if (is_whole(i)) packed[i] = fetch(base + start + i * kStride);
+    }
+    Packed end = {};
+    if (has_rest) end = fetch_one_by_one(in.logits, kDtype, base + rest, 1, in.vocabulary - rest, -INFINITY);
+    float maximum = -INFINITY;
+    float x[kVector];
+    const auto take_maximum = [&](const Packed& from) {
+      from.unpack(kDtype, x);
       maximum = largest_of(x, maximum);
-    }
-    ThreadSums<kEntropy> result(maximum, scale);
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      packed[i].unpack(kDtype, x);
-      result.add(x);
-    }
-    return result;
-  };
-  // Twice through what the cache holds after the first time, in the same order.
-  const auto one_by_one = [&] {
-    float maximum = -INFINITY;
-    float x[kVector];
-    const auto read = [&](int64_t at) {
-      fetch_one_by_one(in.logits, kDtype, base + at, 1, in.vocabulary - at, -INFINITY).unpack(kDtype, x);
     };
-    const int64_t end = in.vocabulary < (chunk + 1) * kChunk ? in.vocabulary : (chunk + 1) * kChunk;
-#pragma unroll 1
-    for (int64_t at = start; at < end; at += kStride) {
-      read(at);
-      maximum = largest_of(x, maximum);
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (is_whole(i)) take_maximum(packed[i]);
     }
+    if (has_rest) take_maximum(end);
     ThreadSums<kEntropy> result(maximum, scale);
-#pragma unroll 1
-    for (int64_t at = start; at < end; at += kStride) {
-      read(at);
+    const auto add = [&](const Packed& from) {
+      from.unpack(kDtype, x);
       result.add(x);
+    };
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (is_whole(i)) add(packed[i]);
     }
+    if (has_rest) add(end);
     return result;
   };
-  const bool full = (chunk + 1) * kChunk <= in.vocabulary;
   const bool aligned = is_aligned(static_cast<const char*>(in.logits) + base * kSizeOf<kDtype>);
-  const auto own = !full     ? one_by_one()
-                   : aligned ? all_at_once([&](int64_t at) { return fetch_aligned(in.logits, kDtype, at); })
-                             : all_at_once([&](int64_t at) { return fetch_shifted(in.logits, kDtype, at); });
+  const auto fetched_by = [&](auto&& fetch) {
+    return (chunk + 1) * kChunk <= in.vocabulary ? sums_of(std::true_type(), fetch) : sums_of(std::false_type(), fetch);
+  };
+  const auto own = aligned ? fetched_by([&](int64_t at) { return fetch_aligned(in.logits, kDtype, at); })
+                           : fetched_by([&](int64_t at) { return fetch_shifted(in.logits, kDtype, at); });
   OnlineSoftmax mine = block_sums(own);
   if (threadIdx.x != 0) return;
   if (chunks > 1) {
