@@ -224,7 +224,9 @@ void linear_loss(const Projection& p, const RowLoss& in, const RowLossResults& o
     const double log_p = log_prob(sums, line[index], inverse_temperature);
     float coefficient = static_cast<float>(-in.weights[row]), h = 0;
     if (out.statistics) {
-      const auto term = policy_term<double>(log_p, in.old_logprobs[row], in.advantages[row], in.clip, in.weights[row], 0);
+      const double log_ratio = log_p - in.old_logprobs[row];
+      const auto term =
+          policy_term<double>(log_ratio, policy_ratio(log_ratio), in.advantages[row], in.clip, in.weights[row], 0);
       out.loss[row] = term.loss * in.weights[row];
       coefficient = static_cast<float>(term.gradient);
       h = static_cast<float>(entropy(sums));

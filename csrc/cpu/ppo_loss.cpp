@@ -10,29 +10,26 @@ inline namespace RLHF_ISA {
 
 namespace {
 
-// Loss terms may be infinite, which leaves NaN of what a rounding lost: then the plain sum is the result.
+// In double: more exact, and an infinite term leaves the sum infinite, where compensation leaves NaN.
 struct LossSum {
-  CompensatedSum exact;
-  Vec plain{0.0f}, lost{0.0f};
+  WideVec total;
+  Vec lost{0.0f};
 
-  void add(const Vec& x) {
-    exact.add(x);
-    plain = plain + x;
-  }
+  void add(const Vec& x) { total += widened(x); }
   void add(const Vec& x, const Vec& lost_by_x) {
     add(x);
     lost = lost + lost_by_x;
   }
 
   double value() const {
-    const double rough = sum(plain);
-    return std::isfinite(rough) ? sum(exact.total) + sum(lost - exact.lost) : rough;
+    const double rough = sum(total);
+    return std::isfinite(rough) ? rough + sum(lost) : rough;
   }
 };
 
 template <bool kGradient>
 void policy_rows(const PolicyArguments& in, int64_t begin, int64_t end) {
-  Scratch scratch[3];
+  Scratch scratch[3], log_ratios, ratios, lost;
   for (int64_t row = begin; row < end; ++row) {
     PolicySums sums{};
     const Vec weight(static_cast<float>(in.weights[row])), weight_lost = lost_by_conversion<Vec>(in.weights[row]);
@@ -42,18 +39,27 @@ void policy_rows(const PolicyArguments& in, int64_t begin, int64_t end) {
       const float* logprobs = read(in.logprobs, row, t, count, scratch[0]);
       const float* old = read(in.old_logprobs, row, t, count, scratch[1]);
       const float* advantages = read(in.advantages, row, t, count, scratch[2]);
-      LossSum loss;
       Vec ratio(0.0f), deviation(0.0f), kl(0.0f), clipped(0.0f);
+      // Apart from what follows, to which an exponential is a long way: a processor has room for only so much that waits.
       for_lanes(count, [&](int64_t i, int64_t lanes) {
         const Lanes keep = lanes_of(in.wanted + flat + i, lanes);
-        const auto read_kept = [&](const float* from) { return kept(keep, load_lanes(from + i, lanes)); };
-        const auto term =
-            policy_term(read_kept(logprobs), read_kept(old), read_kept(advantages), in.clip, weight, weight_lost);
-        // A masked position has advantage 0 and ratio 1: only the ratio must be kept out of the sums.
+        const Vec log_ratio = kept(keep, load_lanes(logprobs + i, lanes) - load_lanes(old + i, lanes));
+        const auto power = policy_ratio(log_ratio);
+        power.value.store(ratios.values + i);
+        power.lost.store(lost.values + i);
+        if constexpr (kGradient) log_ratio.store(log_ratios.values + i);
+        // A masked position has ratio 1: only that must be kept out of the sums.
+        ratio = add_where(keep, ratio, power.value);
+        deviation = larger((power.value - Vec(1.0f)).abs(), deviation);
+        kl = kl + power.less_line;
+      });
+      LossSum loss;
+      for_lanes(count, [&](int64_t i, int64_t lanes) {
+        const Lanes keep = lanes_of(in.wanted + flat + i, lanes);
+        const auto at = [&](const Scratch& from) { return load_lanes(from.values + i); };
+        const auto term = policy_term(at(log_ratios), Exponential<Vec>{at(ratios), at(lost), Vec(0.0f)},
+                                      kept(keep, load_lanes(advantages + i, lanes)), in.clip, weight, weight_lost);
         loss.add(term.loss, term.loss_lost);
-        ratio = add_where(keep, ratio, term.ratio);
-        deviation = larger(term.deviation, deviation);
-        kl = kl + term.kl;
         clipped = clipped + term.clipped;
         if constexpr (kGradient) store_lanes(in.gradient + flat + i, term.gradient, lanes);
       });

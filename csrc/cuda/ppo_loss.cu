@@ -100,7 +100,8 @@ struct Policy {
 
   __device__ __forceinline__ float term(float logprob, float old, float advantage, bool counts, float weight,
                                         float weight_lost, Sums& sums) const {
-    const auto term = policy_term(logprob, old, advantage, clip, weight, weight_lost);
+    const float log_ratio = logprob - old;
+    const auto term = policy_term(log_ratio, policy_ratio(log_ratio), advantage, clip, weight, weight_lost);
     const double exact = static_cast<double>(term.loss) + term.loss_lost;
     sums.loss += isfinite(term.loss) ? exact : static_cast<double>(term.loss);
     sums.values[0] += counts ? term.ratio : 0.0f;

@@ -60,15 +60,16 @@ struct Exponential {
   T less_line; // e^x − 1 − x, without its cancellation
 };
 
-// Below this e^x rounds to 0 in float32.
+// Below this e^x rounds to 0 in float32; above the other it is infinite.
 constexpr float kSmallestExponent = -104.0f;
+constexpr float kLargestExponent = 89.0f;
 
-// x = n·ln 2 + r with ln 2 in two parts; e^r = 1 + r + r²·p(r), p of degree 5 as in Cephes' expf. Of the three results
-// the compiler drops those that are not used.
+// Of x up to kLargestExponent. x = n·ln 2 + r with ln 2 in two parts; e^r = 1 + r + r²·p(r), p of degree 5 as in Cephes'
+// expf. Of the three results the compiler drops those that are not used.
 template <class T>
-RLHF_HOST_DEVICE Exponential<T> exponential(T x) {
+RLHF_HOST_DEVICE Exponential<T> bounded_exponential(T x) {
   const T one(1.0f);
-  const T bounded = at_most(at_least(x, T(kSmallestExponent)), T(89.0f));
+  const T bounded = at_least(x, T(kSmallestExponent));
   const T n = nearest_integer(bounded * T(1.44269504088896341f));
   const T high = multiply_add(n, T(-0.693359375f), bounded), r = multiply_add(n, T(2.12194440e-4f), high);
   // Its halves side by side (Estrin): what waits for an exponential waits for less.
@@ -89,9 +90,14 @@ RLHF_HOST_DEVICE Exponential<T> exponential(T x) {
 }
 
 // In double precision, where the standard library's are good enough.
-RLHF_HOST_DEVICE Exponential<double> exponential(double x) {
+RLHF_HOST_DEVICE Exponential<double> bounded_exponential(double x) {
   const double value = exp(x);
   return {value, 0, expm1(x) - x};
+}
+
+template <class T>
+RLHF_HOST_DEVICE Exponential<T> exponential(T x) {
+  return bounded_exponential(at_most(x, T(kLargestExponent)));
 }
 
 }  // namespace rlhf_kernels

@@ -27,29 +27,34 @@ struct PolicyTerm {
 constexpr float kLargestLogRatio = 88.0f;
 constexpr float kLargestFloat = 3.4028234e38f;
 
-// weight, of which weight_lost is what its rounding lost, is the position's share of the reduced loss.
+// ρ = π/π_old of log ρ.
 template <class T>
-RLHF_HOST_DEVICE PolicyTerm<T> policy_term(T logprob, T old_logprob, T advantage, const PolicyClip& clip, T weight,
-                                           T weight_lost) {
-  const T zero(0.0f), one(1.0f), gain = zero - advantage;
-  const T raw = logprob - old_logprob;
-  const auto power = exponential(at_most(raw, T(kLargestLogRatio)));
-  const T ratio = power.value;
+RLHF_HOST_DEVICE Exponential<T> policy_ratio(T log_ratio) {
+  return bounded_exponential(at_most(log_ratio, T(kLargestLogRatio)));
+}
+
+// power is the policy_ratio of log_ratio; weight, of which weight_lost is what its rounding lost, the position's share of
+// the reduced loss.
+template <class T>
+RLHF_HOST_DEVICE PolicyTerm<T> policy_term(T log_ratio, const Exponential<T>& power, T advantage, const PolicyClip& clip,
+                                           T weight, T weight_lost) {
+  const T zero(0.0f), one(1.0f), gain = zero - advantage, ratio = power.value;
   // Of the two ends of the clip range only one can raise the loss: the low one for a gain above 0. What its rounding to T
   // lost is kept too.
   const T end = where_greater(gain, zero, T(clip.low), T(clip.high));
   const T end_lost = where_greater(gain, zero, lost_by_conversion<T>(clip.low), lost_by_conversion<T>(clip.high));
   const T unclipped = gain * ratio, clipped = gain * end;
+  const T factor = where_greater(clipped, unclipped, end, ratio);
+  const T factor_lost = where_greater(clipped, unclipped, end_lost, power.lost);
   PolicyTerm<T> term;
   term.loss = at_least(unclipped, clipped);
-  term.loss_lost = where_greater(clipped, unclipped, multiply_add(gain, end_lost, lost_by_product(gain, end, clipped)),
-                                 multiply_add(gain, power.lost, lost_by_product(gain, ratio, unclipped)));
+  term.loss_lost = multiply_add(gain, factor_lost, lost_by_product(gain, factor, term.loss));
   // The gain is weighted before the ratio comes in, which may be large: then the product overflows only if it must.
   const T share = gain * weight, share_lost = multiply_add(gain, weight_lost, lost_by_product(gain, weight, share));
   const T slope_lost = where_greater(T(kLargestFloat), absolute(share),
                                      multiply_add(share, power.lost, share_lost * ratio), zero);  // an infinite gain
   const T slope = multiply_add(share, ratio, slope_lost);
-  term.gradient = where_greater(clipped, unclipped, zero, where_greater(raw, T(kLargestLogRatio), zero, slope));
+  term.gradient = where_greater(clipped, unclipped, zero, where_greater(log_ratio, T(kLargestLogRatio), zero, slope));
   if (clip.has_dual) {
     const T limit = T(clip.dual) * gain;
     const T cut = where_greater(gain, zero, where_greater(term.loss, limit, one, zero), zero);

@@ -15,7 +15,7 @@ struct RankingPair {  // of x = r_w − r_l − margin: −log σ(x) = excess + 
 template <class T>
 RLHF_HOST_DEVICE RankingPair<T> ranking_pair(T x) {
   const T zero(0.0f), one(1.0f);
-  const T tail = exponential(minus_absolute(x)).value;
+  const T tail = bounded_exponential(minus_absolute(x)).value;
   return {at_least(zero - x, zero), tail, where_greater(x, zero, tail, one) * reciprocal(one + tail)};
 }
 
