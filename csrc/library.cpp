@@ -732,11 +732,11 @@ std::tuple<Tensor, Tensor, Tensor> pairwise_ranking_loss(Tensor scores, Tensor r
     some += counts[group];
   }
   const double share = some ? 1.0 / static_cast<double>(some) : 0.0;
-  if (with_gradient) {
+  if (with_gradient && some && some < prompts.count) {
     float* slopes = mutable_data<float>(gradient);
-    const float divisor = static_cast<float>(std::max<int64_t>(1, some));
+    const double rest = static_cast<double>(prompts.count) * share;
     parallel(scores.numel(), 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) slopes[i] /= divisor;
+      for (int64_t i = begin; i < end; ++i) slopes[i] = static_cast<float>(slopes[i] * rest);
     });
   }
   return {scalar(loss * share), scalar(accuracy * share), gradient};

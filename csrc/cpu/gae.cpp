@@ -102,7 +102,7 @@ void rows_to_tile(const float* const (&rows)[kLanes], int64_t first, Vec (&tile)
     Vec square[kLanes];
 #pragma GCC unroll 16
     for (int64_t lane = 0; lane < kLanes; ++lane) square[lane] = load_lanes(rows[lane] + t);
-    transpose(square);
+    transpose(square, square);
 #pragma GCC unroll 16
     for (int64_t i = 0; i < kLanes; ++i) tile[t + i] = square[i];
   }
@@ -115,7 +115,7 @@ void tile_to_rows(const Vec (&tile)[kTile], const uint8_t* const (&wanted)[kLane
     Vec square[kLanes];
 #pragma GCC unroll 16
     for (int64_t i = 0; i < kLanes; ++i) square[i] = tile[t + i];
-    transpose(square);
+    transpose(square, square);
 #pragma GCC unroll 16
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       store_lanes(rows[lane] + t, kept(lanes_of(wanted[lane] + t), square[lane]));

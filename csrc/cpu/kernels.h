@@ -78,7 +78,7 @@ struct RankingArguments {
   const uint8_t* wanted;
   Sequences prompts;
   float margin;
-  float* gradient;   // may be null; not yet divided by the number of prompts that count
+  float* gradient;   // may be null; of the mean over the prompts as if each had a pair
   double* losses;    // of a group of prompts, their sum
   double* accuracies;
   int64_t* counts;   // and how many of them have a pair

@@ -160,7 +160,7 @@ void pack_square(int64_t lines, int64_t depth, int64_t width, float* to, Read&& 
       const int64_t steps = std::min(kLanes, depth - k);
       Vec square[kLanes];
       for (int64_t line = 0; line < some; ++line) square[line] = read(i + line, k, steps);
-      transpose(square);
+      transpose(square, square);
       for (int64_t step = 0; step < steps; ++step) store_lanes(to + (k + step) * width + i, square[step], some);
     }
   }

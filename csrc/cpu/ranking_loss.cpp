@@ -35,7 +35,7 @@ struct Group {
 };
 
 // From a row per prompt to a lane per prompt: read(lane, k, count) gives the count completions from the k-th on, which may
-// be none.
+// be none. Lanes have room for whole squares.
 template <class Read>
 void rows_to_lanes(const Group& group, Vec* lanes, Read&& read) {
   for (int64_t k = 0; k < group.widest; k += kLanes) {
@@ -43,16 +43,14 @@ void rows_to_lanes(const Group& group, Vec* lanes, Read&& read) {
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       square[lane] = read(lane, k, std::clamp<int64_t>(group.length[lane] - k, 0, kLanes));
     }
-    transpose(square);
-    for (int64_t i = 0; i < std::min(kLanes, group.widest - k); ++i) lanes[k + i] = square[i];
+    transpose(square, lanes + k);
   }
 }
 
 void lanes_to_rows(const Group& group, const Vec* lanes, float* rows) {
   for (int64_t k = 0; k < group.widest; k += kLanes) {
     Vec square[kLanes];
-    for (int64_t i = 0; i < kLanes; ++i) square[i] = k + i < group.widest ? lanes[k + i] : Vec(0.0f);
-    transpose(square);
+    transpose(lanes + k, square);
     for (int64_t lane = 0; lane < group.lanes; ++lane) {
       const int64_t left = group.length[lane] - k;
       if (left > 0) store_lanes(rows + group.start[lane] + k, square[lane], std::min(kLanes, left));
@@ -99,10 +97,10 @@ struct Columns {
 
   void make_room(int64_t widest) {
     if (widest <= capacity) return;
-    capacity = widest;
-    scores.reset(new Vec[widest]);
-    ranks.reset(new Vec[widest]);
-    gradients.reset(new CompensatedSum[widest]);
+    capacity = (widest + kLanes - 1) / kLanes * kLanes;
+    scores.reset(new Vec[capacity]);
+    ranks.reset(new Vec[capacity]);
+    gradients.reset(new CompensatedSum[capacity]);
   }
 };
 
@@ -110,51 +108,71 @@ struct Columns {
 // only.
 constexpr int64_t kLongestChain = 64;
 
+struct Chain {
+  int64_t length = 0;
+  Vec shortfall{0.0f}, product{0.0f};
+  Tally pairs, above, below;
+};
+
 // Per lane.
 struct Totals {
   WideVec losses, rights, pairs;
+
+  void add(const Chain& chain) {
+    const WideVec products = widened(chain.product);
+    losses += widened(Vec(0.0f) - chain.shortfall);
+    losses += WideVec{{products.half[0].log1p(), products.half[1].log1p()}};
+    // What is no pair was counted above. Scores that are equal, or cannot be compared, are neither: they count half.
+    const Vec pair_count = chain.pairs.value(), no_pairs = Vec(static_cast<float>(chain.length)) - pair_count;
+    const Vec surplus = chain.above.value() - no_pairs - chain.below.value();
+    rights += widened(Vec(0.5f) * (pair_count + surplus));
+    pairs += widened(pair_count);
+  }
 };
 
+// The pairs of completion i with those from begin to end. What is summed is copied, for the compiler to keep it in
+// registers.
 template <bool kGradient>
-void sum_pairs(Columns& lanes, int64_t widest, float margin_of_all, Totals& totals) {
-  const Vec zero(0.0f), half(0.5f), one(1.0f), margin(margin_of_all);
-  for (int64_t k = 0; k < widest; ++k) lanes.gradients[k] = {};
-  Vec excess(0.0f), product(0.0f), right(0.0f), pairs(0.0f);
-  int64_t chain = 0;
-  const auto flush = [&] {
-    const WideVec products = widened(product);
-    totals.losses += widened(excess);
-    totals.losses += WideVec{{products.half[0].log1p(), products.half[1].log1p()}};
-    totals.rights += widened(right);
-    totals.pairs += widened(pairs);
-    excess = product = right = pairs = zero;
-    chain = 0;
-  };
-  for (int64_t i = 0; i + 1 < widest; ++i) {
-    const Vec score_i = lanes.scores[i], rank_i = lanes.ranks[i];
-    CompensatedSum gradient_i = lanes.gradients[i];
-    for (int64_t j = i + 1; j < widest; ++j) {
-      if (++chain > kLongestChain) flush();
-      const Vec score_j = lanes.scores[j], rank_j = lanes.ranks[j];
-      // Not at a tie, nor where the rank of one of them is NaN. Cut out, not multiplied: a score that is infinite or NaN
-      // stays in its own pairs.
-      const Lanes is_pair = different(rank_i, rank_j), i_is_better = greater(rank_j, rank_i);
-      const Vec difference = flipped(i_is_better, score_j - score_i);
-      const auto pair = ranking_pair(difference - margin);
-      excess = add_where(is_pair, excess, pair.excess);
-      product = with_tail(product, kept(is_pair, pair.tail));
-      pairs = add_where(is_pair, pairs, one);
-      // Half each, so that equal scores, and those that cannot be compared, count half.
-      right = add_where(is_pair & greater(difference, zero), right, half);
-      right = add_where(is_pair & not_less(difference, zero), right, half);
-      if constexpr (!kGradient) continue;
-      const Vec uphill = flipped(i_is_better, kept(is_pair, pair.slope));
-      gradient_i.add(uphill);
-      lanes.gradients[j].subtract(uphill);
-    }
-    lanes.gradients[i] = gradient_i;
+void add_pairs(Columns& lanes, int64_t i, int64_t begin, int64_t end, const Vec& margin, Chain& chain) {
+  const Vec zero(0.0f), infinity(INFINITY), score_i = lanes.scores[i], rank_i = lanes.ranks[i];
+  CompensatedSum gradient_i = lanes.gradients[i];
+  Vec shortfall = chain.shortfall, product = chain.product;
+  Tally pairs = chain.pairs, above = chain.above, below = chain.below;
+  for (int64_t j = begin; j < end; ++j) {
+    // Not at a tie, nor where the rank of one of them is NaN. Those are infinitely far in the right order, which adds
+    // nothing; they are cut out, not multiplied: a score that is infinite or NaN stays in its own pairs.
+    const Lanes is_pair = different(rank_i, lanes.ranks[j]);
+    const Vec sign = rank_i - lanes.ranks[j];
+    const Vec difference = select(is_pair, flipped(sign, lanes.scores[j] - score_i), infinity);
+    const auto pair = ranking_pair(difference - margin);
+    shortfall = shortfall + pair.shortfall;
+    product = with_tail(product, pair.tail);
+    pairs.add(is_pair);
+    above.add(greater(difference, zero));
+    below.add(greater(zero, difference));
+    if constexpr (!kGradient) continue;
+    const Vec uphill = flipped(sign, pair.slope);
+    gradient_i.add(uphill);
+    lanes.gradients[j].subtract(uphill);
   }
-  flush();
+  lanes.gradients[i] = gradient_i;
+  chain = {chain.length + end - begin, shortfall, product, pairs, above, below};
+}
+
+template <bool kGradient>
+void sum_pairs(Columns& lanes, int64_t widest, const Vec& margin, Totals& totals) {
+  for (int64_t k = 0; k < widest; ++k) lanes.gradients[k] = {};
+  Chain chain;
+  for (int64_t i = 0; i + 1 < widest; ++i) {
+    for (int64_t j = i + 1, end; j < widest; j = end) {
+      end = std::min(widest, j + kLongestChain - chain.length);
+      add_pairs<kGradient>(lanes, i, j, end, margin, chain);
+      if (chain.length < kLongestChain) continue;
+      totals.add(chain);
+      chain = {};
+    }
+  }
+  totals.add(chain);
 }
 
 }  // namespace
@@ -169,16 +187,17 @@ void ranking(const RankingArguments& in, int64_t begin, int64_t end) {
     });
     ranks_to_lanes(in, group, side_by_side.ranks.get());
     Totals totals;
-    in.gradient ? sum_pairs<true>(side_by_side, group.widest, in.margin, totals)
-                : sum_pairs<false>(side_by_side, group.widest, in.margin, totals);
+    in.gradient ? sum_pairs<true>(side_by_side, group.widest, Vec(in.margin), totals)
+                : sum_pairs<false>(side_by_side, group.widest, Vec(in.margin), totals);
     // Without a pair the sums and the gradient are 0 already.
     const auto at_least_1 = [](const Doubles& pairs) { return at::vec::maximum(pairs, Doubles(1.0)); };
     const WideVec divisors{{at_least_1(totals.pairs.half[0]), at_least_1(totals.pairs.half[1])}};
-    const Vec divisor = rounded(divisors);
     in.losses[number] = sum(totals.losses / divisors);
     in.accuracies[number] = sum(totals.rights / divisors);
     in.counts[number] = count(greater(rounded(totals.pairs), Vec(0.0f)));
     if (!in.gradient) continue;
+    const Doubles prompts(static_cast<double>(in.prompts.count));
+    const Vec divisor = rounded(WideVec{{divisors.half[0] * prompts, divisors.half[1] * prompts}});
     // In place of the scores, which nobody needs any more.
     for (int64_t k = 0; k < group.widest; ++k) side_by_side.scores[k] = side_by_side.gradients[k].total / divisor;
     lanes_to_rows(group, side_by_side.scores.get(), in.gradient);

@@ -129,7 +129,7 @@ inline void pack_left(BfloatPairs, const c10::BFloat16* from, int64_t line_strid
           square[pair] = _mm512_castsi512_ps(
               _mm512_or_si512(read(2 * pair), _mm512_slli_epi32(read(2 * pair + 1), 16)));
         }
-        transpose(square);
+        transpose(square, square);
         for (int64_t i = 0; i < kUnitRows; ++i) square[i].store(to + i * kUnitRows);
       }
     }

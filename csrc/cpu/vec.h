@@ -270,14 +270,36 @@ inline Vec add_where(const Lanes& where, const Vec& total, const Vec& x) {
 #endif
 }
 
-// −x there, and x in the other lanes.
-inline Vec flipped(const Lanes& where, const Vec& x) {
+// −x where sign is negative, and x in the other lanes.
+inline Vec flipped(const Vec& sign, const Vec& x) {
 #if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_mask_sub_ps(x, where.bits, _mm512_setzero_ps(), x);
+  constexpr int xor_of_and = 0x78;
+  const auto bits = [](const Vec& values) { return _mm512_castps_si512(values); };
+  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(bits(x), bits(sign), bits(Vec(-0.0f)), xor_of_and));
 #else
-  return x ^ (where.bits & Vec(-0.0f));
+  return x ^ (sign & Vec(-0.0f));
 #endif
 }
+
+// How often each lane was in a set: integers, which any of a processor's units can add.
+struct Tally {
+#if defined(CPU_CAPABILITY_AVX512)
+  __m512i counts = _mm512_setzero_si512();
+
+  void add(const Lanes& where) { counts = _mm512_mask_add_epi32(counts, where.bits, counts, _mm512_set1_epi32(1)); }
+  Vec value() const { return _mm512_cvtepi32_ps(counts); }
+#elif defined(CPU_CAPABILITY_AVX2)
+  __m256i counts = _mm256_setzero_si256();
+
+  void add(const Lanes& where) { counts = _mm256_sub_epi32(counts, _mm256_castps_si256(where.bits)); }
+  Vec value() const { return _mm256_cvtepi32_ps(counts); }
+#else
+  Vec counts{0.0f};
+
+  void add(const Lanes& where) { counts = counts + (where.bits & Vec(1.0f)); }
+  Vec value() const { return counts; }
+#endif
+};
 
 // The lanes whose byte is not 0.
 inline Lanes lanes_of(const uint8_t* wanted, int64_t count = kLanes) {
@@ -367,8 +389,8 @@ inline Doubles select(const Lanes& where, int half, const Doubles& yes, const Do
 #endif
 }
 
-// Rows and columns of a square of lanes change places.
-inline void transpose(Vec (&rows)[kLanes]) {
+// Rows of a square of lanes to its columns, which may be written over the rows.
+inline void transpose(const Vec* rows, Vec* columns) {
 #if defined(CPU_CAPABILITY_AVX512)
   __m512 a[16], b[16];
   for (int i = 0; i < 16; i += 2) {
@@ -387,10 +409,10 @@ inline void transpose(Vec (&rows)[kLanes]) {
     const __m512 even_low = _mm512_shuffle_f32x4(b[c], b[4 + c], 0x88), odd_low = _mm512_shuffle_f32x4(b[c], b[4 + c], 0xdd);
     const __m512 even_high = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0x88);
     const __m512 odd_high = _mm512_shuffle_f32x4(b[8 + c], b[12 + c], 0xdd);
-    rows[c] = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
-    rows[8 + c] = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
-    rows[4 + c] = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
-    rows[12 + c] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
+    columns[c] = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
+    columns[8 + c] = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
+    columns[4 + c] = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+    columns[12 + c] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
   }
 #elif defined(CPU_CAPABILITY_AVX2)
   __m256 a[8], b[8];
@@ -405,8 +427,8 @@ inline void transpose(Vec (&rows)[kLanes]) {
     b[g + 3] = _mm256_shuffle_ps(a[g + 1], a[g + 3], 0xee);
   }
   for (int c = 0; c < 4; ++c) {
-    rows[c] = _mm256_permute2f128_ps(b[c], b[4 + c], 0x20);
-    rows[4 + c] = _mm256_permute2f128_ps(b[c], b[4 + c], 0x31);
+    columns[c] = _mm256_permute2f128_ps(b[c], b[4 + c], 0x20);
+    columns[4 + c] = _mm256_permute2f128_ps(b[c], b[4 + c], 0x31);
   }
 #else
   float square[kLanes][kLanes];
@@ -414,7 +436,7 @@ inline void transpose(Vec (&rows)[kLanes]) {
   for (int64_t i = 0; i < kLanes; ++i) {
     float column[kLanes];
     for (int64_t j = 0; j < kLanes; ++j) column[j] = square[j][i];
-    rows[i] = Vec::loadu(column);
+    columns[i] = Vec::loadu(column);
   }
 #endif
 }
@@ -453,7 +475,7 @@ inline void lanes_by_position(const uint8_t* const (&rows)[kLanes], int64_t firs
   for (int64_t t = first / kLanes * kLanes; t < kCount; t += kLanes) {
     Vec square[kLanes];
     for (int64_t lane = 0; lane < kLanes; ++lane) square[lane] = lanes_of(rows[lane] + t).bits;
-    transpose(square);
+    transpose(square, square);
     for (int64_t i = 0; i < kLanes; ++i) result[t + i] = {square[i]};
   }
 #endif

@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kThreads, 4) prompts_kernel(RankingLoss in, in
       Completion sum;
       for (int64_t other = 0; other < extent; other += width) {
         const Entry theirs = entry(in, base, other + lane, length);
-        float excess = 0, product = 0;
+        float shortfall = 0, product = 0;
         for (int k = 0; k < width; ++k) {
           const float score = shuffle(theirs.score, k, width);
           const int64_t rank = shuffle(theirs.rank, k, width);
@@ -73,13 +73,13 @@ __global__ void __launch_bounds__(kThreads, 4) prompts_kernel(RankingLoss in, in
           sum.lost = (next - sum.gradient) - term;
           sum.gradient = next;
           if (!wins) continue;
-          excess += pair.excess;
+          shortfall += pair.shortfall;
           product = with_tail(product, pair.tail);
           // Equal scores, and those that cannot be compared, count half.
           sum.right += difference > 0 ? 1.0f : difference < 0 ? 0.0f : 0.5f;
           sum.pairs += 1;
         }
-        sum.loss += static_cast<double>(excess) + log1p(static_cast<double>(product));
+        sum.loss += log1p(static_cast<double>(product)) - static_cast<double>(shortfall);
       }
       loss += sum.loss;
       right += sum.right;

@@ -5,9 +5,11 @@
 
 namespace rlhf_kernels {
 
+constexpr float kLog2E = 1.44269504088896341f;
+
 template <class T>
-struct RankingPair {  // of x = r_w − r_l − margin: −log σ(x) = excess + log(1 + tail)
-  T excess;           // max(−x, 0)
+struct RankingPair {  // of x = r_w − r_l − margin: −log σ(x) = log(1 + tail) − shortfall
+  T shortfall;        // min(x, 0)
   T tail;             // e^−|x|
   T slope;            // σ(−x), minus the derivative in x
 };
@@ -15,15 +17,15 @@ struct RankingPair {  // of x = r_w − r_l − margin: −log σ(x) = excess + 
 template <class T>
 RLHF_HOST_DEVICE RankingPair<T> ranking_pair(T x) {
   const T zero(0.0f), one(1.0f);
-  const T tail = bounded_exponential(minus_absolute(x)).value;
-  return {at_least(zero - x, zero), tail, where_greater(x, zero, tail, one) * reciprocal(one + tail)};
+  const T tail = power_of_two(at_least(minus_absolute(x) * T(kLog2E), T(-150.0f)));  // below, 0
+  return {at_most(x, zero), tail, where_greater(x, zero, tail, one) * reciprocal(one + tail)};
 }
 
 // Π(1 + tail) − 1 with one more tail: many pairs take one logarithm. Nothing cancels, and in float32 up to 127 pairs can't
 // overflow.
 template <class T>
 RLHF_HOST_DEVICE T with_tail(T product, T tail) {
-  return multiply_add(product, tail, product + tail);
+  return multiply_add(product, T(1.0f) + tail, tail);
 }
 
 }  // namespace rlhf_kernels
