@@ -27,7 +27,7 @@ struct LossSum {
   }
 };
 
-template <bool kGradient>
+template <class T, bool kGradient>
 void policy_rows(const PolicyArguments& in, int64_t begin, int64_t end) {
   Scratch scratch[3], log_ratios, ratios, lost;
   for (int64_t row = begin; row < end; ++row) {
@@ -36,9 +36,9 @@ void policy_rows(const PolicyArguments& in, int64_t begin, int64_t end) {
     const int64_t left = in.positions - row * in.length, length = left < in.length ? left : in.length;
     for (int64_t t = 0; t < length; t += kRowBlock) {
       const int64_t count = length - t < kRowBlock ? length - t : kRowBlock, flat = row * in.length + t;
-      const float* logprobs = read(in.logprobs, row, t, count, scratch[0]);
-      const float* old = read(in.old_logprobs, row, t, count, scratch[1]);
-      const float* advantages = read(in.advantages, row, t, count, scratch[2]);
+      const T* logprobs = read_as<T>(in.logprobs, row, t, count, scratch[0]);
+      const T* old = read_as<T>(in.old_logprobs, row, t, count, scratch[1]);
+      const T* advantages = read_as<T>(in.advantages, row, t, count, scratch[2]);
       Vec ratio(0.0f), deviation(0.0f), kl(0.0f), clipped(0.0f);
       // Apart from what follows, to which an exponential is a long way: a processor has room for only so much that waits.
       for_lanes(count, [&](int64_t i, int64_t lanes) {
@@ -57,7 +57,8 @@ void policy_rows(const PolicyArguments& in, int64_t begin, int64_t end) {
       for_lanes(count, [&](int64_t i, int64_t lanes) {
         const Lanes keep = lanes_of(in.wanted + flat + i, lanes);
         const auto at = [&](const Scratch& from) { return load_lanes(from.values + i); };
-        const auto term = policy_term(at(log_ratios), Exponential<Vec>{at(ratios), at(lost), Vec(0.0f)},
+        const Vec log_ratio = kGradient ? at(log_ratios) : Vec(0.0f);  // the gradient's alone
+        const auto term = policy_term(log_ratio, Exponential<Vec>{at(ratios), at(lost), Vec(0.0f)},
                                       kept(keep, load_lanes(advantages + i, lanes)), in.clip, weight, weight_lost);
         loss.add(term.loss, term.loss_lost);
         clipped = clipped + term.clipped;
@@ -76,13 +77,8 @@ void policy_rows(const PolicyArguments& in, int64_t begin, int64_t end) {
   }
 }
 
-}  // namespace
-
-void ppo_policy(const PolicyArguments& in, int64_t begin, int64_t end) {
-  in.gradient ? policy_rows<true>(in, begin, end) : policy_rows<false>(in, begin, end);
-}
-
-void ppo_value(const ValueArguments& in, int64_t begin, int64_t end) {
+template <class T>
+void value_rows(const ValueArguments& in, int64_t begin, int64_t end) {
   Scratch scratch[3];
   for (int64_t row = begin; row < end; ++row) {
     ValueSums sums{};
@@ -90,14 +86,14 @@ void ppo_value(const ValueArguments& in, int64_t begin, int64_t end) {
     const int64_t left = in.positions - row * in.length, length = left < in.length ? left : in.length;
     for (int64_t t = 0; t < length; t += kRowBlock) {
       const int64_t count = length - t < kRowBlock ? length - t : kRowBlock, flat = row * in.length + t;
-      const float* values = read(in.values, row, t, count, scratch[0]);
-      const float* old = read(in.old_values, row, t, count, scratch[1]);
-      const float* returns = read(in.returns, row, t, count, scratch[2]);
+      const T* values = read_as<T>(in.values, row, t, count, scratch[0]);
+      const T* old = read_as<T>(in.old_values, row, t, count, scratch[1]);
+      const T* returns = read_as<T>(in.returns, row, t, count, scratch[2]);
       LossSum loss;
       Vec value(0.0f), target(0.0f), clipped(0.0f);
       for_lanes(count, [&](int64_t i, int64_t lanes) {
         const Lanes keep = lanes_of(in.wanted + flat + i, lanes);
-        const auto read_kept = [&](const float* from) { return kept(keep, load_lanes(from + i, lanes)); };
+        const auto read_kept = [&](const T* from) { return kept(keep, load_lanes(from + i, lanes)); };
         const Vec v = read_kept(values), r = read_kept(returns);
         const auto term = value_term(v, read_kept(old), r, in.clip_range);
         loss.add(term.loss);
@@ -114,6 +110,22 @@ void ppo_value(const ValueArguments& in, int64_t begin, int64_t end) {
     sums.loss *= in.weights[row];
     in.sums[row] = sums;
   }
+}
+
+}  // namespace
+
+void ppo_policy(const PolicyArguments& in, int64_t begin, int64_t end) {
+  for_common_dtype(
+      [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        in.gradient ? policy_rows<T, true>(in, begin, end) : policy_rows<T, false>(in, begin, end);
+      },
+      in.logprobs, in.old_logprobs, in.advantages);
+}
+
+void ppo_value(const ValueArguments& in, int64_t begin, int64_t end) {
+  for_common_dtype([&](auto* type) { value_rows<std::remove_pointer_t<decltype(type)>>(in, begin, end); }, in.values,
+                   in.old_values, in.returns);
 }
 
 }  // namespace RLHF_ISA

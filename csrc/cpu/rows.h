@@ -31,6 +31,21 @@ inline const float* read(const View& view, int64_t row, int64_t start, int64_t c
   return scratch.values;
 }
 
+// The same, but values of type T, which is not float32 only by for_common_dtype, where they are.
+template <class T>
+inline const T* read_as(const View& view, int64_t row, int64_t start, int64_t count, Scratch& scratch) {
+  if constexpr (std::is_same_v<T, float>) return read(view, row, start, count, scratch);
+  return static_cast<const T*>(view.data) + row * view.row_stride + start;
+}
+
+// Calls function with a null pointer of the type that matrices are of, if it is the same and their rows are dense, which
+// saves a way through scratch; else of float.
+template <class Function, class... Views>
+inline void for_common_dtype(Function&& function, const View& first, const Views&... others) {
+  const bool common = first.stride == 1 && ((others.stride == 1 && others.dtype == first.dtype) && ...);
+  for_dtype(common ? first.dtype : Dtype::float32, function);
+}
+
 template <class Function>
 inline void for_lanes(int64_t count, Function&& function) {
   int64_t i = 0;

@@ -50,7 +50,7 @@ BlockSums block_sums(const T* logits, int64_t count, float maximum, double inver
   const auto add = [&](const Vec& logit, int chain) __attribute__((always_inline)) {
     best[chain] = larger(logit, best[chain]);
     const Vec d = larger(floor, (logit - top) * scale);
-    const Vec e = exp2(d);
+    const Vec e = power_of_two(d);
     e_sums[chain] = e_sums[chain] + e;
     if constexpr (kEntropy) ed_sums[chain] = fma(e, d, ed_sums[chain]);
   };

@@ -65,11 +65,10 @@ inline Vec scaled_by_power(const Vec& p, const Vec& n) {
 #endif
 }
 
-// 2^x for x below 128, to about 1 ulp: a shorter way than exp, for the loops that are all exponentials. The polynomial is
-// the least-squares fit to the relative error over [−½, ½], reweighted until its peaks were level (2e-9).
-inline Vec exp2(const Vec& x) {
-  const Vec n = x.round();
-  const Vec f = x - n;
+// 2^(n + f) for an integral n below 128 and f in [−½, ½], to about 1 ulp: a shorter way than exponential, for the loops
+// that are all exponentials. The polynomial is the least-squares fit to the relative error, reweighted until its peaks were
+// level (2e-9).
+inline Vec exp2(const Vec& n, const Vec& f) {
   Vec p(1.5353361959569156e-4f);
   p = fma(p, f, Vec(1.3398875016719103e-3f));
   p = fma(p, f, Vec(9.61843691766262e-3f));
@@ -517,7 +516,15 @@ inline Vectorized<float> reciprocal(const Vectorized<float>& x) {
   return Vectorized<float>(1.0f) / x;
 #endif
 }
-inline Vectorized<float> power_of_two(const Vectorized<float>& x) { return rlhf_kernels::cpu::exp2(x); }
+inline Vectorized<float> power_of_two(const Vectorized<float>& x) {
+  const auto n = x.round();
+  return rlhf_kernels::cpu::exp2(n, x - n);
+}
+inline Vectorized<float> power_of_e(const Vectorized<float>& x) {
+  const Vectorized<float> log2_e(1.44269504f), rest(1.92596303e-8f);  // log2(e) in two parts
+  const auto n = (x * log2_e).round();
+  return rlhf_kernels::cpu::exp2(n, fmadd(x, rest, fmsub(x, log2_e, n)));
+}
 inline Vectorized<float> multiply_add(const Vectorized<float>& a, const Vectorized<float>& b,
                                       const Vectorized<float>& c) {
   return rlhf_kernels::cpu::fma(a, b, c);

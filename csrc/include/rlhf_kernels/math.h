@@ -27,6 +27,7 @@ RLHF_HOST_DEVICE double absolute(double x) { return fabs(x); }
 RLHF_HOST_DEVICE float minus_absolute(float x) { return -fabsf(x); }
 RLHF_HOST_DEVICE float reciprocal(float x) { return 1.0f / x; }
 RLHF_HOST_DEVICE float power_of_two(float x) { return exp2f(x); }
+RLHF_HOST_DEVICE float power_of_e(float x) { return expf(x); }
 RLHF_HOST_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 RLHF_HOST_DEVICE double multiply_add(double a, double b, double c) { return fma(a, b, c); }
 // What rounding took from the product of a and b.

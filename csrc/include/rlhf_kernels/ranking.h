@@ -5,8 +5,6 @@
 
 namespace rlhf_kernels {
 
-constexpr float kLog2E = 1.44269504088896341f;
-
 template <class T>
 struct RankingPair {  // of x = r_w − r_l − margin: −log σ(x) = log(1 + tail) − shortfall
   T shortfall;        // min(x, 0)
@@ -17,7 +15,7 @@ struct RankingPair {  // of x = r_w − r_l − margin: −log σ(x) = log(1 + t
 template <class T>
 RLHF_HOST_DEVICE RankingPair<T> ranking_pair(T x) {
   const T zero(0.0f), one(1.0f);
-  const T tail = power_of_two(at_least(minus_absolute(x) * T(kLog2E), T(-150.0f)));  // below, 0
+  const T tail = power_of_e(at_least(minus_absolute(x), T(kSmallestExponent)));
   return {at_most(x, zero), tail, where_greater(x, zero, tail, one) * reciprocal(one + tail)};
 }
 
