@@ -102,9 +102,7 @@ void rows_to_tile(const float* const (&rows)[kLanes], int64_t first, Vec (&tile)
     Vec square[kLanes];
 #pragma GCC unroll 16
     for (int64_t lane = 0; lane < kLanes; ++lane) square[lane] = load_lanes(rows[lane] + t);
-    transpose(square, square);
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < kLanes; ++i) tile[t + i] = square[i];
+    transpose(square, tile + t);
   }
 }
 
@@ -113,9 +111,7 @@ void tile_to_rows(const Vec (&tile)[kTile], const uint8_t* const (&wanted)[kLane
                   float* const (&rows)[kLanes]) {
   for (int64_t t = first / kLanes * kLanes; t < kTile; t += kLanes) {
     Vec square[kLanes];
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < kLanes; ++i) square[i] = tile[t + i];
-    transpose(square, square);
+    transpose(tile + t, square);
 #pragma GCC unroll 16
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       store_lanes(rows[lane] + t, kept(lanes_of(wanted[lane] + t), square[lane]));

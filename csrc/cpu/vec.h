@@ -389,7 +389,7 @@ inline Doubles select(const Lanes& where, int half, const Doubles& yes, const Do
 }
 
 // Rows of a square of lanes to its columns, which may be written over the rows.
-inline void transpose(const Vec* rows, Vec* columns) {
+[[gnu::always_inline]] inline void transpose(const Vec* rows, Vec* columns) {
 #if defined(CPU_CAPABILITY_AVX512)
   __m512 a[16], b[16];
   for (int i = 0; i < 16; i += 2) {
