@@ -225,12 +225,13 @@ void linear_loss(const Projection& p, const RowLoss& in, const RowLossResults& o
     float coefficient = static_cast<float>(-in.weights[row]), h = 0;
     if (out.statistics) {
       const double log_ratio = log_p - in.old_logprobs[row];
-      const auto term =
-          policy_term<double>(log_ratio, policy_ratio(log_ratio), in.advantages[row], in.clip, in.weights[row], 0);
+      const auto ratio = policy_ratio(log_ratio);
+      const auto term = policy_term<double>(log_ratio, ratio.value, ratio.lost, in.advantages[row], in.clip,
+                                            in.weights[row], 0);
       out.loss[row] = term.loss * in.weights[row];
       coefficient = static_cast<float>(term.gradient);
       h = static_cast<float>(entropy(sums));
-      const double statistics[] = {term.ratio, term.deviation, term.kl, term.clipped, h};
+      const double statistics[] = {ratio.value, ratio.deviation, ratio.kl, term.clipped, h};
       for (int k = 0; k < 5; ++k) out.statistics[row * 5 + k] = static_cast<float>(statistics[k]);
     } else {
       out.loss[row] = -log_p * in.weights[row];

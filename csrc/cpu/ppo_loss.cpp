@@ -44,22 +44,22 @@ void policy_rows(const PolicyArguments& in, int64_t begin, int64_t end) {
       for_lanes(count, [&](int64_t i, int64_t lanes) {
         const Lanes keep = lanes_of(in.wanted + flat + i, lanes);
         const Vec log_ratio = kept(keep, load_lanes(logprobs + i, lanes) - load_lanes(old + i, lanes));
-        const auto power = policy_ratio(log_ratio);
-        power.value.store(ratios.values + i);
-        power.lost.store(lost.values + i);
+        const auto here = policy_ratio(log_ratio);
+        here.value.store(ratios.values + i);
+        here.lost.store(lost.values + i);
         if constexpr (kGradient) log_ratio.store(log_ratios.values + i);
         // A masked position has ratio 1: only that must be kept out of the sums.
-        ratio = add_where(keep, ratio, power.value);
-        deviation = larger((power.value - Vec(1.0f)).abs(), deviation);
-        kl = kl + power.less_line;
+        ratio = add_where(keep, ratio, here.value);
+        deviation = larger(here.deviation, deviation);
+        kl = kl + here.kl;
       });
       LossSum loss;
       for_lanes(count, [&](int64_t i, int64_t lanes) {
         const Lanes keep = lanes_of(in.wanted + flat + i, lanes);
         const auto at = [&](const Scratch& from) { return load_lanes(from.values + i); };
         const Vec log_ratio = kGradient ? at(log_ratios) : Vec(0.0f);  // the gradient's alone
-        const auto term = policy_term(log_ratio, Exponential<Vec>{at(ratios), at(lost), Vec(0.0f)},
-                                      kept(keep, load_lanes(advantages + i, lanes)), in.clip, weight, weight_lost);
+        const Vec advantage = kept(keep, load_lanes(advantages + i, lanes));
+        const auto term = policy_term(log_ratio, at(ratios), at(lost), advantage, in.clip, weight, weight_lost);
         loss.add(term.loss, term.loss_lost);
         clipped = clipped + term.clipped;
         if constexpr (kGradient) store_lanes(in.gradient + flat + i, term.gradient, lanes);

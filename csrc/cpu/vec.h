@@ -222,14 +222,6 @@ inline Lanes different(const Vec& a, const Vec& b) {
 #endif
 }
 
-inline Lanes operator&(const Lanes& a, const Lanes& b) {
-#if defined(CPU_CAPABILITY_AVX512)
-  return {static_cast<__mmask16>(a.bits & b.bits)};
-#else
-  return {a.bits & b.bits};
-#endif
-}
-
 inline int64_t count(const Lanes& where) {
 #if defined(CPU_CAPABILITY_AVX512)
   return std::popcount(static_cast<uint32_t>(where.bits));

@@ -101,12 +101,14 @@ struct Policy {
   __device__ __forceinline__ float term(float logprob, float old, float advantage, bool counts, float weight,
                                         float weight_lost, Sums& sums) const {
     const float log_ratio = logprob - old;
-    const auto term = policy_term(log_ratio, policy_ratio(log_ratio), advantage, clip, weight, weight_lost);
+    const auto ratio = policy_ratio(log_ratio);
+    const auto term = policy_term(log_ratio, ratio.value, ratio.lost, advantage, clip, weight, weight_lost);
     const double exact = static_cast<double>(term.loss) + term.loss_lost;
     sums.loss += isfinite(term.loss) ? exact : static_cast<double>(term.loss);
-    sums.values[0] += counts ? term.ratio : 0.0f;
-    sums.values[1] = term.deviation > sums.values[1] || term.deviation != term.deviation ? term.deviation : sums.values[1];
-    sums.values[2] += term.kl;
+    sums.values[0] += counts ? ratio.value : 0.0f;
+    const bool larger = ratio.deviation > sums.values[1] || ratio.deviation != ratio.deviation;
+    sums.values[1] = larger ? ratio.deviation : sums.values[1];
+    sums.values[2] += ratio.kl;
     sums.values[3] += term.clipped;
     return term.gradient;
   }

@@ -13,13 +13,18 @@ struct PolicyClip {
 };
 
 template <class T>
+struct PolicyRatio {  // ρ = π/π_old
+  T value;
+  T lost;       // by the rounding of value
+  T deviation;  // |ρ − 1|
+  T kl;         // (ρ − 1) − log ρ
+};
+
+template <class T>
 struct PolicyTerm {
   T loss;
   T loss_lost;  // by the rounding of loss; no number where loss is none
   T gradient;   // in the log-prob, weighted
-  T ratio;
-  T deviation;  // |ρ − 1|
-  T kl;         // (ρ − 1) − log ρ
   T clipped;    // 1 where the clipped loss is the one chosen
 };
 
@@ -27,32 +32,32 @@ struct PolicyTerm {
 constexpr float kLargestLogRatio = 88.0f;
 constexpr float kLargestFloat = 3.4028234e38f;
 
-// ρ = π/π_old of log ρ.
 template <class T>
-RLHF_HOST_DEVICE Exponential<T> policy_ratio(T log_ratio) {
-  return bounded_exponential(at_most(log_ratio, T(kLargestLogRatio)));
+RLHF_HOST_DEVICE PolicyRatio<T> policy_ratio(T log_ratio) {
+  const auto power = bounded_exponential(at_most(log_ratio, T(kLargestLogRatio)));
+  return {power.value, power.lost, absolute(power.value - T(1.0f)), power.less_line};
 }
 
-// power is the policy_ratio of log_ratio; weight, of which weight_lost is what its rounding lost, the position's share of
-// the reduced loss.
+// ratio and ratio_lost are of policy_ratio(log_ratio); weight, of which weight_lost is what its rounding lost, is the
+// position's share of the reduced loss.
 template <class T>
-RLHF_HOST_DEVICE PolicyTerm<T> policy_term(T log_ratio, const Exponential<T>& power, T advantage, const PolicyClip& clip,
+RLHF_HOST_DEVICE PolicyTerm<T> policy_term(T log_ratio, T ratio, T ratio_lost, T advantage, const PolicyClip& clip,
                                            T weight, T weight_lost) {
-  const T zero(0.0f), one(1.0f), gain = zero - advantage, ratio = power.value;
+  const T zero(0.0f), one(1.0f), gain = zero - advantage;
   // Of the two ends of the clip range only one can raise the loss: the low one for a gain above 0. What its rounding to T
   // lost is kept too.
   const T end = where_greater(gain, zero, T(clip.low), T(clip.high));
   const T end_lost = where_greater(gain, zero, lost_by_conversion<T>(clip.low), lost_by_conversion<T>(clip.high));
   const T unclipped = gain * ratio, clipped = gain * end;
   const T factor = where_greater(clipped, unclipped, end, ratio);
-  const T factor_lost = where_greater(clipped, unclipped, end_lost, power.lost);
+  const T factor_lost = where_greater(clipped, unclipped, end_lost, ratio_lost);
   PolicyTerm<T> term;
   term.loss = at_least(unclipped, clipped);
   term.loss_lost = multiply_add(gain, factor_lost, lost_by_product(gain, factor, term.loss));
   // The gain is weighted before the ratio comes in, which may be large: then the product overflows only if it must.
   const T share = gain * weight, share_lost = multiply_add(gain, weight_lost, lost_by_product(gain, weight, share));
   const T slope_lost = where_greater(T(kLargestFloat), absolute(share),
-                                     multiply_add(share, power.lost, share_lost * ratio), zero);  // an infinite gain
+                                     multiply_add(share, ratio_lost, share_lost * ratio), zero);  // an infinite gain
   const T slope = multiply_add(share, ratio, slope_lost);
   term.gradient = where_greater(clipped, unclipped, zero, where_greater(log_ratio, T(kLargestLogRatio), zero, slope));
   if (clip.has_dual) {
@@ -62,9 +67,6 @@ RLHF_HOST_DEVICE PolicyTerm<T> policy_term(T log_ratio, const Exponential<T>& po
     term.loss_lost = where_greater(cut, zero, lost_by_product(T(clip.dual), gain, limit), term.loss_lost);
     term.gradient = where_greater(cut, zero, zero, term.gradient);
   }
-  term.ratio = ratio;
-  term.deviation = absolute(ratio - one);
-  term.kl = power.less_line;
   term.clipped = where_greater(clipped, unclipped, one, zero);
   return term;
 }
