@@ -69,7 +69,9 @@ void ensure_pages([[maybe_unused]] void* start, [[maybe_unused]] int64_t bytes) 
 }
 
 // For results that are written row by row, each after a call of ensure_pages: what was just cleared is in the cache then.
-Tensor without_pages(const std::vector<int64_t>& shape, ScalarType type) { return torch::stable::empty(shape, type); }
+Tensor without_pages(const std::vector<int64_t>& shape, ScalarType type) {
+  return allocate(shape, type, aoti_torch_device_type_cpu(), 0);
+}
 
 Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
   Tensor result = without_pages(shape, type);
@@ -83,10 +85,10 @@ Tensor zeros(const std::vector<int64_t>& shape, ScalarType type) {
   return result;
 }
 
-Tensor nothing() { return torch::stable::empty(std::vector<int64_t>{0}, ScalarType::Float); }
+Tensor nothing() { return without_pages({0}, ScalarType::Float); }
 
 Tensor scalar(double value) {
-  Tensor result = torch::stable::empty(std::vector<int64_t>{}, ScalarType::Float);
+  Tensor result = without_pages({}, ScalarType::Float);
   *mutable_data<float>(result) = static_cast<float>(value);
   return result;
 }
@@ -540,7 +542,7 @@ std::tuple<Tensor, Tensor, Tensor> ppo_policy_loss(Tensor logprobs, Tensor old_l
     all.clipped += row.clipped;
   }
   const double share = weights.positions ? 1.0 / static_cast<double>(weights.positions) : 0.0;
-  Tensor statistics = torch::stable::empty(std::vector<int64_t>{4}, ScalarType::Float);
+  Tensor statistics = without_pages({4}, ScalarType::Float);
   const double values[] = {all.ratio * share, all.deviation, all.kl * share, all.clipped * share};
   for (int i = 0; i < 4; ++i) mutable_data<float>(statistics)[i] = static_cast<float>(values[i]);
   return {scalar(all.loss), statistics, gradient};
@@ -567,7 +569,7 @@ std::tuple<Tensor, Tensor, Tensor> ppo_value_loss(Tensor values, Tensor old_valu
     all.clipped += row.clipped;
   }
   const double share = weights.positions ? 1.0 / static_cast<double>(weights.positions) : 0.0;
-  Tensor statistics = torch::stable::empty(std::vector<int64_t>{3}, ScalarType::Float);
+  Tensor statistics = without_pages({3}, ScalarType::Float);
   const double shares[] = {all.value * share, all.target * share, all.clipped * share};
   for (int i = 0; i < 3; ++i) mutable_data<float>(statistics)[i] = static_cast<float>(shares[i]);
   return {scalar(all.loss), statistics, gradient};
@@ -604,7 +606,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_ppo_policy_loss(
     }
   }
   const double share = in.count() ? 1.0 / static_cast<double>(in.count()) : 0.0;
-  Tensor result = torch::stable::empty(std::vector<int64_t>{5}, ScalarType::Float);
+  Tensor result = without_pages({5}, ScalarType::Float);
   for (int i = 0; i < 5; ++i) mutable_data<float>(result)[i] = static_cast<float>(i == 1 ? all[i] : all[i] * share);
   return {scalar(loss), result, std::get<0>(gradients), std::get<1>(gradients), std::get<2>(gradients)};
 }
@@ -708,18 +710,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_advantages(Tensor scores, Tensor 
 // --------------------------------------------------------------------------------------------------- ranking_loss
 
 std::tuple<Tensor, Tensor, Tensor> pairwise_ranking_loss(Tensor scores, Tensor ranks, OptionalTensor offsets,
-                                                         Tensor wanted, double margin, bool with_gradient) {
+                                                         OptionalTensor wanted, double margin, bool with_gradient) {
   const auto& k = cpu::kernels();
-  const Tensor values = cast(scores, ScalarType::Float), dense_ranks = cast(ranks, ScalarType::Long),
-               mask = dense(wanted);
+  const Tensor values = dense(scores), dense_ranks = cast(ranks, ScalarType::Long);
+  const OptionalTensor mask = dense(wanted);
   const OptionalTensor boundaries = as_int64(offsets);
   const auto prompts = sequences_of(scores, boundaries);
   Tensor gradient = with_gradient ? empty(sizes(scores), ScalarType::Float) : nothing();
   const int64_t groups = groups_of(prompts);
   std::vector<double> losses(groups), accuracies(groups);
   std::vector<int64_t> counts(groups);
-  const cpu::RankingArguments in{data<float>(values), data<int64_t>(dense_ranks), data<uint8_t>(mask), prompts,
-                                 static_cast<float>(margin), with_gradient ? mutable_data<float>(gradient) : nullptr,
+  const cpu::RankingArguments in{values.const_data_ptr(), dtype_of(values), data<int64_t>(dense_ranks),
+                                 data<uint8_t>(mask), prompts, static_cast<float>(margin),
+                                 with_gradient ? mutable_data<float>(gradient) : nullptr,
                                  losses.data(), accuracies.data(), counts.data()};
   const int64_t width = prompts.count ? scores.numel() / prompts.count : 0;
   parallel(groups, k.sequences_per_group * width * width * 4,

@@ -55,7 +55,7 @@ inline void define_ops(torch::stable::detail::StableLibrary& library) {
       "ppo_value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor wanted, float? clip_range, "
       "str reduction, bool with_gradient) -> (Tensor loss, Tensor statistics, Tensor gradient)");
   library.def(
-      "pairwise_ranking_loss(Tensor scores, Tensor ranks, Tensor? offsets, Tensor wanted, float margin, "
+      "pairwise_ranking_loss(Tensor scores, Tensor ranks, Tensor? offsets, Tensor? wanted, float margin, "
       "bool with_gradient) -> (Tensor loss, Tensor accuracy, Tensor gradient)");
 }
 

@@ -57,7 +57,8 @@ def pairwise_ranking_loss(
         if mask is not None:
             raise ValueError("mask: is given with offsets, must be None; flat scores have no padding to mask")
         checks.boundaries("offsets", offsets, scores.shape[0], scores)
-    wanted = checks.mask("mask", mask, scores, scores.shape)
+    # A mask of ones would take longer to make than the loss of small batches.
+    wanted = None if mask is None else checks.mask("mask", mask, scores, scores.shape)
     if margin is not None:
         checks.number("margin", margin, 0.0)
     arguments = (scores, ranks, offsets, wanted, margin or 0.0)
@@ -70,7 +71,7 @@ def pairwise_ranking_loss(
 
 @fake("pairwise_ranking_loss")
 def _(
-    scores: Tensor, ranks: Tensor, offsets: Tensor | None, wanted: Tensor, margin: float, with_gradient: bool
+    scores: Tensor, ranks: Tensor, offsets: Tensor | None, wanted: Tensor | None, margin: float, with_gradient: bool
 ) -> tuple[Tensor, ...]:
     shapes = ((), (), scores.shape if with_gradient else (0,))
     return tuple(scores.new_empty(shape, dtype=torch.float32) for shape in shapes)

@@ -73,9 +73,10 @@ struct ValueArguments {
 };
 
 struct RankingArguments {
-  const float* scores;  // these three contiguous
+  const void* scores;  // these three contiguous
+  Dtype dtype;
   const int64_t* ranks;
-  const uint8_t* wanted;
+  const uint8_t* wanted;  // null: all of them
   Sequences prompts;
   float margin;
   float* gradient;   // may be null; of the mean over the prompts as if each had a pair

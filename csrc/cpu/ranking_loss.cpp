@@ -18,42 +18,42 @@ namespace {
 // float32 has every rank below this as it is.
 constexpr float kExactRank = 16777216.0f;
 
-// Where a group's prompts lie: one behind another.
+// Where a group's prompts lie: one behind another from the first on.
 struct Group {
-  int64_t start[kLanes] = {}, length[kLanes] = {}, lanes, widest = 0;
+  int64_t first, count = 0, lanes, widest = 0;
+  int64_t start[kLanes], length[kLanes] = {};
 
   Group(const Sequences& prompts, int64_t group) {
-    const int64_t first = group * kLanes;
-    lanes = std::min(kLanes, prompts.count - first);
+    const int64_t number = group * kLanes;
+    lanes = std::min(kLanes, prompts.count - number);
+    first = span_of(prompts, number).flat;
     for (int64_t lane = 0; lane < lanes; ++lane) {
-      const Span span = span_of(prompts, first + lane);
-      start[lane] = span.flat;
+      const Span span = span_of(prompts, number + lane);
+      start[lane] = span.flat - first;
       length[lane] = span.length;
       widest = std::max(widest, span.length);
+      count += span.length;
     }
+    std::fill(start + lanes, start + kLanes, count);
   }
 };
 
-// From a row per prompt to a lane per prompt: read(lane, k, count) gives the count completions from the k-th on, which may
-// be none. Lanes have room for whole squares.
-template <class Read>
-void rows_to_lanes(const Group& group, Vec* lanes, Read&& read) {
+// A row per prompt, one behind another, to a lane per prompt. Rows are read past their ends, lanes written in whole squares.
+void rows_to_lanes(const Group& group, const float* rows, Vec* lanes) {
   for (int64_t k = 0; k < group.widest; k += kLanes) {
     Vec square[kLanes];
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      square[lane] = read(lane, k, std::clamp<int64_t>(group.length[lane] - k, 0, kLanes));
-    }
+    for (int64_t lane = 0; lane < kLanes; ++lane) square[lane] = Vec::loadu(rows + group.start[lane] + k);
     transpose(square, lanes + k);
   }
 }
 
+// Rows are written past their ends too, the last squares first: what comes after is right.
 void lanes_to_rows(const Group& group, const Vec* lanes, float* rows) {
-  for (int64_t k = 0; k < group.widest; k += kLanes) {
+  for (int64_t k = (group.widest + kLanes - 1) / kLanes * kLanes - kLanes; k >= 0; k -= kLanes) {
     Vec square[kLanes];
     transpose(lanes + k, square);
     for (int64_t lane = 0; lane < group.lanes; ++lane) {
-      const int64_t left = group.length[lane] - k;
-      if (left > 0) store_lanes(rows + group.start[lane] + k, square[lane], std::min(kLanes, left));
+      if (k < group.length[lane]) square[lane].store(rows + group.start[lane] + k);
     }
   }
 }
@@ -67,140 +67,179 @@ void order_ranks(const int64_t* ranks, int64_t length, float* result) {
   }
 }
 
-// The ranks, and NaN for what is no completion: that has no order with anything.
-void ranks_to_lanes(const RankingArguments& in, const Group& group, Vec* lanes) {
-  const auto completions = [&](int64_t lane, int64_t k, int64_t count, const Vec& ranks) {
-    return select(lanes_of(in.wanted + group.start[lane] + k, count), ranks, Vec(NAN));
-  };
-  Vec farthest(0.0f);
-  rows_to_lanes(group, lanes, [&](int64_t lane, int64_t k, int64_t count) {
-    const Vec ranks = load_integers(in.ranks + group.start[lane] + k, count);
-    farthest = larger(ranks.abs(), farthest);
-    return completions(lane, k, count, ranks);
-  });
-  if (count(not_less(farthest, Vec(kExactRank))) == 0) return;
-  // Some float32 may be that of several ranks. Only their order matters.
-  std::vector<float> ordered(group.widest * kLanes);
-  for (int64_t lane = 0; lane < group.lanes; ++lane) {
-    order_ranks(in.ranks + group.start[lane], group.length[lane], ordered.data() + lane * group.widest);
-  }
-  rows_to_lanes(group, lanes, [&](int64_t lane, int64_t k, int64_t count) {
-    return completions(lane, k, count, load_lanes(ordered.data() + lane * group.widest + k, count));
+void read_scores(const RankingArguments& in, const Group& group, float* rows) {
+  for_dtype(in.dtype, [&](auto* type) {
+    const auto* scores = static_cast<const std::remove_pointer_t<decltype(type)>*>(in.scores) + group.first;
+    for_lanes(group.count, [&](int64_t i, int64_t lanes) { store_lanes(rows + i, load_lanes(scores + i, lanes), lanes); });
   });
 }
 
-// A prompt per lane, completion by completion.
+// The ranks as rows, and NaN for what the mask says is no completion: that has no order with anything.
+void read_ranks(const RankingArguments& in, const Group& group, float* rows) {
+  const int64_t* ranks = in.ranks + group.first;
+  Vec farthest(0.0f);
+  for_lanes(group.count, [&](int64_t i, int64_t lanes) {
+    const Vec values = load_integers(ranks + i, lanes);
+    farthest = larger(values.abs(), farthest);
+    store_lanes(rows + i, values, lanes);
+  });
+  if (count(not_less(farthest, Vec(kExactRank)))) {
+    // Some float32 may be that of several ranks. Only their order matters.
+    for (int64_t lane = 0; lane < group.lanes; ++lane) {
+      order_ranks(ranks + group.start[lane], group.length[lane], rows + group.start[lane]);
+    }
+  }
+  if (!in.wanted) return;
+  for_lanes(group.count, [&](int64_t i, int64_t lanes) {
+    const Lanes exist = lanes_of(in.wanted + group.first + i, lanes);
+    store_lanes(rows + i, select(exist, load_lanes(rows + i, lanes), Vec(NAN)), lanes);
+  });
+}
+
+// Pairs that are worked on together: their float32 additions, or factors, follow on one another. More lose digits,
+// overflow, and a float32 counts to 2^24 only.
+constexpr int64_t kPairBlock = 64;
+
+// A group's rows; the same with a prompt per lane, completion by completion; and a block of their pairs.
 struct Columns {
   int64_t capacity = 0;
+  std::unique_ptr<float[]> score_rows, rank_rows;
   std::unique_ptr<Vec[]> scores, ranks;
-  std::unique_ptr<CompensatedSum[]> gradients;
+  std::unique_ptr<SplitSum[]> gradients;
+  Vec xs[kPairBlock], tails[kPairBlock];
 
   void make_room(int64_t widest) {
     if (widest <= capacity) return;
     capacity = (widest + kLanes - 1) / kLanes * kLanes;
+    score_rows.reset(new float[(kLanes + 1) * capacity]());
+    rank_rows.reset(new float[(kLanes + 1) * capacity]());
     scores.reset(new Vec[capacity]);
     ranks.reset(new Vec[capacity]);
-    gradients.reset(new CompensatedSum[capacity]);
+    gradients.reset(new SplitSum[capacity]);
   }
 };
 
-// Of float32 additions, or factors, that follow on one another. More lose digits, overflow, and a float32 counts to 2^24
-// only.
-constexpr int64_t kLongestChain = 64;
+// All pairs, i before j, for one long loop: of loops over j most are short.
+struct Pair {
+  int64_t i = 0, j = 1;
 
-struct Chain {
-  int64_t length = 0;
-  Vec shortfall{0.0f}, product{0.0f};
-  Tally pairs, above, below;
+  void next(int64_t widest) {
+    const int64_t last = j + 1 == widest;
+    i += last;
+    j = last ? i + 1 : j + 1;
+  }
+};
+
+// What a block of pairs adds up to, per lane.
+struct Block {
+  int64_t length;
+  Vec shortfall, product, order;
+  Tally pairs;
 };
 
 // Per lane.
 struct Totals {
   WideVec losses, rights, pairs;
 
-  void add(const Chain& chain) {
-    const WideVec products = widened(chain.product);
-    losses += widened(Vec(0.0f) - chain.shortfall);
-    losses += WideVec{{products.half[0].log1p(), products.half[1].log1p()}};
-    // What is no pair was counted above. Scores that are equal, or cannot be compared, are neither: they count half.
-    const Vec pair_count = chain.pairs.value(), no_pairs = Vec(static_cast<float>(chain.length)) - pair_count;
-    const Vec surplus = chain.above.value() - no_pairs - chain.below.value();
-    rights += widened(Vec(0.5f) * (pair_count + surplus));
+  void add(const Block& block) {
+    // What is no pair counts as one in order. Scores that are equal, or cannot be compared, count half.
+    const Vec pair_count = block.pairs.value(), no_pairs = Vec(static_cast<float>(block.length)) - pair_count;
+    rights += widened(Vec(0.5f) * (pair_count + (block.order - no_pairs)));
     pairs += widened(pair_count);
+    losses = losses - widened(block.shortfall);
+    // At the end: gcc keeps nothing in a register that is needed after a call.
+    const WideVec products = widened(block.product);
+    losses += WideVec{{products.half[0].log1p(), products.half[1].log1p()}};
   }
 };
 
-// The pairs of completion i with those from begin to end. What is summed is copied, for the compiler to keep it in
-// registers.
+// A loop for what comes before the exponentials, one for them and one for what comes after: instructions of one pair wait
+// for each other longer than a processor looks ahead, those of several pairs don't.
 template <bool kGradient>
-void add_pairs(Columns& lanes, int64_t i, int64_t begin, int64_t end, const Vec& margin, Chain& chain) {
-  const Vec zero(0.0f), infinity(INFINITY), score_i = lanes.scores[i], rank_i = lanes.ranks[i];
-  CompensatedSum gradient_i = lanes.gradients[i];
-  Vec shortfall = chain.shortfall, product = chain.product;
-  Tally pairs = chain.pairs, above = chain.above, below = chain.below;
-  for (int64_t j = begin; j < end; ++j) {
+Block add_block(Columns& lanes, int64_t widest, int64_t length, const Vec& margin, Pair& pair) {
+  const Vec zero(0.0f), infinity(INFINITY);
+  const Pair first = pair;
+  Vec shortfall = zero, product = zero, order = zero;
+  Tally pairs;
+  for (int64_t n = 0; n < length; ++n, pair.next(widest)) {
+    const Vec rank_i = lanes.ranks[pair.i], rank_j = lanes.ranks[pair.j];
     // Not at a tie, nor where the rank of one of them is NaN. Those are infinitely far in the right order, which adds
     // nothing; they are cut out, not multiplied: a score that is infinite or NaN stays in its own pairs.
-    const Lanes is_pair = different(rank_i, lanes.ranks[j]);
-    const Vec sign = rank_i - lanes.ranks[j];
-    const Vec difference = select(is_pair, flipped(sign, lanes.scores[j] - score_i), infinity);
-    const auto pair = ranking_pair(difference - margin);
-    shortfall = shortfall + pair.shortfall;
-    product = with_tail(product, pair.tail);
+    const Lanes is_pair = different(rank_i, rank_j);
+    const Vec downhill = flipped(rank_i - rank_j, lanes.scores[pair.j] - lanes.scores[pair.i]);
+    const Vec difference = select(is_pair, downhill, infinity), x = difference - margin;
     pairs.add(is_pair);
-    above.add(greater(difference, zero));
-    below.add(greater(zero, difference));
-    if constexpr (!kGradient) continue;
-    const Vec uphill = flipped(sign, pair.slope);
-    gradient_i.add(uphill);
-    lanes.gradients[j].subtract(uphill);
+    order = order + signum(difference);
+    shortfall = shortfall + pair_shortfall(x);
+    lanes.xs[n] = x;
   }
-  lanes.gradients[i] = gradient_i;
-  chain = {chain.length + end - begin, shortfall, product, pairs, above, below};
+  for (int64_t n = 0; n < length; ++n) {
+    lanes.tails[n] = pair_tail(lanes.xs[n]);
+    product = with_tail(product, lanes.tails[n]);
+  }
+  if constexpr (kGradient) {
+    const Vec grid = SplitSum::grid_for(widest);
+    int64_t n = 0;  // here sums are kept in registers as long as i stays
+    for (int64_t i = first.i, begin = first.j; n < length; ++i, begin = i + 1) {
+      const Vec rank_i = lanes.ranks[i];
+      SplitSum gradient_i = lanes.gradients[i];
+      const int64_t end = std::min(widest, begin + length - n);
+      for (int64_t j = begin; j < end; ++j, ++n) {
+        const Vec uphill = flipped(rank_i - lanes.ranks[j], pair_slope(lanes.xs[n], lanes.tails[n]));
+        const SplitSum term(uphill, grid);
+        gradient_i += term;
+        lanes.gradients[j] -= term;
+      }
+      lanes.gradients[i] = gradient_i;
+    }
+  }
+  return {length, shortfall, product, order, pairs};
 }
 
 template <bool kGradient>
 void sum_pairs(Columns& lanes, int64_t widest, const Vec& margin, Totals& totals) {
   for (int64_t k = 0; k < widest; ++k) lanes.gradients[k] = {};
-  Chain chain;
-  for (int64_t i = 0; i + 1 < widest; ++i) {
-    for (int64_t j = i + 1, end; j < widest; j = end) {
-      end = std::min(widest, j + kLongestChain - chain.length);
-      add_pairs<kGradient>(lanes, i, j, end, margin, chain);
-      if (chain.length < kLongestChain) continue;
-      totals.add(chain);
-      chain = {};
-    }
-  }
-  totals.add(chain);
+  Pair pair;
+  int64_t left = widest * (widest - 1) / 2;
+  do {
+    const int64_t length = std::min(left, kPairBlock);
+    totals.add(add_block<kGradient>(lanes, widest, length, margin, pair));
+    left -= length;
+  } while (left > 0);
 }
 
 }  // namespace
 
 void ranking(const RankingArguments& in, int64_t begin, int64_t end) {
-  Columns side_by_side;
+  Columns lanes;
   for (int64_t number = begin; number < end; ++number) {
     const Group group(in.prompts, number);
-    side_by_side.make_room(group.widest);
-    rows_to_lanes(group, side_by_side.scores.get(), [&](int64_t lane, int64_t k, int64_t count) {
-      return load_lanes(in.scores + group.start[lane] + k, count);
-    });
-    ranks_to_lanes(in, group, side_by_side.ranks.get());
+    lanes.make_room(group.widest);
+    read_scores(in, group, lanes.score_rows.get());
+    read_ranks(in, group, lanes.rank_rows.get());
+    rows_to_lanes(group, lanes.score_rows.get(), lanes.scores.get());
+    rows_to_lanes(group, lanes.rank_rows.get(), lanes.ranks.get());
+    const Vec lengths = load_integers(group.length, kLanes);
+    for (int64_t k = 0; k < group.widest; ++k) {
+      lanes.ranks[k] = select(greater(lengths, Vec(static_cast<float>(k))), lanes.ranks[k], Vec(NAN));
+    }
     Totals totals;
-    in.gradient ? sum_pairs<true>(side_by_side, group.widest, Vec(in.margin), totals)
-                : sum_pairs<false>(side_by_side, group.widest, Vec(in.margin), totals);
+    in.gradient ? sum_pairs<true>(lanes, group.widest, Vec(in.margin), totals)
+                : sum_pairs<false>(lanes, group.widest, Vec(in.margin), totals);
     // Without a pair the sums and the gradient are 0 already.
-    const auto at_least_1 = [](const Doubles& pairs) { return at::vec::maximum(pairs, Doubles(1.0)); };
-    const WideVec divisors{{at_least_1(totals.pairs.half[0]), at_least_1(totals.pairs.half[1])}};
-    in.losses[number] = sum(totals.losses / divisors);
-    in.accuracies[number] = sum(totals.rights / divisors);
+    const auto share = [](const Doubles& pairs) { return Doubles(1.0) / at::vec::maximum(pairs, Doubles(1.0)); };
+    const WideVec shares{{share(totals.pairs.half[0]), share(totals.pairs.half[1])}};
+    in.losses[number] = sum(totals.losses * shares);
+    in.accuracies[number] = sum(totals.rights * shares);
     in.counts[number] = count(greater(rounded(totals.pairs), Vec(0.0f)));
     if (!in.gradient) continue;
-    const Doubles prompts(static_cast<double>(in.prompts.count));
-    const Vec divisor = rounded(WideVec{{divisors.half[0] * prompts, divisors.half[1] * prompts}});
+    const Doubles mean(1.0 / static_cast<double>(in.prompts.count));
+    const WideVec factors = shares * WideVec{{mean, mean}};
+    const Vec factor = rounded(factors), lost = rounded(factors - widened(factor));
     // In place of the scores, which nobody needs any more.
-    for (int64_t k = 0; k < group.widest; ++k) side_by_side.scores[k] = side_by_side.gradients[k].total / divisor;
-    lanes_to_rows(group, side_by_side.scores.get(), in.gradient);
+    for (int64_t k = 0; k < group.widest; ++k) lanes.scores[k] = lanes.gradients[k].times(factor, lost);
+    lanes_to_rows(group, lanes.scores.get(), lanes.score_rows.get());
+    std::copy_n(lanes.score_rows.get(), group.count, in.gradient + group.first);
   }
 }
 

@@ -163,20 +163,29 @@ inline void store_lanes(T* to, const Vec& values, int64_t count = kLanes) {
   }
 }
 
-// Adds up terms that are finite or NaN, with the rounding of every addition carried along (Kahan 1965).
-struct CompensatedSum {
-  Vec total{0.0f}, lost{0.0f};
+// A sum of terms of at most 1, as exact as a compensated one (Kahan 1965), but no term waits for what the one before it
+// lost. High parts are multiples of one power of two, coarse enough for their sums to be exact.
+struct SplitSum {
+  Vec high{0.0f}, low{0.0f};
 
-  void add(const Vec& x) {
-    const Vec term = x - lost, next = total + term;
-    lost = (next - total) - term;
-    total = next;
+  SplitSum() = default;
+  SplitSum(const Vec& term, const Vec& grid) : high((term + grid) - grid), low(term - high) {}
+
+  // What leaves, added and subtracted again, multiples of 2^-24 times the number of terms, that rounded up to a power of two.
+  static Vec grid_for(int64_t terms) {
+    return Vec(0.75f * static_cast<float>(std::bit_ceil(static_cast<uint64_t>(terms < 4 ? 4 : terms))));
   }
-  void subtract(const Vec& x) {
-    const Vec term = x + lost, next = total - term;
-    lost = (next - total) + term;
-    total = next;
+
+  void operator+=(const SplitSum& term) {
+    high = high + term.high;
+    low = low + term.low;
   }
+  void operator-=(const SplitSum& term) {
+    high = high - term.high;
+    low = low - term.low;
+  }
+  // By a factor, and what that lost to rounding.
+  Vec times(const Vec& factor, const Vec& lost) const { return fma(high, factor, fma(high, lost, low * factor)); }
 };
 
 inline float largest(const Vec& values) {
@@ -233,6 +242,18 @@ inline int64_t count(const Lanes& where) {
   int64_t result = 0;
   for (const float lane : bits) result += std::bit_cast<uint32_t>(lane) != 0;
   return result;
+#endif
+}
+
+// 1 where x is positive, −1 where it is negative, else 0: for NaN too.
+inline Vec signum(const Vec& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  // What each class of numbers becomes, in four bits, from NaN on: 0 is 8, −1 is 9 and 1 is 10.
+  constexpr int becomes = 0xa9a9'a888;
+  return _mm512_fixupimm_ps(x, x, _mm512_set1_epi32(becomes), 0);
+#else
+  const Vec zero(0.0f), one(1.0f);
+  return ((x > zero) & one) - ((zero > x) & one);
 #endif
 }
 
@@ -319,7 +340,8 @@ struct WideVec {
   }
 };
 
-inline WideVec operator/(const WideVec& a, const WideVec& b) { return {{a.half[0] / b.half[0], a.half[1] / b.half[1]}}; }
+inline WideVec operator-(const WideVec& a, const WideVec& b) { return {{a.half[0] - b.half[0], a.half[1] - b.half[1]}}; }
+inline WideVec operator*(const WideVec& a, const WideVec& b) { return {{a.half[0] * b.half[0], a.half[1] * b.half[1]}}; }
 
 // Pairwise, the same on every machine with these lanes.
 inline double sum(const WideVec& values) {

@@ -62,7 +62,7 @@ struct RankingLoss {
   const void* scores;
   Dtype dtype;
   const int64_t* ranks;
-  const uint8_t* wanted;
+  const uint8_t* wanted;  // null: all of them
   Sequences prompts;
   int64_t completions;  // of all prompts
   float margin;

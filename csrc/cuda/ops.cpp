@@ -27,15 +27,16 @@ namespace cuda = rlhf_kernels::cuda;
 // The device of a tensor, made current as long as this lives, and its current stream.
 class Launch {
  public:
-  explicit Launch(const Tensor& tensor) : device_(tensor.device()) {
+  explicit Launch(const Tensor& tensor) : device_index_(tensor.get_device_index()) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device_type_));
 #if !defined(RLHF_CUDA_EMULATED)
-    guard_.emplace(tensor.get_device_index());
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+    guard_.emplace(device_index_);
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index_, &stream));
 #endif
   }
 
   Tensor empty(const std::vector<int64_t>& shape, ScalarType type = ScalarType::Float) const {
-    return torch::stable::empty(shape, type, std::nullopt, device_);
+    return allocate(shape, type, device_type_, device_index_);
   }
   Tensor empty_like(const Tensor& tensor) const { return empty(sizes(tensor)); }
   Tensor nothing() const { return empty({0}); }
@@ -48,7 +49,7 @@ class Launch {
   cuda::Stream stream = nullptr;
 
  private:
-  torch::stable::Device device_;
+  int32_t device_type_ = 0, device_index_;
 #if !defined(RLHF_CUDA_EMULATED)
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 #endif
@@ -257,13 +258,14 @@ std::tuple<Tensor, Tensor, Tensor> ppo_value_loss(Tensor values, Tensor old_valu
 // --------------------------------------------------------------------------------------------------- ranking_loss
 
 std::tuple<Tensor, Tensor, Tensor> pairwise_ranking_loss(Tensor scores, Tensor ranks, OptionalTensor offsets,
-                                                         Tensor wanted, double margin, bool with_gradient) {
+                                                         OptionalTensor wanted, double margin, bool with_gradient) {
   const Launch launch(scores);
   Tensor gradient = with_gradient ? launch.empty_like(scores) : launch.nothing();
   const OptionalTensor boundaries = as_int64(offsets);
   const auto prompts = sequences_of(scores, boundaries);
   if (scores.numel() == 0) return {launch.zeros({}), launch.zeros({}), gradient};
-  const Tensor values = dense(scores), dense_ranks = cast(ranks, ScalarType::Long), mask = dense(wanted);
+  const Tensor values = dense(scores), dense_ranks = cast(ranks, ScalarType::Long);
+  const OptionalTensor mask = dense(wanted);
   Tensor loss = launch.empty({}), accuracy = launch.empty({});
   const Tensor workspace = launch.bytes(cuda::ranking_workspace(prompts.count));
   cuda::ranking_loss({values.const_data_ptr(), dtype_of(values), data<int64_t>(dense_ranks), data<uint8_t>(mask), prompts,

@@ -36,7 +36,7 @@ struct Entry {
 };
 
 __device__ __forceinline__ Entry entry(const RankingLoss& in, int64_t base, int64_t i, int64_t length) {
-  if (i >= length || in.wanted[base + i] == 0) return {0.0f, false, 0};
+  if (i >= length || (in.wanted && in.wanted[base + i] == 0)) return {0.0f, false, 0};
   return {load(in.scores, in.dtype, base + i), true, in.ranks[base + i]};
 }
 
@@ -67,14 +67,14 @@ __global__ void __launch_bounds__(kThreads, 4) prompts_kernel(RankingLoss in, in
           if (!exists || !mine.exists || rank == mine.rank) continue;
           const bool wins = mine.rank < rank;
           const float difference = wins ? mine.score - score : score - mine.score;
-          const auto pair = ranking_pair(difference - in.margin);
-          const float uphill = wins ? -pair.slope : pair.slope;
+          const float x = difference - in.margin, tail = pair_tail(x), slope = pair_slope(x, tail);
+          const float uphill = wins ? -slope : slope;
           const float term = uphill - sum.lost, next = sum.gradient + term;
           sum.lost = (next - sum.gradient) - term;
           sum.gradient = next;
           if (!wins) continue;
-          shortfall += pair.shortfall;
-          product = with_tail(product, pair.tail);
+          shortfall += pair_shortfall(x);
+          product = with_tail(product, tail);
           // Equal scores, and those that cannot be compared, count half.
           sum.right += difference > 0 ? 1.0f : difference < 0 ? 0.0f : 0.5f;
           sum.pairs += 1;

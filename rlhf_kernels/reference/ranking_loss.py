@@ -12,7 +12,7 @@ from rlhf_kernels.reference.ppo_loss import masked_mean
 
 
 def pairwise_ranking_loss(
-    scores: Tensor, ranks: Tensor, offsets: Tensor | None, wanted: Tensor, margin: float
+    scores: Tensor, ranks: Tensor, offsets: Tensor | None, wanted: Tensor | None, margin: float
 ) -> tuple[Tensor, Tensor]:
     """The loss and the accuracy."""
     if offsets is not None:
@@ -22,7 +22,7 @@ def pairwise_ranking_loss(
     return loss, accuracy.detach()
 
 
-def _rows(scores: Tensor, ranks: Tensor, wanted: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+def _rows(scores: Tensor, ranks: Tensor, wanted: Tensor | None, margin: float) -> tuple[Tensor, Tensor]:
     pairs, difference = _pairs(scores, ranks, wanted)
     counts = pairs.sum((1, 2))
     some = counts.clamp(min=1)
@@ -31,8 +31,10 @@ def _rows(scores: Tensor, ranks: Tensor, wanted: Tensor, margin: float) -> tuple
     return masked_mean(losses / some, counts > 0), masked_mean(right / some, counts > 0)
 
 
-def _pairs(scores: Tensor, ranks: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+def _pairs(scores: Tensor, ranks: Tensor, wanted: Tensor | None) -> tuple[Tensor, Tensor]:
     """(B, K, K): whether completion w of prompt b is ranked better than completion l, and r_w − r_l where it is."""
+    if wanted is None:
+        wanted = torch.ones_like(ranks, dtype=torch.bool)
     scores = torch.where(wanted, upcast(scores), 0.0)
     pairs = (ranks[:, :, None] < ranks[:, None, :]) & wanted[:, :, None] & wanted[:, None, :]
     return pairs, torch.where(pairs, scores[:, :, None] - scores[:, None, :], 0.0)

@@ -18,18 +18,20 @@ BLOCK = 1024
 
 
 @triton.jit
-def _tile(scores, ranks, wanted, base, start, length, TILE: tl.constexpr):
+def _tile(scores, ranks, wanted, base, start, length, MASKED: tl.constexpr, TILE: tl.constexpr):
     i = start + tl.arange(0, TILE)
     here = i < length
-    exists = here & (tl.load(wanted + base + i, mask=here, other=0) != 0)
+    exists = here
+    if MASKED:
+        exists = here & (tl.load(wanted + base + i, mask=here, other=0) != 0)
     score = tl.load(scores + base + i, mask=exists, other=0.0).to(tl.float32)
     return i, here, exists, score, tl.load(ranks + base + i, mask=here, other=0)
 
 
 @triton.jit
 def _prompts(
-    scores, ranks, wanted, boundaries, gradient, results, length, margin, FLAT: tl.constexpr, GRADIENT: tl.constexpr,
-    TILE: tl.constexpr,
+    scores, ranks, wanted, boundaries, gradient, results, length, margin, FLAT: tl.constexpr, MASKED: tl.constexpr,
+    GRADIENT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     prompt = tl.program_id(0).to(tl.int64)
     base, length = span(prompt, boundaries, length, FLAT)
@@ -37,10 +39,10 @@ def _prompts(
     loss = tl.cast(0.0, tl.float64)
     right = tl.cast(0.0, tl.float64)
     for start in range(0, length, TILE):
-        i, here, i_exists, score_i, rank_i = _tile(scores, ranks, wanted, base, start, length, TILE)
+        i, here, i_exists, score_i, rank_i = _tile(scores, ranks, wanted, base, start, length, MASKED, TILE)
         slopes = tl.zeros([TILE], tl.float64)
         for other in range(0, length, TILE):
-            _, _, j_exists, score_j, rank_j = _tile(scores, ranks, wanted, base, other, length, TILE)
+            _, _, j_exists, score_j, rank_j = _tile(scores, ranks, wanted, base, other, length, MASKED, TILE)
             both = i_exists[:, None] & j_exists[None, :]
             better = both & (rank_i[:, None] < rank_j[None, :])
             worse = both & (rank_i[:, None] > rank_j[None, :])
@@ -105,11 +107,12 @@ def _finish(
 
 
 def pairwise_ranking_loss(
-    scores: Tensor, ranks: Tensor, offsets: Tensor | None, wanted: Tensor, margin: float, with_gradient: bool
+    scores: Tensor, ranks: Tensor, offsets: Tensor | None, wanted: Tensor | None, margin: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, accuracy, and the gradient of ``scores`` (empty if not asked for)."""
     device = scores.device
-    scores, ranks, wanted = scores.contiguous(), ranks.contiguous(), wanted.contiguous()
+    scores, ranks = scores.contiguous(), ranks.contiguous()
+    exist = scores if wanted is None else wanted.contiguous()
     gradient = torch.empty(scores.shape if with_gradient else 0, device=device)
     loss, accuracy = torch.zeros(2, device=device).unbind()
     flat = offsets is not None
@@ -119,10 +122,10 @@ def pairwise_ranking_loss(
     length = 0 if flat else scores.shape[1]
     tile = 16 if flat else max(2, blocks(length, TILE))
     results = torch.empty(prompts * 3, device=device)
-    boundaries = wanted if offsets is None else offsets.contiguous()
+    boundaries = ranks if offsets is None else offsets.contiguous()
     _prompts[(prompts,)](
-        scores, ranks, wanted, boundaries, gradient, results, length, margin, FLAT=flat, GRADIENT=with_gradient,
-        TILE=tile, num_warps=1 if tile <= 16 else 4,
+        scores, ranks, exist, boundaries, gradient, results, length, margin, FLAT=flat, MASKED=wanted is not None,
+        GRADIENT=with_gradient, TILE=tile, num_warps=1 if tile <= 16 else 4,
     )  # fmt: skip
     _finish[(prompts if with_gradient else 1,)](
         gradient, results, boundaries, loss, accuracy, prompts, length, FLAT=flat, GRADIENT=with_gradient, BLOCK=BLOCK,

@@ -5,18 +5,23 @@
 
 namespace rlhf_kernels {
 
+// With x = r_w − r_l − margin: −log σ(x) = log(1 + tail) − shortfall.
 template <class T>
-struct RankingPair {  // of x = r_w − r_l − margin: −log σ(x) = log(1 + tail) − shortfall
-  T shortfall;        // min(x, 0)
-  T tail;             // e^−|x|
-  T slope;            // σ(−x), minus the derivative in x
-};
+RLHF_HOST_DEVICE T pair_shortfall(T x) {
+  return at_most(x, T(0.0f));
+}
 
+// e^−|x|
 template <class T>
-RLHF_HOST_DEVICE RankingPair<T> ranking_pair(T x) {
-  const T zero(0.0f), one(1.0f);
-  const T tail = power_of_e(at_least(minus_absolute(x), T(kSmallestExponent)));
-  return {at_most(x, zero), tail, where_greater(x, zero, tail, one) * reciprocal(one + tail)};
+RLHF_HOST_DEVICE T pair_tail(T x) {
+  return power_of_e(at_least(minus_absolute(x), T(kSmallestExponent)));
+}
+
+// σ(−x), minus the derivative in x.
+template <class T>
+RLHF_HOST_DEVICE T pair_slope(T x, T tail) {
+  const T one(1.0f);
+  return where_greater(x, T(0.0f), tail, one) * reciprocal(one + tail);
 }
 
 // Π(1 + tail) − 1 with one more tail: many pairs take one logarithm. Nothing cancels, and in float32 up to 127 pairs can't
