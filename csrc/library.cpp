@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <numeric>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -656,18 +655,17 @@ std::tuple<Tensor, Tensor> advantages_of(const Tensor& like, GaeArguments in, co
   Tensor advantages = empty(sizes(like), ScalarType::Float), returns = empty(sizes(like), ScalarType::Float);
   in.advantages = mutable_data<float>(advantages);
   in.returns = mutable_data<float>(returns);
-  // Sequences of like lengths side by side: a group of them takes as long as its longest.
-  std::vector<int64_t> order(in.sequences.boundaries ? in.sequences.count : 0);
-  std::iota(order.begin(), order.end(), int64_t{0});
-  const auto length_of = [&](int64_t b) { return in.sequences.boundaries[b + 1] - in.sequences.boundaries[b]; };
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return length_of(a) > length_of(b); });
-  if (!order.empty()) in.sequences.order = order.data();
   std::vector<Moments> moments(whiten ? in.sequences.count : 0);
   in.moments = whiten ? moments.data() : nullptr;
-  const int64_t length = in.sequences.count ? like.numel() / in.sequences.count : 0;
-  const auto& k = cpu::kernels();
-  parallel(groups_of(in.sequences), k.sequences_per_group * length,
-           [&](int64_t begin, int64_t end) { k.gae(in, shaping, begin, end); });
+  // By position: packed sequences are not of one length.
+  const auto sequence_from = [&](int64_t position) {
+    if (!in.sequences.boundaries) return (position + in.sequences.length - 1) / in.sequences.length;
+    const int64_t* first = in.sequences.boundaries;
+    return static_cast<int64_t>(std::lower_bound(first, first + in.sequences.count, position) - first);
+  };
+  parallel(like.numel(), 4, [&](int64_t begin, int64_t end) {
+    cpu::kernels().gae(in, shaping, sequence_from(begin), sequence_from(end));
+  });
   if (whiten) {
     Moments all;
     for (const auto& sequence : moments) merge(all, sequence);

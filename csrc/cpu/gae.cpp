@@ -1,8 +1,6 @@
 // Advantages from the last position of a sequence to its first, and their whitening.
 
 #include <algorithm>
-#include <cstring>
-#include <memory>
 
 #include "cpu/rows.h"
 #include "cpu/table.h"
@@ -44,170 +42,122 @@ Moments moments_of(const float* values, const uint8_t* wanted, int64_t count) {
   return result;
 }
 
-// One sequence per lane: the recursion waits for its own last result, so sequences side by side cost no more than one.
-// Masks are ragged, and a mispredicted branch costs more than the arithmetic, so nothing here asks what a mask says: a
-// masked position keeps what was carried to it, and its own results are cut out at the end.
-//
-// Double costs nothing beside the chain's latency, and long sequences lose no digits.
-
-// Positions of a sequence per lane, as many as the L1 cache holds with room for the inputs.
-constexpr int64_t kTile = 64;
-
-struct Tile {
-  Vec rewards[kTile];  // later the advantages
-  Vec values[kTile];   // later the returns
-  Lanes wanted[kTile];
-};
-
+// What comes to a position from its right: the advantage and the value of the next one that counts.
 struct Carry {
-  WideVec advantage, next_value;
+  double advantage;
+  float value;
 };
 
-void recurse(Tile& tile, int64_t first, const Doubles& gamma, const Doubles& gamma_lambda, Carry& carry) {
-  for (int64_t t = kTile - 1; t >= first; --t) {
-    const WideVec reward = widened(tile.rewards[t]), value = widened(tile.values[t]);
-    WideVec target;
-    for (int half = 0; half < 2; ++half) {
-      Doubles &after = carry.advantage.half[half], &next_value = carry.next_value.half[half];
-      const Doubles delta = gae_delta(reward.half[half], value.half[half], next_value, gamma);
-      after = select(tile.wanted[t], half, gae_advantage(delta, gamma_lambda, after), after);
-      next_value = select(tile.wanted[t], half, value.half[half], next_value);
-      target.half[half] = after + value.half[half];
+// A vector's worth of a sequence at a time. What counts of it is moved together, so that the recursion steps over the rest
+// as if it were not there. The recursion waits for its own last result: so the sums over these positions alone are made
+// first, in steps that double their reach (Hillis and Steele 1986), and what comes from the right is added in a loop of its
+// own, which waits for little. In double: long sequences lose no digits.
+class Recursion {
+ public:
+  Recursion(double gamma, double lambda) : gamma_(gamma) {
+    double power = 1;
+    std::fill(powers_ + kLanes, powers_ + 2 * kLanes, power);
+    for (int64_t i = kLanes; i-- > 0; powers_[i] = power) power *= gamma * lambda;
+    for (int i = 0; i < 3; ++i) steps_[i] = Doubles(powers_[kLanes - (1 << i)]);
+  }
+
+  // Of a block. What does not count becomes 0.
+  void operator()(const float* rewards, const float* values, const uint8_t* wanted, int64_t length, Carry& carry,
+                  float* advantages, float* returns) {
+    const int64_t vectors = (length + kLanes - 1) / kLanes;
+    const auto lanes_from = [&](int64_t at) { return std::min(kLanes, length - at); };
+    Vec next_value(carry.value);
+    Doubles next(static_cast<double>(carry.value));
+    for (int64_t n = vectors; n-- > 0;) {
+      const int64_t at = n * kLanes, lanes = lanes_from(at);
+      keep_[n] = lanes_of(wanted + at, lanes);
+      found_[n] = count(keep_[n]);
+      if (found_[n] == 0) continue;
+      next_value = values_[n] = compressed(keep_[n], load_lanes(values + at, lanes), next_value);
+      const WideVec reward = widened(compressed(keep_[n], load_lanes(rewards + at, lanes), Vec(0.0f)));
+      const WideVec value = widened(values_[n]);
+      const Lanes there = first_lanes(found_[n]);
+      const Doubles right = sums(select(there, 1, delta(reward, value, 1, next), Doubles(0.0)));
+      const Doubles left = sums(select(there, 0, delta(reward, value, 0, value.half[1]), Doubles(0.0)));
+      sums_[n] = {{at::vec::fmadd(Doubles::loadu(powers_ + kHalf), first_everywhere(right), left), right}};
+      next = first_everywhere(value.half[0]);
+      next_value = first_everywhere(next_value);
     }
-    tile.rewards[t] = rounded(carry.advantage);
-    tile.values[t] = rounded(target);
-  }
-}
-
-// The tile before this one: so many short stretches of memory, read backwards, are more than hardware sees coming.
-inline void prefetch(const float* from) {
-  for (int64_t i = 0; i < kTile; i += 64 / sizeof(float)) __builtin_prefetch(from + i);
-}
-
-// A lane's stretch of a tile, of which the last `count` positions are there. Where those are all, and stay where they
-// are, it is used in place; the others' is made here.
-template <class T>
-struct Stretch {
-  T values[kTile] = {};
-
-  const T* of(const T* from, int64_t count, bool stays = true) {
-    if (count == kTile && stays) return from;
-    std::memcpy(values + kTile - count, from, count * sizeof(T));
-    return values;
-  }
-};
-
-void rows_to_tile(const float* const (&rows)[kLanes], int64_t first, Vec (&tile)[kTile]) {
-  for (int64_t t = first / kLanes * kLanes; t < kTile; t += kLanes) {
-    Vec square[kLanes];
-#pragma GCC unroll 16
-    for (int64_t lane = 0; lane < kLanes; ++lane) square[lane] = load_lanes(rows[lane] + t);
-    transpose(square, tile + t);
-  }
-}
-
-// What is masked becomes 0.
-void tile_to_rows(const Vec (&tile)[kTile], const uint8_t* const (&wanted)[kLanes], int64_t first,
-                  float* const (&rows)[kLanes]) {
-  for (int64_t t = first / kLanes * kLanes; t < kTile; t += kLanes) {
-    Vec square[kLanes];
-    transpose(tile + t, square);
-#pragma GCC unroll 16
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      store_lanes(rows[lane] + t, kept(lanes_of(wanted[lane] + t), square[lane]));
+    Doubles after(carry.advantage);
+    for (int64_t n = vectors; n-- > 0;) {
+      const int64_t at = n * kLanes, lanes = lanes_from(at);
+      if (found_[n] == 0) {
+        store_lanes(advantages + at, Vec(0.0f), lanes);
+        store_lanes(returns + at, Vec(0.0f), lanes);
+        continue;
+      }
+      const double* powers = powers_ + kLanes - found_[n];  // from the one that is the whole way to the right, down
+      const WideVec value = widened(values_[n]);
+      const WideVec advantage{{at::vec::fmadd(Doubles::loadu(powers), after, sums_[n].half[0]),
+                               at::vec::fmadd(Doubles::loadu(powers + kHalf), after, sums_[n].half[1])}};
+      after = at::vec::fmadd(Doubles(*powers), after, first_everywhere(sums_[n].half[0]));
+      const WideVec target{{advantage.half[0] + value.half[0], advantage.half[1] + value.half[1]}};
+      store_lanes(advantages + at, expanded(keep_[n], rounded(advantage)), lanes);
+      store_lanes(returns + at, expanded(keep_[n], rounded(target)), lanes);
     }
+    double all[kHalf];
+    float all_values[kLanes];
+    after.store(all);
+    next_value.store(all_values);
+    carry = {all[0], all_values[0]};
   }
-}
 
-// What a thread needs for a group of sequences, beside the tile.
-struct Workspace {
-  Scratch scratch[2];
-  Stretch<float> rewards[kLanes], values[kLanes], advantages[kLanes], returns[kLanes];
-  Stretch<uint8_t> wanted[kLanes];
+ private:
+  Doubles delta(const WideVec& reward, const WideVec& value, int half, const Doubles& following) const {
+    return gae_delta(reward.half[half], value.half[half], lowered<1>(value.half[half], following), gamma_);
+  }
+
+  // Σ (γλ)^k·δ of a lane and those after it.
+  Doubles sums(Doubles sum) const {
+    const Doubles zero(0.0);
+    sum = at::vec::fmadd(steps_[0], lowered<1>(sum, zero), sum);
+    sum = at::vec::fmadd(steps_[1], lowered<2>(sum, zero), sum);
+    if constexpr (kHalf > 4) sum = at::vec::fmadd(steps_[2], lowered<4>(sum, zero), sum);
+    return sum;
+  }
+
+  static constexpr int64_t kVectors = kRowBlock / kLanes;
+  Doubles gamma_, steps_[3];
+  double powers_[2 * kLanes];  // of γλ, from that of kLanes down to that of 0, which goes on
+  WideVec sums_[kVectors];
+  Vec values_[kVectors];
+  Lanes keep_[kVectors];
+  int64_t found_[kVectors];
 };
 
 }  // namespace
 
-// With shaping, rewards are made tile by tile just before they are used, and the values in between never leave the
-// cache. Sequences end together, at a tile's last position. Before a sequence's first position, and in lanes without
-// one, stands what was there: nothing of it is wanted.
+// Block by block, the last first. With shaping, a block's rewards are made just before they are used.
 void gae(const GaeArguments& in, const KlShaping* shaping, int64_t begin, int64_t end) {
-  const auto work = std::make_unique<Workspace>();
-  Tile tile;
-  const Doubles gamma(in.gamma), gamma_lambda(in.gamma * in.lambda);
-  for (int64_t group = begin; group < end; ++group) {
-    const int64_t first_sequence = group * kLanes;
-    const int64_t lanes = std::min(kLanes, in.sequences.count - first_sequence);
-    Span spans[kLanes];
-    int64_t sequences[kLanes], scored[kLanes], longest = 0;
-    float bootstraps[kLanes] = {};
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      sequences[lane] = in.sequences.at(first_sequence + lane);
-      const Span& span = spans[lane] = span_of(in.sequences, sequences[lane]);
-      scored[lane] = shaping ? last_wanted(in.wanted + span.flat, span.length) : -1;
-      longest = std::max(longest, span.length);
-      if (in.bootstrap) bootstraps[lane] = in.bootstrap[sequences[lane]];
-    }
-    Carry carry{widened(Vec(0.0f)), widened(load_lanes(bootstraps))};
-    for (int64_t from_end = 0; from_end < longest; from_end += kTile) {
-      const int64_t first = std::max<int64_t>(0, kTile - (longest - from_end));
-      const float *rewards[kLanes], *values[kLanes];
-      const uint8_t* wanted[kLanes];
-      float *advantages[kLanes], *returns[kLanes];
-      int64_t counts[kLanes] = {};
-      for (int64_t lane = 0; lane < kLanes; ++lane) {
-        // Unless the whole stretch is there, below.
-        rewards[lane] = work->rewards[lane].values;
-        values[lane] = work->values[lane].values;
-        wanted[lane] = work->wanted[lane].values;
-        advantages[lane] = work->advantages[lane].values;
-        returns[lane] = work->returns[lane].values;
-        const Span& span = spans[lane];
-        const int64_t stop = lane < lanes ? span.length - from_end : 0, count = std::min(kTile, stop);
-        if (count < kTile) std::memset(work->wanted[lane].values, 0, kTile);
-        if (count <= 0) continue;
-        counts[lane] = count;
-        const int64_t start = stop - count, flat = span.flat + start;
-        const float* own_rewards;
-        if (shaping) {
-          const int64_t last = scored[lane] >= start && scored[lane] < stop ? scored[lane] - start : -1;
-          shape_block(*shaping, span, in.wanted, start, count, last, sequences[lane], work->scratch);
-          own_rewards = shaping->rewards + flat;
-        } else {
-          own_rewards = read(in.rewards, span.row, span.column + start, count, work->scratch[0]);
-        }
-        const float* own_values = read(in.values, span.row, span.column + start, count, work->scratch[1]);
-        prefetch(in.advantages + flat - kTile);
-        prefetch(in.returns + flat - kTile);
-        prefetch(own_rewards - kTile);
-        prefetch(own_values - kTile);
-        rewards[lane] = work->rewards[lane].of(own_rewards, count, own_rewards != work->scratch[0].values);
-        values[lane] = work->values[lane].of(own_values, count, own_values != work->scratch[1].values);
-        wanted[lane] = work->wanted[lane].of(in.wanted + flat, count);
-        if (count < kTile) continue;
-        advantages[lane] = in.advantages + flat;
-        returns[lane] = in.returns + flat;
+  Scratch scratch[2];
+  Recursion recursion(in.gamma, in.lambda);
+  for (int64_t sequence = begin; sequence < end; ++sequence) {
+    const Span span = span_of(in.sequences, sequence);
+    const int64_t scored = shaping ? last_wanted(in.wanted + span.flat, span.length) : -1;
+    Carry carry{0, in.bootstrap ? in.bootstrap[sequence] : 0.0f};
+    Moments moments;
+    for (int64_t stop = span.length, start; stop > 0; stop = start) {
+      start = (stop - 1) / kRowBlock * kRowBlock;
+      const int64_t count = stop - start, flat = span.flat + start;
+      const float* rewards;
+      if (shaping) {
+        const int64_t last = scored >= start && scored < stop ? scored - start : -1;
+        shape_block(*shaping, span, in.wanted, start, count, last, sequence, scratch);
+        rewards = shaping->rewards + flat;
+      } else {
+        rewards = read(in.rewards, span.row, span.column + start, count, scratch[0]);
       }
-      rows_to_tile(rewards, first, tile.rewards);
-      rows_to_tile(values, first, tile.values);
-      lanes_by_position(wanted, first, tile.wanted);
-      recurse(tile, first, gamma, gamma_lambda, carry);
-      tile_to_rows(tile.rewards, wanted, first, advantages);
-      tile_to_rows(tile.values, wanted, first, returns);
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        if (counts[lane] == kTile) continue;
-        const int64_t count = counts[lane], flat = spans[lane].flat, at = kTile - count;
-        std::memcpy(in.advantages + flat, advantages[lane] + at, count * sizeof(float));
-        std::memcpy(in.returns + flat, returns[lane] + at, count * sizeof(float));
-      }
+      const float* values = read(in.values, span.row, span.column + start, count, scratch[1]);
+      const uint8_t* wanted = in.wanted + flat;
+      recursion(rewards, values, wanted, count, carry, in.advantages + flat, in.returns + flat);
+      if (in.moments) merge(moments, moments_of(in.advantages + flat, wanted, count));
     }
-    for (int64_t lane = 0; in.moments && lane < lanes; ++lane) {
-      Moments& moments = in.moments[sequences[lane]] = {};
-      for (int64_t t = 0; t < spans[lane].length; t += kRowBlock) {
-        const int64_t flat = spans[lane].flat + t;
-        merge(moments, moments_of(in.advantages + flat, in.wanted + flat, std::min(kRowBlock, spans[lane].length - t)));
-      }
-    }
+    if (in.moments) in.moments[sequence] = moments;
   }
 }
 

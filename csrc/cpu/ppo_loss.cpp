@@ -31,7 +31,9 @@ template <class T, bool kGradient>
 void policy_rows(const PolicyArguments& in, int64_t begin, int64_t end) {
   Scratch scratch[3], log_ratios, ratios, lost;
   for (int64_t row = begin; row < end; ++row) {
-    PolicySums sums{};
+    LossSum loss;
+    WideVec ratio_total, kl_total, clipped_total;
+    Vec deviation(0.0f);
     const Vec weight(static_cast<float>(in.weights[row])), weight_lost = lost_by_conversion<Vec>(in.weights[row]);
     const int64_t left = in.positions - row * in.length, length = left < in.length ? left : in.length;
     for (int64_t t = 0; t < length; t += kRowBlock) {
@@ -39,7 +41,7 @@ void policy_rows(const PolicyArguments& in, int64_t begin, int64_t end) {
       const T* logprobs = read_as<T>(in.logprobs, row, t, count, scratch[0]);
       const T* old = read_as<T>(in.old_logprobs, row, t, count, scratch[1]);
       const T* advantages = read_as<T>(in.advantages, row, t, count, scratch[2]);
-      Vec ratio(0.0f), deviation(0.0f), kl(0.0f), clipped(0.0f);
+      Vec ratio(0.0f), kl(0.0f), clipped(0.0f);
       // Apart from what follows, to which an exponential is a long way: a processor has room for only so much that waits.
       for_lanes(count, [&](int64_t i, int64_t lanes) {
         const Lanes keep = lanes_of(in.wanted + flat + i, lanes);
@@ -53,7 +55,6 @@ void policy_rows(const PolicyArguments& in, int64_t begin, int64_t end) {
         deviation = larger(here.deviation, deviation);
         kl = kl + here.kl;
       });
-      LossSum loss;
       for_lanes(count, [&](int64_t i, int64_t lanes) {
         const Lanes keep = lanes_of(in.wanted + flat + i, lanes);
         const auto at = [&](const Scratch& from) { return load_lanes(from.values + i); };
@@ -64,16 +65,17 @@ void policy_rows(const PolicyArguments& in, int64_t begin, int64_t end) {
         clipped = clipped + term.clipped;
         if constexpr (kGradient) store_lanes(in.gradient + flat + i, term.gradient, lanes);
       });
-      sums.loss += loss.value();
-      sums.ratio += sum(ratio);
-      // Where a ratio was NaN, so is their sum; the largest deviation has passed over it.
-      const double largest_here = std::isnan(sums.ratio) ? NAN : static_cast<double>(largest(deviation));
-      sums.deviation = largest_here > sums.deviation || std::isnan(largest_here) ? largest_here : sums.deviation;
-      sums.kl += sum(kl);
-      sums.clipped += sum(clipped);
+      ratio_total += widened(ratio);
+      kl_total += widened(kl);
+      clipped_total += widened(clipped);
     }
-    sums.loss *= in.weights[row];
-    in.sums[row] = sums;
+    PolicySums& sums = in.sums[row];
+    sums.loss = loss.value() * in.weights[row];
+    sums.ratio = sum(ratio_total);
+    // Where a ratio was NaN, so is their sum; the largest deviation has passed over it.
+    sums.deviation = std::isnan(sums.ratio) ? NAN : static_cast<double>(largest(deviation));
+    sums.kl = sum(kl_total);
+    sums.clipped = sum(clipped_total);
   }
 }
 
@@ -81,7 +83,8 @@ template <class T>
 void value_rows(const ValueArguments& in, int64_t begin, int64_t end) {
   Scratch scratch[3];
   for (int64_t row = begin; row < end; ++row) {
-    ValueSums sums{};
+    LossSum loss;
+    WideVec value_total, target_total, clipped_total;
     const Vec weight(static_cast<float>(in.weights[row]));
     const int64_t left = in.positions - row * in.length, length = left < in.length ? left : in.length;
     for (int64_t t = 0; t < length; t += kRowBlock) {
@@ -89,7 +92,6 @@ void value_rows(const ValueArguments& in, int64_t begin, int64_t end) {
       const T* values = read_as<T>(in.values, row, t, count, scratch[0]);
       const T* old = read_as<T>(in.old_values, row, t, count, scratch[1]);
       const T* returns = read_as<T>(in.returns, row, t, count, scratch[2]);
-      LossSum loss;
       Vec value(0.0f), target(0.0f), clipped(0.0f);
       for_lanes(count, [&](int64_t i, int64_t lanes) {
         const Lanes keep = lanes_of(in.wanted + flat + i, lanes);
@@ -102,13 +104,11 @@ void value_rows(const ValueArguments& in, int64_t begin, int64_t end) {
         clipped = clipped + term.clipped;
         if (in.gradient) store_lanes(in.gradient + flat + i, term.gradient * weight, lanes);
       });
-      sums.loss += loss.value();
-      sums.value += sum(value);
-      sums.target += sum(target);
-      sums.clipped += sum(clipped);
+      value_total += widened(value);
+      target_total += widened(target);
+      clipped_total += widened(clipped);
     }
-    sums.loss *= in.weights[row];
-    in.sums[row] = sums;
+    in.sums[row] = {loss.value() * in.weights[row], sum(value_total), sum(target_total), sum(clipped_total)};
   }
 }
 

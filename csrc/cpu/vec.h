@@ -320,6 +320,12 @@ inline Lanes lanes_of(const uint8_t* wanted, int64_t count = kLanes) {
                                         : _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << count) - 1), wanted);
   return {_mm_test_epi8_mask(bytes, bytes)};
 #else
+#if defined(CPU_CAPABILITY_AVX2)
+  if (count == kLanes) {
+    const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(wanted)));
+    return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(bytes, _mm256_setzero_si256()))};
+  }
+#endif
   float values[kLanes] = {};
   for (int64_t i = 0; i < count; ++i) values[i] = wanted[i] ? 1.0f : 0.0f;
   return {Vec::loadu(values) > Vec(0.0f)};
@@ -467,30 +473,112 @@ inline void for_dtype(Dtype dtype, Function&& function) {
   }
 }
 
-// Of kLanes rows of bytes, the lanes whose byte is not 0, position by position.
-template <int64_t kCount>
-inline void lanes_by_position(const uint8_t* const (&rows)[kLanes], int64_t first, Lanes (&result)[kCount]) {
+inline Lanes first_lanes(int64_t count) {
 #if defined(CPU_CAPABILITY_AVX512)
-  static_assert(kCount == 64);
-  uint16_t words[4][kLanes];
-  for (int64_t lane = 0; lane < kLanes; ++lane) {
-    const __m512i bytes = _mm512_loadu_si512(rows[lane]);
-    const uint64_t bits = _mm512_test_epi8_mask(bytes, bytes);
-    for (int part = 0; part < 4; ++part) words[part][lane] = static_cast<uint16_t>(bits >> (16 * part));
-  }
-  for (int64_t part = first / kLanes; part < 4; ++part) {
-    const __m256i columns = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words[part]));
-    for (int i = 0; i < kLanes; ++i) {
-      result[part * kLanes + i] = {_mm256_test_epi16_mask(columns, _mm256_set1_epi16(static_cast<int16_t>(1 << i)))};
+  return {static_cast<__mmask16>((1u << count) - 1)};
+#else
+  return {Vec(static_cast<float>(count)) > Vec::arange(0.0f, 1.0f)};
+#endif
+}
+
+#if !defined(CPU_CAPABILITY_AVX512)
+// For every set of lanes, where each lane is to take its value from: to move these together, and apart again.
+struct Moves {
+  uint8_t together[1 << kLanes][kLanes] = {}, apart[1 << kLanes][kLanes] = {};
+
+  constexpr Moves() {
+    for (int set = 0; set < 1 << kLanes; ++set) {
+      uint8_t found = 0;
+      for (uint8_t lane = 0; lane < kLanes; ++lane) {
+        apart[set][lane] = found % kLanes;
+        if (set >> lane & 1) together[set][found++] = lane;
+      }
     }
   }
+};
+inline constexpr Moves kMoves;
+
+inline Vec moved(const Vec& x, const uint8_t (&sources)[kLanes]) {
+#if defined(CPU_CAPABILITY_AVX2)
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(sources));
+  return _mm256_permutevar8x32_ps(x, _mm256_cvtepu8_epi32(bytes));
 #else
-  for (int64_t t = first / kLanes * kLanes; t < kCount; t += kLanes) {
-    Vec square[kLanes];
-    for (int64_t lane = 0; lane < kLanes; ++lane) square[lane] = lanes_of(rows[lane] + t).bits;
-    transpose(square, square);
-    for (int64_t i = 0; i < kLanes; ++i) result[t + i] = {square[i]};
-  }
+  float from[kLanes], to[kLanes];
+  x.store(from);
+  for (int64_t i = 0; i < kLanes; ++i) to[i] = from[sources[i]];
+  return Vec::loadu(to);
+#endif
+}
+
+inline int set_of(const Lanes& where) {
+#if defined(CPU_CAPABILITY_AVX2)
+  return _mm256_movemask_ps(where.bits);
+#else
+  float bits[kLanes];
+  where.bits.store(bits);
+  int set = 0;
+  for (int i = 0; i < kLanes; ++i) set |= (std::bit_cast<uint32_t>(bits[i]) != 0) << i;
+  return set;
+#endif
+}
+#endif
+
+// The lanes of `where` moved together, and fill behind them.
+inline Vec compressed(const Lanes& where, const Vec& x, const Vec& fill) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_mask_compress_ps(fill, where.bits, x);
+#else
+  return select(first_lanes(count(where)), moved(x, kMoves.together[set_of(where)]), fill);
+#endif
+}
+
+// The other way round, and 0 in the other lanes.
+inline Vec expanded(const Lanes& where, const Vec& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_maskz_expand_ps(where.bits, x);
+#else
+  return kept(where, moved(x, kMoves.apart[set_of(where)]));
+#endif
+}
+
+// In each lane what is kCount lanes further, in x and then in `behind`.
+template <int64_t kCount>
+inline Doubles lowered(const Doubles& x, const Doubles& behind) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_castsi512_pd(_mm512_alignr_epi64(_mm512_castpd_si512(behind), _mm512_castpd_si512(x), kCount));
+#elif defined(CPU_CAPABILITY_AVX2)
+  static_assert(kCount == 1 || kCount == 2);
+  const __m256d middle = _mm256_permute2f128_pd(x, behind, 0x21);
+  return kCount == 2 ? middle : _mm256_shuffle_pd(x, middle, 0x5);
+#else
+  double values[2 * kHalf];
+  x.store(values);
+  behind.store(values + kHalf);
+  return Doubles::loadu(values + kCount);
+#endif
+}
+
+inline Vec first_everywhere(const Vec& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_broadcastss_ps(_mm512_castps512_ps128(x));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_broadcastss_ps(_mm256_castps256_ps128(x));
+#else
+  float values[kLanes];
+  x.store(values);
+  return Vec(values[0]);
+#endif
+}
+
+inline Doubles first_everywhere(const Doubles& x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_broadcastsd_pd(_mm512_castpd512_pd128(x));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_broadcastsd_pd(_mm256_castpd256_pd128(x));
+#else
+  double values[kHalf];
+  x.store(values);
+  return Doubles(values[0]);
 #endif
 }
 

@@ -41,9 +41,6 @@ struct Sequences {
   int64_t count;
   int64_t length;
   const int64_t* boundaries;
-  const int64_t* order = nullptr;  // in which they are taken, for kernels that take several side by side
-
-  int64_t at(int64_t place) const { return order ? order[place] : place; }
 };
 
 // ------------------------------------------------------------------------------------------------------- log_prob
