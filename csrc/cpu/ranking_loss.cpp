@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
-#include <vector>
 
 #include "cpu/rows.h"
 #include "cpu/table.h"
@@ -65,13 +64,6 @@ void order_ranks(const int64_t* ranks, int64_t length, float* result) {
     for (int64_t other = 0; other < length; ++other) smaller_ones += ranks[other] < ranks[k];
     result[k] = static_cast<float>(smaller_ones);
   }
-}
-
-void read_scores(const RankingArguments& in, const Group& group, float* rows) {
-  for_dtype(in.dtype, [&](auto* type) {
-    const auto* scores = static_cast<const std::remove_pointer_t<decltype(type)>*>(in.scores) + group.first;
-    for_lanes(group.count, [&](int64_t i, int64_t lanes) { store_lanes(rows + i, load_lanes(scores + i, lanes), lanes); });
-  });
 }
 
 // The ranks as rows, and NaN for what the mask says is no completion: that has no order with anything.
@@ -215,7 +207,7 @@ void ranking(const RankingArguments& in, int64_t begin, int64_t end) {
   for (int64_t number = begin; number < end; ++number) {
     const Group group(in.prompts, number);
     lanes.make_room(group.widest);
-    read_scores(in, group, lanes.score_rows.get());
+    copy_as_float(in.scores, in.dtype, group.first, group.count, lanes.score_rows.get());
     read_ranks(in, group, lanes.rank_rows.get());
     rows_to_lanes(group, lanes.score_rows.get(), lanes.scores.get());
     rows_to_lanes(group, lanes.rank_rows.get(), lanes.ranks.get());

@@ -13,20 +13,31 @@ struct Scratch {
   float values[kRowBlock];
 };
 
+template <class Function>
+inline void for_lanes(int64_t count, Function&& function) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) function(i, kLanes);
+  if (i < count) function(i, count - i);
+}
+
+inline void copy_as_float(const void* from, Dtype dtype, int64_t start, int64_t count, float* to) {
+  for_dtype(dtype, [&](auto* type) {
+    const auto* values = static_cast<const std::remove_pointer_t<decltype(type)>*>(from) + start;
+    for_lanes(count, [&](int64_t i, int64_t lanes) { store_lanes(to + i, load_lanes(values + i, lanes), lanes); });
+  });
+}
+
 // The block itself where it is float32 already, else its values in scratch.
 inline const float* read(const View& view, int64_t row, int64_t start, int64_t count, Scratch& scratch) {
   const int64_t at = row * view.row_stride + start * view.stride;
   if (view.dtype == Dtype::float32 && view.stride == 1) return static_cast<const float*>(view.data) + at;
+  if (view.stride == 1) {
+    copy_as_float(view.data, view.dtype, at, count, scratch.values);
+    return scratch.values;
+  }
   for_dtype(view.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const T* from = static_cast<const T*>(view.data) + at;
-    if (view.stride == 1) {
-      int64_t i = 0;
-      for (; i + kLanes <= count; i += kLanes) store_lanes(scratch.values + i, load_lanes(from + i));
-      if (i < count) store_lanes(scratch.values + i, load_lanes(from + i, count - i), count - i);
-    } else {
-      for (int64_t i = 0; i < count; ++i) scratch.values[i] = static_cast<float>(from[i * view.stride]);
-    }
+    const auto* from = static_cast<const std::remove_pointer_t<decltype(type)>*>(view.data) + at;
+    for (int64_t i = 0; i < count; ++i) scratch.values[i] = static_cast<float>(from[i * view.stride]);
   });
   return scratch.values;
 }
@@ -44,13 +55,6 @@ template <class Function, class... Views>
 inline void for_common_dtype(Function&& function, const View& first, const Views&... others) {
   const bool common = first.stride == 1 && ((others.stride == 1 && others.dtype == first.dtype) && ...);
   for_dtype(common ? first.dtype : Dtype::float32, function);
-}
-
-template <class Function>
-inline void for_lanes(int64_t count, Function&& function) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) function(i, kLanes);
-  if (i < count) function(i, count - i);
 }
 
 // Where a sequence lies: its row and first column in the inputs, and its first position in contiguous outputs.
