@@ -27,7 +27,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from rlhf_kernels.triton import OPS, configurations
+from rlhf_kernels.triton import OPS
 
 ARCHITECTURES = (80, 90, 100, 120)
 TYPES = {
@@ -56,18 +56,14 @@ class Usage:
     shared: int
 
 
-def launches(architecture: int) -> list[Launch]:
-    """Those that calls with the sizes of training make, for a GPU of this architecture; each once, in order."""
+def launches() -> list[Launch]:
+    """Those that calls with the sizes of training make; each once, in order."""
     found: dict[Launch, None] = {}
-    shape = configurations.HALF.get(divmod(architecture, 10), configurations.DEFAULT)
 
     def record(kernel: JITFunction[Any], *values: Any, grid: Any, warmup: bool, **named: Any) -> None:
         found[_launch(kernel, values, named)] = None
 
-    def tile(device: torch.device, dtype: torch.dtype) -> configurations.Projection:
-        return shape if dtype != torch.float32 else configurations.SINGLE
-
-    with mock.patch.object(JITFunction, "run", record), mock.patch.object(configurations, "projection", tile):
+    with mock.patch.object(JITFunction, "run", record):
         for name, arguments in calls():
             OPS[name](*arguments)
     return list(found)
@@ -167,7 +163,7 @@ def calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
 
 def report(architecture: int) -> Iterator[tuple[str, Usage]]:
     """Every kernel, under its file and name with what tells its variants apart."""
-    for launch in launches(architecture):
+    for launch in launches():
         family = launch.kernel.__module__.rpartition(".")[2]
         types = sorted({kind[1:] for _, kind in launch.signature if kind.startswith("*")} & {"bf16", "fp32"})
         flags = [f"{k}={v}" for k, v in launch.constants if isinstance(v, str) or (isinstance(v, bool) and v)]

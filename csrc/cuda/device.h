@@ -30,6 +30,17 @@ __device__ __forceinline__ double inverse(double x) {
   return result;
 }
 
+// 2^x, where what is below the normal numbers may be 0 and saves three instructions of five.
+__device__ __forceinline__ float power_of_two_or_0(float x) {
+#if defined(__CUDA_ARCH__)
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+  return result;
+#else
+  return exp2f(x);
+#endif
+}
+
 // ------------------------------------------------------------------------------------------------------------ lanes
 
 // Any plain value from another lane, word by word.

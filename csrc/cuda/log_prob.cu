@@ -2,6 +2,7 @@
 // chunk of a row, of one size, so that few rows keep the chip as busy as many; the last block of a row to finish merges
 // its chunks, in order.
 
+#include <cfloat>
 #include <type_traits>
 
 #include "cuda/device.h"
@@ -12,8 +13,9 @@ namespace rlhf_kernels::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kVectors = 8;  // a thread's, all of which it asks for before it looks at the first
-constexpr int kAhead = 4;    // the same, of the gradient, which has less room
+constexpr int kVectors = 8;    // a thread's
+constexpr int kSumsAhead = 2;  // of which it asks for so many before it looks at the first
+constexpr int kAhead = 4;      // the same, of the gradient
 constexpr int kStride = kThreads * kVector;
 constexpr int kChunk = kStride * kVectors;
 constexpr double kLog2E = 1.44269504088896341, kLn2 = 0.69314718055994531;
@@ -21,21 +23,30 @@ constexpr double kLog2E = 1.44269504088896341, kLn2 = 0.69314718055994531;
 template <Dtype kDtype>
 constexpr int64_t kSizeOf = kDtype == Dtype::float32 ? 4 : 2;
 
-// Sums of a thread's logits, against its own maximum and in powers of 2.
+// Sums of a thread's logits, against its own maximum so far and in powers of 2.
 template <bool kEntropy>
 struct ThreadSums {
-  float maximum, scale, reference, sum = 0, weighted = 0;
+  float scale, maximum = -INFINITY, sum = 0, weighted = 0;
 
-  __device__ __forceinline__ ThreadSums(float maximum, float scale)
-      // Nothing but −inf: any finite reference gives those tokens probability 0.
-      : maximum(maximum), scale(scale), reference(maximum == -INFINITY ? 0.0f : maximum) {}
+  // Before logits of up to this one are added.
+  __device__ __forceinline__ void raise(float to) {
+    if (to <= maximum) return;
+    if (maximum != -INFINITY) {
+      const float shift = (maximum - to) * scale, factor = power_of_two_or_0(shift);
+      if (kEntropy) weighted = (weighted + shift * sum) * factor;
+      sum *= factor;
+    }
+    maximum = to;
+  }
 
   __device__ __forceinline__ void add(const float (&x)[kVector]) {
+    // Nothing but −inf: any finite reference gives those tokens probability 0.
+    const float reference = maximum == -INFINITY ? 0.0f : maximum;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      const float d = (x[i] - reference) * scale, e = exp2f(d);
+      const float d = (x[i] - reference) * scale, e = power_of_two_or_0(d);
       sum += e;
-      if (kEntropy) weighted += d == -INFINITY ? 0.0f : e * d;
+      if (kEntropy) weighted += e * fmaxf(d, -FLT_MAX);  // not 0·inf
     }
   }
 };
@@ -95,38 +106,43 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(LogProbArguments in, Log
   // The row's end, if it is no whole vector: the last of the thread that has it.
   const int64_t rest = in.vocabulary / kVector * kVector;
   const bool has_rest = rest < in.vocabulary && rest / kChunk == chunk && rest % kStride == threadIdx.x * kVector;
-  // All of a thread's vectors are on their way before the first is looked at; in a full chunk without asking for each
+  // Several of a thread's vectors are on their way before the first is looked at; in a full chunk without asking for each
   // whether it is there.
   const auto sums_of = [&](auto full, auto&& fetch) {
     const auto is_whole = [&](int i) { return full || start + i * kStride + kVector <= in.vocabulary; };
-    Packed packed[kVectors] = {};
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      if (is_whole(i)) packed[i] = fetch(base + start + i * kStride);
-    }
-    Packed end = {};
-    if (has_rest) end = fetch_one_by_one(in.logits, kDtype, base + rest, 1, in.vocabulary - rest, -INFINITY);
-    float maximum = -INFINITY;
+    ThreadSums<kEntropy> result{scale};
     float x[kVector];
-    const auto take_maximum = [&](const Packed& from) {
+    const auto largest_in = [&](const Packed& from, float so_far) {
       from.unpack(kDtype, x);
-      maximum = largest_of(x, maximum);
+      return largest_of(x, so_far);
     };
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      if (is_whole(i)) take_maximum(packed[i]);
-    }
-    if (has_rest) take_maximum(end);
-    ThreadSums<kEntropy> result(maximum, scale);
     const auto add = [&](const Packed& from) {
       from.unpack(kDtype, x);
       result.add(x);
     };
+#pragma unroll 1
+    for (int first = 0; first < kVectors; first += kSumsAhead) {
+      Packed packed[kSumsAhead] = {};
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      if (is_whole(i)) add(packed[i]);
+      for (int i = 0; i < kSumsAhead; ++i) {
+        if (is_whole(first + i)) packed[i] = fetch(base + start + (first + i) * kStride);
+      }
+      float maximum = -INFINITY;
+#pragma unroll
+      for (int i = 0; i < kSumsAhead; ++i) {
+        if (is_whole(first + i)) maximum = largest_in(packed[i], maximum);
+      }
+      result.raise(maximum);
+#pragma unroll
+      for (int i = 0; i < kSumsAhead; ++i) {
+        if (is_whole(first + i)) add(packed[i]);
+      }
     }
-    if (has_rest) add(end);
+    if (has_rest) {
+      const Packed end = fetch_one_by_one(in.logits, kDtype, base + rest, 1, in.vocabulary - rest, -INFINITY);
+      result.raise(largest_in(end, -INFINITY));
+      add(end);
+    }
     return result;
   };
   const bool aligned = is_aligned(static_cast<const char*>(in.logits) + base * kSizeOf<kDtype>);

@@ -6,6 +6,8 @@ checked by the public function of its family.
 
 from __future__ import annotations
 
+import ctypes
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -31,6 +33,12 @@ def rows_of(tensor: Tensor) -> Tensor:
 def blocks(length: int, largest: int) -> int:
     """A power of two that holds ``length``, or the largest one allowed."""
     return min(largest, triton.next_power_of_2(max(1, length)))
+
+
+def two_floats(number: float) -> tuple[float, float]:
+    """A number as a kernel is given it, which is in float32, and what that lacks."""
+    rounded = ctypes.c_float(number).value
+    return rounded, number - rounded
 
 
 @triton.jit

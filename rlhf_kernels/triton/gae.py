@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_kernels.reference.gae import VARIANCE_EPS
-from rlhf_kernels.triton.common import blocks, span
+from rlhf_kernels.triton.common import blocks, span, two_floats
 from rlhf_kernels.triton.kl_reward import clipped_score, shaped
 
 BLOCK = 1024
@@ -34,8 +34,8 @@ def _nearest(right_exists, right_value, exists, value):
 @triton.jit
 def _sequences(
     rewards, values, wanted, bootstrap, boundaries, scores, logprobs, ref_logprobs, advantages, returns, kls, moments,
-    length, gamma, decay, beta, score_clip, BOOTSTRAP: tl.constexpr, PACKED: tl.constexpr, SHAPE: tl.constexpr,
-    ESTIMATOR: tl.constexpr, CLIP: tl.constexpr, MOMENTS: tl.constexpr, BLOCK: tl.constexpr,
+    length, gamma, gamma_lost, decay, decay_lost, beta, score_clip, BOOTSTRAP: tl.constexpr, PACKED: tl.constexpr,
+    SHAPE: tl.constexpr, ESTIMATOR: tl.constexpr, CLIP: tl.constexpr, MOMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One sequence, its last block first. SHAPE: makes the rewards, from the score and the KL, and stores them."""
     sequence = tl.program_id(0).to(tl.int64)
@@ -46,7 +46,10 @@ def _sequences(
     score = 0.0
     if SHAPE:
         score = clipped_score(scores, sequence, score_clip, CLIP)
-    advantage = 0.0
+    # In float64: in float32 the scan would round more often than the loop that it replaces.
+    gamma = tl.cast(gamma, tl.float64) + gamma_lost
+    decay = tl.cast(decay, tl.float64) + decay_lost
+    advantage = tl.cast(0.0, tl.float64)
     seen = 0  # whether any position to the right counts
     number = tl.cast(0.0, tl.float64)
     mean = tl.cast(0.0, tl.float64)
@@ -75,9 +78,9 @@ def _sequences(
         slope = tl.where(counts, decay, 1.0)
         slope, offset = tl.associative_scan((slope, offset), 0, _compose, reverse=True)
         found = offset + slope * advantage
-        result = tl.where(counts, found, 0.0)
+        result = tl.where(counts, found, 0.0).to(tl.float32)
         tl.store(advantages + base + t, result, mask=here)
-        tl.store(returns + base + t, tl.where(counts, found + value, 0.0), mask=here)
+        tl.store(returns + base + t, tl.where(counts, found + value, 0.0).to(tl.float32), mask=here)
         # The first position of the block holds what goes on to the left.
         first = tl.arange(0, BLOCK) == 0
         advantage = tl.sum(tl.where(first, found, 0.0), 0)
@@ -162,9 +165,10 @@ def _run(
     _sequences[(count,)](
         rewards, values, wanted, values if bootstrap is None else bootstrap.contiguous(),
         wanted if cu_seqlens is None else cu_seqlens.contiguous(), scores, logprobs, ref_logprobs, advantages, returns,
-        returns if kl is None else kl, moments, length, gamma, gamma * lam, beta, score_clip or 0.0,
-        BOOTSTRAP=bootstrap is not None, PACKED=packed, SHAPE=shaping is not None, ESTIMATOR=estimator,
-        CLIP=score_clip is not None, MOMENTS=whiten, BLOCK=BLOCK if packed else blocks(length, BLOCK),
+        returns if kl is None else kl, moments, length, *two_floats(gamma), *two_floats(gamma * lam), beta,
+        score_clip or 0.0, BOOTSTRAP=bootstrap is not None, PACKED=packed, SHAPE=shaping is not None,
+        ESTIMATOR=estimator, CLIP=score_clip is not None, MOMENTS=whiten,
+        BLOCK=BLOCK if packed else blocks(length, BLOCK),
     )  # fmt: skip
     if whiten:
         size = values.numel()

@@ -1,9 +1,10 @@
 """Log-probs from hidden states without logits in memory, and losses whose gradient takes the place of their logits.
 
-The forward multiplies on the tensor cores and reduces each tile of logits in registers. The backward, which knows the
-row sums, makes the logits again by blocks of the vocabulary, in float32, so that every entry of the weight's gradient
-is one sum in float32 over all rows: exact, and in one order. The losses go by rows, since theirs begins when all of a
-row's logits are known. Both keep one workspace, and leave the matmuls to the vendor's library.
+All matmuls are the vendor's, in float32 from operands of any dtype, into one workspace. Log-probs go by rows, a fixed
+number at a time, the last of them filled up: a matmul of one shape has one way to sum, so that a row has the same bits
+in any company. Their backward, which knows the row sums, makes the logits again by blocks of the vocabulary: every
+entry of the weight's gradient is one sum in float32 over all rows. The losses go by rows too, since theirs begins when
+all of a row's logits are known.
 """
 
 from __future__ import annotations
@@ -13,67 +14,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_kernels.triton import configurations
 from rlhf_kernels.triton.common import LN_2, LOG2_E, blocks
-from rlhf_kernels.triton.log_prob import finish_rows, gradient_block, reduce_block, write_gradient
+from rlhf_kernels.triton.log_prob import empty_results, gradient_block, reduce_block, reduce_rows, write_gradient
 from rlhf_kernels.triton.ppo_loss import clip_ends, policy_results, policy_term, row_weights
 
-# Part of the result's definition: the columns whose sums are taken in one go.
-CHUNK = 4096
-WORKSPACE_BYTES = 224 << 20
-
-
-@triton.jit
-def capped(logits, softcap):
-    """softcap·tanh(logits/softcap), from an exponential that does not overflow."""
-    y = tl.abs(logits) / softcap
-    small = tl.exp(-2.0 * y)
-    tanh = tl.where(y < 0.02, y * (1.0 - y * y * (1.0 / 3)), (1.0 - small) / (1.0 + small))
-    return tl.where(logits < 0, -softcap, softcap) * tanh
-
-
-@triton.jit
-def _tile_sums(
-    hidden, weight, bias, index, sums, chosen, hidden_stride, weight_stride, rows, depth, vocabulary, scale, softcap,
-    CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BIAS: tl.constexpr,
-    SOFTCAP: tl.constexpr, ENTROPY: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    chunk = tl.program_id(1)
-    counts = row < rows
-    k = tl.arange(0, BLOCK_K)
-    token = tl.load(index + row, mask=counts, other=-1)
-    lines = hidden + row.to(tl.int64)[:, None] * hidden_stride
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    weighted = tl.zeros([BLOCK_M], tl.float32)
-    mine = tl.zeros([BLOCK_M], tl.float32)
-    for start in range(0, CHUNK, BLOCK_N):
-        column = chunk * CHUNK + start + tl.arange(0, BLOCK_N)
-        exists = column < vocabulary
-        columns = weight + column.to(tl.int64)[None, :] * weight_stride
-        logits = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-        for d in range(0, depth, BLOCK_K):
-            inside = d + k < depth
-            a = tl.load(lines + (d + k)[None, :], mask=counts[:, None] & inside[None, :], other=0.0)
-            b = tl.load(columns + (d + k)[:, None], mask=exists[None, :] & inside[:, None], other=0.0)
-            if WIDEN:
-                a = a.to(tl.float32)
-                b = b.to(tl.float32)
-            logits = tl.dot(a, b, logits, input_precision="ieee")
-        if BIAS:
-            logits += tl.load(bias + column, mask=exists, other=0.0).to(tl.float32)[None, :]
-        if SOFTCAP:
-            logits = capped(logits, softcap)
-        mine += tl.sum(tl.where(column[None, :] == token[:, None], logits, 0.0), 1)
-        logits = tl.where(exists[None, :], logits, float("-inf"))
-        top, total, weighted = reduce_block(logits, top, total, weighted, scale, 1, ENTROPY)
-    to = sums + (row.to(tl.int64) * tl.num_programs(1) + chunk) * 3
-    tl.store(to, top, mask=counts)
-    tl.store(to + 1, total, mask=counts)
-    tl.store(to + 2, weighted, mask=counts)
-    here = (token >= chunk * CHUNK) & (token < chunk * CHUNK + CHUNK)
-    tl.store(chosen + row, mine, mask=counts & here)
+# Rows of a matmul of the log-probs: part of the result's definition.
+ROWS = 512
+# What the backward and the losses keep of logits and their gradient: so much that a matmul over it is bound by
+# arithmetic, with a vocabulary of 128 000 and half precision still a thousand rows.
+WORKSPACE_BYTES = 768 << 20
+# What a matmul's tiles divide.
+TILE = 128
 
 
 def may_wait(tensor: Tensor) -> bool:
@@ -127,9 +78,9 @@ class Rows:
         result[self.kept] = per_row
         return result
 
-    def logits(self, rows: slice, tokens: slice) -> Tensor:
+    def logits(self, hidden: Tensor, tokens: slice) -> Tensor:
         """float32 logits of some rows and tokens, bias and softcap applied."""
-        product = matmul(self.hidden[rows], self.weight[tokens].t())
+        product = matmul(hidden, self.weight[tokens].t())
         if self.bias is not None:
             product += self.bias[tokens]
         if self.softcap is not None:
@@ -139,11 +90,24 @@ class Rows:
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
     """a·b in float32, whatever the operands: half-precision products are exact in it."""
-    if a.dtype == torch.float32:
-        return a @ b
-    if a.device.type == "cuda":
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    if a.device.type != "cuda":  # in the interpreter: the same on any number of threads
+        return (a.double() @ b.double()).float()
+    with torch.autocast("cuda", enabled=False):
+        return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
+
+
+def accumulate(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
+    """Adds a·b to the total, or begins it; half-precision products are summed in float32, and rounded once."""
+    if total.device.type != "cuda":
+        product = matmul(a, b)
+        total.copy_(product if is_first else total + product)
+        return
+    beta = 0 if is_first else 1
+    with torch.autocast("cuda", enabled=False):
+        if total.dtype == a.dtype:
+            torch.addmm(total, a, b, beta=beta, out=total)
+        else:
+            torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
 
 
 def linear_selective_log_softmax(
@@ -152,24 +116,16 @@ def linear_selective_log_softmax(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Log-probs, entropies (empty if not asked for), maxima and log Σ e^(l − max), without logits in memory."""
     rows = Rows(hidden, weight, index, wanted, bias, temperature, softcap)
-    count, (vocabulary, depth) = len(rows), weight.shape
-    logprobs, maxima, log_sums = (torch.empty(count, device=hidden.device) for _ in range(3))
-    entropies = torch.empty(count if with_entropy else 0, device=hidden.device)
-    if count:
-        chunks = triton.cdiv(vocabulary, CHUNK)
-        sums = torch.empty(count * chunks * 3, device=hidden.device)
-        chosen = torch.empty(count, device=hidden.device)
-        shape = configurations.projection(hidden.device, hidden.dtype)
-        _tile_sums[(triton.cdiv(count, shape.rows), chunks)](
-            rows.hidden, rows.weight, rows.bias, rows.index, sums, chosen, rows.hidden.stride(0), rows.weight.stride(0),
-            count, depth, vocabulary, LOG2_E.value / temperature, softcap or 1.0, CHUNK=CHUNK, BLOCK_M=shape.rows,
-            BLOCK_N=shape.columns, BLOCK_K=shape.depth, BIAS=bias is not None, SOFTCAP=softcap is not None,
-            ENTROPY=with_entropy, WIDEN=shape.widen, num_warps=shape.warps, num_stages=shape.stages,
-        )  # fmt: skip
-        finish_rows(
-            chosen, rows.index, rows.wanted, sums, (logprobs, entropies, maxima, log_sums), (0, 0, 1, vocabulary),
-            chunks, temperature, gather=False,
-        )  # fmt: skip
+    count = len(rows)
+    logprobs, entropies, maxima, log_sums = empty_results(torch.Size([count]), with_entropy, hidden.device)
+    block = hidden.new_zeros(ROWS, hidden.shape[1])
+    for first in range(0, count, ROWS):
+        part = slice(first, min(count, first + ROWS))
+        size = part.stop - first
+        block[:size] = rows.hidden[part]  # at one alignment, which a matmul's way to sum may hang on too
+        logits = rows.logits(block, slice(None))[:size]
+        some = (logprobs[part], entropies[part], maxima[part], log_sums[part])
+        reduce_rows(logits[None], rows.index[part], rows.wanted[part], temperature, some)
     entropies = rows.scatter(entropies) if with_entropy else entropies
     return rows.scatter(logprobs), entropies, rows.scatter(maxima), rows.scatter(log_sums)
 
@@ -186,10 +142,10 @@ def linear_selective_log_softmax_backward(
     entropies = rows.take(entropies) if grad_entropies is not None else entropies
     grad_entropies = None if grad_entropies is None else rows.take(grad_entropies)
     gradients = Gradients(rows, needs_hidden, needs_weight)
-    tokens = max(256, WORKSPACE_BYTES // (6 * max(1, count)) // 256 * 256)
+    tokens = max(TILE, WORKSPACE_BYTES // (6 * max(1, count)) // TILE * TILE)
     for first in range(0, vocabulary if count else 0, tokens):
         part = slice(first, min(vocabulary, first + tokens))
-        logits = rows.logits(slice(None), part)
+        logits = rows.logits(rows.hidden, part)
         # In the operands' dtype at once: the matmuls behind take no other.
         slopes = logits if hidden.dtype == torch.float32 else torch.empty_like(logits, dtype=hidden.dtype)
         kept = logits.clone() if softcap is not None and slopes is logits else logits
@@ -209,9 +165,10 @@ class Gradients:
     def __init__(self, rows: Rows, needs_hidden: bool, needs_weight: bool):
         self.rows = rows
         like = rows.hidden
-        self.hidden = like.new_zeros(like.shape, dtype=torch.float32) if needs_hidden else None
-        # By vocabulary an entry is one sum, rounded once; by rows, a chunk is rounded when it is added to the others.
-        self.weight = like.new_zeros(rows.weight.shape) if needs_weight else None
+        new = like.new_empty if len(rows) else like.new_zeros
+        self.hidden = new(like.shape, dtype=torch.float32) if needs_hidden else None
+        # By vocabulary an entry is one sum, rounded once; by rows, with what the earlier chunks' sum was rounded to.
+        self.weight = new(rows.weight.shape) if needs_weight else None
         self.bias = (
             like.new_zeros(rows.weight.shape[0], dtype=torch.float32)
             if needs_weight and rows.bias is not None
@@ -219,13 +176,13 @@ class Gradients:
         )
 
     def add(self, slopes: Tensor, rows: slice, tokens: slice) -> None:
-        """Gradients of the logits of these rows and tokens."""
+        """Gradients of the logits of these rows and tokens, of which the first come first."""
         if self.hidden is not None:
-            self.hidden[rows] += matmul(slopes, self.rows.weight[tokens])
+            accumulate(self.hidden[rows], slopes, self.rows.weight[tokens], is_first=not tokens.start)
         if self.weight is not None:
-            self.weight[tokens] += matmul(slopes.t(), self.rows.hidden[rows])
+            accumulate(self.weight[tokens], slopes.t(), self.rows.hidden[rows], is_first=not rows.start)
         if self.bias is not None:
-            self.bias[tokens] += slopes.float().sum(0)
+            self.bias[tokens] += slopes.sum(0, dtype=torch.float32)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
         """In the operands' dtypes; empty where not needed."""
@@ -254,7 +211,7 @@ def _row_losses(
     for start in range(0, vocabulary, BLOCK):
         at = start + tl.arange(0, BLOCK)
         x = tl.load(line + at, mask=at < vocabulary, other=float("-inf"))
-        top, total, weighted = reduce_block(x, top, total, weighted, scale, 0, POLICY)
+        top, total, weighted = reduce_block(x, top, total, weighted, scale, POLICY)
     token = tl.load(index + row)
     valid = (token >= 0) & (token < vocabulary)
     counts = tl.load(wanted + row) != 0
@@ -306,10 +263,10 @@ def _losses(
     old, advantages, ends, dual = policy or (losses, losses, (0.0,) * 4, None)
     gradients = Gradients(rows, needs_hidden, needs_weight)
     with_gradient = needs_hidden or needs_weight
-    size = max(16, WORKSPACE_BYTES // (6 * vocabulary))
+    size = max(TILE, WORKSPACE_BYTES // (6 * vocabulary) // TILE * TILE)
     for first in range(0, count, size):
         part = slice(first, min(count, first + size))
-        logits = rows.logits(part, slice(None))
+        logits = rows.logits(rows.hidden[part], slice(None))
         slopes = logits
         if with_gradient and rows.hidden.dtype != torch.float32:
             slopes = torch.empty_like(logits, dtype=rows.hidden.dtype)

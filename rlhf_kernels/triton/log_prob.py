@@ -20,23 +20,21 @@ GRADIENT_BLOCK = 4096
 
 
 @triton.jit
-def reduce_block(x, top, total, weighted, scale, AXIS: tl.constexpr, ENTROPY: tl.constexpr):
-    """Takes a block of a row's logits (AXIS 0), or of several rows' (1), into Σ 2^d and Σ 2^d·d.
+def reduce_block(x, top, total, weighted, scale, ENTROPY: tl.constexpr):
+    """Takes a block of a row's logits into Σ 2^d and Σ 2^d·d.
 
     d = (logit − top)·scale (Milakov and Gimelshein 2018).
     """
-    new = tl.maximum(top, tl.max(x, AXIS))
+    new = tl.maximum(top, tl.max(x, 0))
     # Nothing but −inf so far: any finite reference gives those tokens probability 0.
     reference = tl.where(new == float("-inf"), 0.0, new)
     shift = tl.where(top == float("-inf"), 0.0, (top - reference) * scale)
     factor = tl.exp2(shift)
-    if AXIS == 1:
-        reference = reference[:, None]
     d = (x - reference) * scale
     e = tl.exp2(d)
     if ENTROPY:
-        weighted = (weighted + shift * total) * factor + tl.sum(e * tl.where(d == float("-inf"), 0.0, d), AXIS)
-    total = total * factor + tl.sum(e, AXIS)
+        weighted = (weighted + shift * total) * factor + tl.sum(e * tl.where(d == float("-inf"), 0.0, d), 0)
+    total = total * factor + tl.sum(e, 0)
     return new, total, weighted
 
 
@@ -55,7 +53,7 @@ def _chunk_sums(
         for start in range(0, CHUNK, BLOCK):
             at = chunk * CHUNK + start + tl.arange(0, BLOCK)
             x = tl.load(line + at, mask=at < vocabulary, other=float("-inf")).to(tl.float32)
-            top, total, weighted = reduce_block(x, top, total, weighted, scale, 0, ENTROPY)
+            top, total, weighted = reduce_block(x, top, total, weighted, scale, ENTROPY)
         to = sums + (row * tl.num_programs(1) + chunk) * 3
         tl.store(to, top)
         tl.store(to + 1, total)
@@ -80,18 +78,15 @@ def merged(sums, chunks, scale, CHUNKS: tl.constexpr):
 @triton.jit
 def _merge(
     logits, index, wanted, sums, logprobs, entropies, maxima, log_sums, outer_stride, inner_stride, inner, vocabulary,
-    chunks, scale, inverse_temperature, CHUNKS: tl.constexpr, ENTROPY: tl.constexpr, GATHER: tl.constexpr,
+    chunks, scale, inverse_temperature, CHUNKS: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     if tl.load(wanted + row) != 0:
         top, total, weighted = merged(sums + row * chunks * 3, chunks, scale, CHUNKS)
         token = tl.load(index + row)
         valid = (token >= 0) & (token < vocabulary)
-        if GATHER:
-            line = logits + (row // inner) * outer_stride + (row % inner) * inner_stride
-            chosen = tl.load(line + tl.where(valid, token, 0)).to(tl.float32)
-        else:
-            chosen = tl.load(logits + row)
+        line = logits + (row // inner) * outer_stride + (row % inner) * inner_stride
+        chosen = tl.load(line + tl.where(valid, token, 0)).to(tl.float32)
         log_sum = tl.log(total)
         logprob = (chosen.to(tl.float64) - top) * inverse_temperature - log_sum
         tl.store(logprobs + row, tl.where(valid, logprob, float("nan")).to(tl.float32))
@@ -111,34 +106,39 @@ def selective_log_softmax(
     logits: Tensor, index: Tensor, wanted: Tensor, temperature: float, with_entropy: bool, inplace_backward: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probs, entropies (empty if not asked for), and what the backward needs: maxima and log Σ e^(l − max)."""
-    rows, vocabulary = rows_of(logits), logits.shape[-1]
-    count = index.numel()
-    logprobs, maxima, log_sums = (torch.empty(index.shape, device=logits.device) for _ in range(3))
-    entropies = torch.empty(index.shape if with_entropy else 0, device=logits.device)
+    results = empty_results(index.shape, with_entropy, logits.device)
+    reduce_rows(rows_of(logits), index.contiguous(), wanted.contiguous(), temperature, results)
+    return results
+
+
+Results = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def empty_results(shape: torch.Size, with_entropy: bool, device: torch.device) -> Results:
+    """Room for log-probs, entropies, maxima and log sums."""
+    logprobs, maxima, log_sums = (torch.empty(shape, device=device) for _ in range(3))
+    return logprobs, torch.empty(shape if with_entropy else 0, device=device), maxima, log_sums
+
+
+def reduce_rows(logits: Tensor, index: Tensor, wanted: Tensor, temperature: float, results: Results) -> None:
+    """Fills the results, whose order is that of the rows of (outer, inner, V) logits."""
+    count, vocabulary = index.numel(), logits.shape[-1]
     if count == 0:
-        return logprobs, entropies, maxima, log_sums
+        return
     chunks = triton.cdiv(vocabulary, CHUNK)
     sums = torch.empty(count * chunks * 3, device=logits.device)
-    index, wanted = index.contiguous(), wanted.contiguous()
-    layout = (rows.stride(0), rows.stride(1), rows.shape[1], vocabulary)
+    layout = (logits.stride(0), logits.stride(1), logits.shape[1], vocabulary)
     block = blocks(vocabulary, BLOCK)
     chunk = min(CHUNK, block * triton.cdiv(vocabulary, block))
+    with_entropy = results[1].numel() > 0
+    scale = LOG2_E.value / temperature
     _chunk_sums[(count, chunks)](
-        rows, wanted, sums, *layout, LOG2_E.value / temperature, CHUNK=chunk, BLOCK=block,
-        ENTROPY=with_entropy, num_warps=8 if block >= 4096 else 4,
+        logits, wanted, sums, *layout, scale, CHUNK=chunk, BLOCK=block, ENTROPY=with_entropy,
+        num_warps=8 if block >= 4096 else 4,
     )  # fmt: skip
-    finish_rows(rows, index, wanted, sums, (logprobs, entropies, maxima, log_sums), layout, chunks, temperature)
-    return logprobs, entropies, maxima, log_sums
-
-
-def finish_rows(
-    logits: Tensor, index: Tensor, wanted: Tensor, sums: Tensor, results: tuple[Tensor, Tensor, Tensor, Tensor],
-    layout: tuple[int, int, int, int], chunks: int, temperature: float, *, gather: bool = True,
-) -> None:  # fmt: skip
-    """Merges the sums of the rows' chunks; the chosen logit is read from the logits, or is all that they hold."""
-    _merge[(index.numel(),)](
-        logits, index, wanted, sums, *results, *layout, chunks, LOG2_E.value / temperature, 1.0 / temperature,
-        CHUNKS=triton.next_power_of_2(chunks), ENTROPY=results[1].numel() > 0, GATHER=gather, num_warps=1,
+    _merge[(count,)](
+        logits, index, wanted, sums, *results, *layout, chunks, scale, 1.0 / temperature,
+        CHUNKS=triton.next_power_of_2(chunks), ENTROPY=with_entropy, num_warps=1,
     )  # fmt: skip
 
 

@@ -4,14 +4,12 @@ that only the whole mask gives; a second one puts the sums together, in one orde
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_kernels.triton.common import blocks, exponential
+from rlhf_kernels.triton.common import blocks, exponential, two_floats
 
 BLOCK = 1024
 # What a block's sums are, after the number of positions that count and the loss: ratio, largest deviation, KL, clipped.
@@ -239,12 +237,8 @@ def _run(
 
 
 def clip_ends(clip_low: float, clip_high: float) -> tuple[float, float, float, float]:
-    """1 − ε and 1 + ε_high, each as a float32, which is what a kernel is given, and what that lacks."""
-    ends = []
-    for end in (1.0 - clip_low, 1.0 + clip_high):
-        rounded = ctypes.c_float(end).value
-        ends += [rounded, end - rounded]
-    return ends[0], ends[1], ends[2], ends[3]
+    """1 − ε and 1 + ε_high, each in two parts."""
+    return *two_floats(1.0 - clip_low), *two_floats(1.0 + clip_high)
 
 
 def row_weights(wanted: Tensor, reduction: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""The pairwise ranking loss: a prompt to a program, its pairs in registers, tile by tile where it has many completions.
+"""The pairwise ranking loss: a prompt at a time, its pairs in registers, tile by tile where it has many completions.
 
 The gradient lacks a factor at first, one over the number of prompts that have a pair, which a second launch puts in
 with the mean.
@@ -15,6 +15,8 @@ from rlhf_kernels.triton.common import blocks, exponential, span
 
 TILE = 32
 BLOCK = 1024
+# Programs share the prompts; the same number on every GPU, so that the sums have the same bits on all.
+PROGRAMS = 1024
 
 
 @triton.jit
@@ -29,11 +31,11 @@ def _tile(scores, ranks, wanted, base, start, length, MASKED: tl.constexpr, TILE
 
 
 @triton.jit
-def _prompts(
-    scores, ranks, wanted, boundaries, gradient, results, length, margin, FLAT: tl.constexpr, MASKED: tl.constexpr,
+def _prompt(
+    scores, ranks, wanted, boundaries, gradient, prompt, length, margin, FLAT: tl.constexpr, MASKED: tl.constexpr,
     GRADIENT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    prompt = tl.program_id(0).to(tl.int64)
+    """Mean loss and accuracy of a prompt's pairs, and whether it has any; the gradient of that loss."""
     base, length = span(prompt, boundaries, length, FLAT)
     pairs = tl.cast(0.0, tl.float64)
     loss = tl.cast(0.0, tl.float64)
@@ -71,39 +73,54 @@ def _prompts(
         if GRADIENT:
             tl.store(gradient + base + i, slopes.to(tl.float32), mask=here)
     share = 1.0 / tl.maximum(pairs, 1.0)
-    tl.store(results + prompt * 3, (loss * share).to(tl.float32))
-    tl.store(results + prompt * 3 + 1, (right * share).to(tl.float32))
-    tl.store(results + prompt * 3 + 2, pairs.to(tl.float32))
-
-
-@triton.jit
-def _finish(
-    gradient, results, boundaries, loss, accuracy, prompts, length, FLAT: tl.constexpr, GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """Every program counts the prompts that have a pair, in one order; the first writes the means."""
-    prompt = tl.program_id(0).to(tl.int64)
-    number = tl.cast(0.0, tl.float64)
-    losses = tl.cast(0.0, tl.float64)
-    right = tl.cast(0.0, tl.float64)
-    for start in range(0, prompts, BLOCK):
-        p = start + tl.arange(0, BLOCK)
-        here = p < prompts
-        number += tl.sum((tl.load(results + p * 3 + 2, mask=here, other=0.0) > 0).to(tl.float64), 0)
-        if prompt == 0:
-            losses += tl.sum(tl.load(results + p * 3, mask=here, other=0.0).to(tl.float64), 0)
-            right += tl.sum(tl.load(results + p * 3 + 1, mask=here, other=0.0).to(tl.float64), 0)
-    share = 1.0 / tl.maximum(number, 1.0)
-    if prompt == 0:
-        tl.store(loss, (losses * share).to(tl.float32))
-        tl.store(accuracy, (right * share).to(tl.float32))
     if GRADIENT:
-        base, length = span(prompt, boundaries, length, FLAT)
-        factor = (share / tl.maximum(tl.load(results + prompt * 3 + 2).to(tl.float64), 1.0)).to(tl.float32)
+        tl.debug_barrier()  # another thread may have stored what this one loads
         for start in range(0, length, TILE):
             at = start + tl.arange(0, TILE)
             here = at < length
-            tl.store(gradient + base + at, tl.load(gradient + base + at, mask=here, other=0.0) * factor, mask=here)
+            slope = tl.load(gradient + base + at, mask=here, other=0.0)
+            tl.store(gradient + base + at, (slope * share).to(tl.float32), mask=here)
+    return loss * share, right * share, pairs > 0
+
+
+@triton.jit
+def _prompts(
+    scores, ranks, wanted, boundaries, gradient, sums, prompts, length, margin, FLAT: tl.constexpr,
+    MASKED: tl.constexpr, GRADIENT: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0)
+    losses = tl.cast(0.0, tl.float64)
+    rights = tl.cast(0.0, tl.float64)
+    number = tl.cast(0.0, tl.float64)
+    for at in range(program, prompts, tl.num_programs(0)):
+        prompt = program.to(tl.int64) + (at - program)
+        loss, right, some = _prompt(
+            scores, ranks, wanted, boundaries, gradient, prompt, length, margin, FLAT, MASKED, GRADIENT,
+            TILE,
+        )  # fmt: skip
+        losses += loss
+        rights += right
+        number += some.to(tl.float64)
+    tl.store(sums + program * 3, losses)
+    tl.store(sums + program * 3 + 1, rights)
+    tl.store(sums + program * 3 + 2, number)
+
+
+@triton.jit
+def _finish(gradient, sums, loss, accuracy, programs, size, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+    """Every program adds up the sums of the first launch, in one order; the first writes the means."""
+    p = tl.arange(0, BLOCK)
+    here = p < programs
+    number = tl.sum(tl.load(sums + p * 3 + 2, mask=here, other=0.0), 0)
+    share = 1.0 / tl.maximum(number, 1.0)
+    if tl.program_id(0) == 0:
+        tl.store(loss, (tl.sum(tl.load(sums + p * 3, mask=here, other=0.0), 0) * share).to(tl.float32))
+        tl.store(accuracy, (tl.sum(tl.load(sums + p * 3 + 1, mask=here, other=0.0), 0) * share).to(tl.float32))
+    if GRADIENT:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + p
+        inside = at < size
+        slope = tl.load(gradient + at, mask=inside, other=0.0)
+        tl.store(gradient + at, (slope * share).to(tl.float32), mask=inside)
 
 
 def pairwise_ranking_loss(
@@ -121,14 +138,14 @@ def pairwise_ranking_loss(
         return loss, accuracy, gradient
     length = 0 if flat else scores.shape[1]
     tile = 16 if flat else max(2, blocks(length, TILE))
-    results = torch.empty(prompts * 3, device=device)
+    programs = min(prompts, PROGRAMS)
+    sums = torch.empty(programs * 3, dtype=torch.float64, device=device)
     boundaries = ranks if offsets is None else offsets.contiguous()
-    _prompts[(prompts,)](
-        scores, ranks, exist, boundaries, gradient, results, length, margin, FLAT=flat, MASKED=wanted is not None,
+    _prompts[(programs,)](
+        scores, ranks, exist, boundaries, gradient, sums, prompts, length, margin, FLAT=flat, MASKED=wanted is not None,
         GRADIENT=with_gradient, TILE=tile, num_warps=1 if tile <= 16 else 4,
     )  # fmt: skip
-    _finish[(prompts if with_gradient else 1,)](
-        gradient, results, boundaries, loss, accuracy, prompts, length, FLAT=flat, GRADIENT=with_gradient, BLOCK=BLOCK,
-        TILE=tile, num_warps=1,
-    )  # fmt: skip
+    _finish[(triton.cdiv(scores.numel(), BLOCK) if with_gradient else 1,)](
+        gradient, sums, loss, accuracy, programs, scores.numel(), GRADIENT=with_gradient, BLOCK=BLOCK
+    )
     return loss, accuracy, gradient

@@ -26,11 +26,11 @@ def errors(call: Call):
         yield (*gaps, t[finite].abs().max().item() if finite.any() else 0.0)
 
 
-def hold(call: Call, outputs: int):
+def hold(call: Call, outputs: int, slack: int = 1):
     """Of the first ``outputs`` results; gradients in half precision are rounded, as the formula's would be."""
     for ours, formula, size in list(errors(call))[:outputs]:
         # A unit in the last place of the largest value: below that, which of two roundings is nearer is luck.
-        assert ours <= max(formula, size * 2**-23)
+        assert ours <= slack * max(formula, size * 2**-23)
 
 
 def rows(kind: str, vocabulary: int, dtype: torch.dtype) -> torch.Tensor:
@@ -64,7 +64,10 @@ def test_linear_log_prob(dtype, scale):
     """In bfloat16 too: the logits are float32, which a bfloat16 matmul's are not."""
     hidden, weight = (scale * torch.randn(64, 512)).to(dtype), (torch.randn(5003, 512) / 512**0.5).to(dtype)
     tensors = {"hidden": hidden, "weight": weight, "index": torch.randint(0, 5003, (64,))}
-    hold(Call(k.linear_selective_log_softmax_and_entropy, tensors), 2)
+    # On a GPU the matmul is the vendor's: in float32 as exact as the formula's, which has another shape and so another
+    # order; in half precision on tensor cores, which cut off what a sum of 16 products loses against the sum so far.
+    slack = 1 if not hidden.is_cuda else 2 if dtype == torch.float32 else 8
+    hold(Call(k.linear_selective_log_softmax_and_entropy, tensors), 2, slack)
 
 
 @pytest.mark.parametrize(("count", "length"), [(64, 1024), (2, 32768), (3, 1)])

@@ -93,7 +93,7 @@ def test_errors_name_the_argument(backend, arguments, error, message):
         "ref_logprobs": torch.zeros(2, 4),
         "mask": None,
         "beta": 0.1,
-    } | arguments
+    } | oracles.here(arguments, message)
     with pytest.raises(error, match=message):
         kl_shaped_rewards(**call)
 

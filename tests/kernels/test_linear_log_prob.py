@@ -154,7 +154,7 @@ def test_a_bias_of_minus_infinity_bans_a_token(backend):
 def test_full_precision_under_autocast(backend):
     hidden, weight, index = torch.randn(5, 6), torch.randn(9, 6), torch.arange(5)
     expected = linear_selective_log_softmax(hidden, weight, index)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(hidden.device.type, dtype=torch.bfloat16):
         assert torch.equal(linear_selective_log_softmax(hidden, weight, index), expected)
 
 
@@ -179,7 +179,9 @@ def test_full_precision_under_autocast(backend):
     ],
 )
 def test_errors_name_the_argument(backend, arguments, error, message):
-    call = {"hidden": torch.zeros(2, 6), "weight": torch.zeros(4, 6), "labels": torch.tensor([0, 1])} | arguments
+    call = {"hidden": torch.zeros(2, 6), "weight": torch.zeros(4, 6), "labels": torch.tensor([0, 1])} | oracles.here(
+        arguments, message
+    )
     with pytest.raises(error, match=message):
         linear_cross_entropy(**call)
 
@@ -187,7 +189,11 @@ def test_errors_name_the_argument(backend, arguments, error, message):
 def test_policy_loss_takes_no_ignore_index(backend):
     hidden, weight, zeros = torch.zeros(2, 6), torch.zeros(4, 6), torch.zeros(2)
     for index in (-100, 4):
+        arguments = (hidden, weight, torch.tensor([index, 0]), zeros, zeros, None)
+        if hidden.is_cuda:  # its values are not looked at
+            assert linear_ppo_policy_loss(*arguments)[0].isnan()
+            continue
         with pytest.raises(IndexError, match=rf"index: is {index} at position \(0,\), must be in \[0, 4\)"):
-            linear_ppo_policy_loss(hidden, weight, torch.tensor([index, 0]), zeros, zeros, None)
+            linear_ppo_policy_loss(*arguments)
     with pytest.raises(ValueError, match=r"reduction: is 'seq-mean-token-sum', which needs \(B, T\) inputs"):
         linear_ppo_policy_loss(hidden, weight, torch.tensor([1, 0]), zeros, zeros, None, reduction="seq-mean-token-sum")

@@ -197,7 +197,7 @@ def test_errors_name_the_argument(backend, function, arguments, error, message):
     names = ("logprobs", "old_logprobs", "advantages")
     if function is ppo_value_loss:
         names = ("values", "old_values", "returns")
-    call = {name: torch.zeros(4) for name in names} | {"mask": None} | arguments
+    call = {name: torch.zeros(4) for name in names} | {"mask": None} | oracles.here(arguments, message)
     with pytest.raises(error, match=message):
         function(**call)
 

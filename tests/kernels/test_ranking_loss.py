@@ -117,7 +117,9 @@ def test_gradients_have_the_dtype_of_the_scores(backend, dtype):
     ],
 )
 def test_errors_name_the_argument(backend, arguments, error, message):
-    call = {"scores": torch.zeros(4), "ranks": torch.arange(4), "offsets": torch.tensor([0, 4])} | arguments
+    call = {"scores": torch.zeros(4), "ranks": torch.arange(4), "offsets": torch.tensor([0, 4])} | oracles.here(
+        arguments, message
+    )
     with pytest.raises(error, match=message):
         pairwise_ranking_loss(**call)
 
