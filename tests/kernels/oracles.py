@@ -24,7 +24,8 @@ def here(arguments: dict, message: str = "") -> dict:
     device = torch.get_default_device()
     if device.type == "cuda" and re.search("at position|goes from|decreases", message):
         pytest.skip("a GPU's values are not looked at")
-    return {k: v.to(device) if isinstance(v, torch.Tensor) and v.is_cpu else v for k, v in arguments.items()}
+    made = {k: v() if callable(v) else v for k, v in arguments.items()}  # where moving it would change what it is
+    return {k: v.to(device) if isinstance(v, torch.Tensor) and v.is_cpu else v for k, v in made.items()}
 
 
 def log_softmax(logits: list[float], temperature: float) -> list[float]:

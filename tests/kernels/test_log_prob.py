@@ -168,11 +168,15 @@ def test_inplace_backward_refuses_a_second_pass(backend):
         ({"ignore_index": None}, TypeError, "ignore_index: is None of type NoneType, must be an int"),
         ({"inplace_backward": 1}, TypeError, "inplace_backward: is 1 of type int, must be True or False"),
         (
-            {"logits": torch.zeros(1, 5).expand(2, 5), "inplace_backward": True},
+            {"logits": lambda: torch.zeros(1, 5).expand(2, 5), "inplace_backward": True},
             ValueError,
             r"logits: has strides \(0, 1",
         ),
-        ({"logits": torch.zeros(2, 5, requires_grad=True), "inplace_backward": True}, ValueError, "logits: is a leaf"),
+        (
+            {"logits": lambda: torch.zeros(2, 5, requires_grad=True), "inplace_backward": True},
+            ValueError,
+            "logits: is a leaf",
+        ),
     ],
 )
 def test_errors_name_the_argument(backend, arguments, error, message):
