@@ -61,9 +61,14 @@ class Recursion {
     for (int i = 0; i < 3; ++i) steps_[i] = Doubles(powers_[kLanes - (1 << i)]);
   }
 
-  // Of a block. What does not count becomes 0.
+  // Of a block. What does not count becomes 0. Past the caches: where the results lie so that whole vectors can be stored so.
   void operator()(const float* rewards, const float* values, const uint8_t* wanted, int64_t length, Carry& carry,
-                  float* advantages, float* returns) {
+                  bool past_caches, float* advantages, float* returns) {
+    past_caches = past_caches && is_aligned(advantages) && is_aligned(returns);
+    const auto store = [&](float* to, const Vec& result, int64_t lanes) {
+      if (past_caches && lanes == kLanes) return store_past_caches(to, result);
+      store_lanes(to, result, lanes);
+    };
     const int64_t vectors = (length + kLanes - 1) / kLanes;
     const auto lanes_from = [&](int64_t at) { return std::min(kLanes, length - at); };
     Vec next_value(carry.value);
@@ -87,8 +92,8 @@ class Recursion {
     for (int64_t n = vectors; n-- > 0;) {
       const int64_t at = n * kLanes, lanes = lanes_from(at);
       if (found_[n] == 0) {
-        store_lanes(advantages + at, Vec(0.0f), lanes);
-        store_lanes(returns + at, Vec(0.0f), lanes);
+        store(advantages + at, Vec(0.0f), lanes);
+        store(returns + at, Vec(0.0f), lanes);
         continue;
       }
       const double* powers = powers_ + kLanes - found_[n];  // from the one that is the whole way to the right, down
@@ -97,8 +102,8 @@ class Recursion {
                                at::vec::fmadd(Doubles::loadu(powers + kHalf), after, sums_[n].half[1])}};
       after = at::vec::fmadd(Doubles(*powers), after, first_everywhere(sums_[n].half[0]));
       const WideVec target{{advantage.half[0] + value.half[0], advantage.half[1] + value.half[1]}};
-      store_lanes(advantages + at, expanded(keep_[n], rounded(advantage)), lanes);
-      store_lanes(returns + at, expanded(keep_[n], rounded(target)), lanes);
+      store(advantages + at, expanded(keep_[n], rounded(advantage)), lanes);
+      store(returns + at, expanded(keep_[n], rounded(target)), lanes);
     }
     double all[kHalf];
     float all_values[kLanes];
@@ -121,6 +126,8 @@ class Recursion {
     return sum;
   }
 
+  static bool is_aligned(const float* at) { return reinterpret_cast<uintptr_t>(at) % sizeof(Vec) == 0; }
+
   static constexpr int64_t kVectors = kRowBlock / kLanes;
   Doubles gamma_, steps_[3];
   double powers_[2 * kLanes];  // of γλ, from that of kLanes down to that of 0, which goes on
@@ -133,7 +140,7 @@ class Recursion {
 }  // namespace
 
 // Block by block, the last first. With shaping, a block's rewards are made just before they are used.
-void gae(const GaeArguments& in, const KlShaping* shaping, int64_t begin, int64_t end) {
+void gae(const GaeArguments& in, const KlShaping* shaping, bool past_caches, int64_t begin, int64_t end) {
   Scratch scratch[2];
   Recursion recursion(in.gamma, in.lambda);
   for (int64_t sequence = begin; sequence < end; ++sequence) {
@@ -154,11 +161,12 @@ void gae(const GaeArguments& in, const KlShaping* shaping, int64_t begin, int64_
       }
       const float* values = read(in.values, span.row, span.column + start, count, scratch[1]);
       const uint8_t* wanted = in.wanted + flat;
-      recursion(rewards, values, wanted, count, carry, in.advantages + flat, in.returns + flat);
+      recursion(rewards, values, wanted, count, carry, past_caches, in.advantages + flat, in.returns + flat);
       if (in.moments) merge(moments, moments_of(in.advantages + flat, wanted, count));
     }
     if (in.moments) in.moments[sequence] = moments;
   }
+  stored_past_caches();
 }
 
 void whiten(float* advantages, const uint8_t* wanted, double mean, double scale, int64_t begin, int64_t end) {

@@ -128,7 +128,7 @@ struct Kernels {
   void (*kl_penalty_backward)(const View&, const View&, int64_t length, KlEstimator, const float* grad, float* result,
                               int64_t begin, int64_t end);
   void (*kl_shaped_rewards)(const KlShaping&, const Sequences&, const uint8_t* wanted, int64_t begin, int64_t end);
-  void (*gae)(const GaeArguments&, const KlShaping*, int64_t begin, int64_t end);
+  void (*gae)(const GaeArguments&, const KlShaping*, bool past_caches, int64_t begin, int64_t end);
   int64_t (*count_wanted)(const uint8_t* wanted, int64_t length);
   void (*whiten)(float* advantages, const uint8_t* wanted, double mean, double scale, int64_t begin, int64_t end);
   void (*ppo_policy)(const PolicyArguments&, int64_t begin, int64_t end);

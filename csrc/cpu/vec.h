@@ -131,6 +131,24 @@ inline Vec load_lanes_or(const T* from, int64_t count, float fill) {
   return count == kLanes ? values : Vec::set(Vec(fill), values, count);
 }
 
+// A whole vector past the caches, to an address that is a multiple of its size: what is not read again soon need not be
+// read before it is overwritten, nor push out what is. Seen by other threads after stored_past_caches().
+inline void store_past_caches(float* to, const Vec& values) {
+#if defined(CPU_CAPABILITY_AVX512)
+  _mm512_stream_ps(to, values);
+#elif defined(CPU_CAPABILITY_AVX2)
+  _mm256_stream_ps(to, values);
+#else
+  values.store(to);
+#endif
+}
+
+inline void stored_past_caches() {
+#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
+  _mm_sfence();
+#endif
+}
+
 template <class T>
 inline void store_lanes(T* to, const Vec& values, int64_t count = kLanes) {
   if constexpr (std::is_same_v<T, float>) {
