@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <optional>
@@ -41,16 +40,6 @@ void parallel(int64_t count, int64_t work_per_item, const Function& function) {
   constexpr int64_t worth_a_thread = 32768;
   torch::stable::parallel_for(0, count, std::max<int64_t>(1, worth_a_thread / std::max<int64_t>(1, work_per_item)),
                               function);
-}
-
-// The same, where one item can be much less work than another: whichever thread is free takes the next.
-template <class Function>
-void parallel_in_turns(int64_t count, int64_t work_per_item, const Function& function) {
-  std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(count, torch::stable::get_num_threads());
-  parallel(threads, threads ? count / threads * work_per_item : 0, [&](int64_t, int64_t) {
-    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < count;) function(item);
-  });
 }
 
 // Memory that malloc has just got from the system has no pages yet. Asking for them by the run costs half of what one
@@ -674,12 +663,10 @@ std::tuple<Tensor, Tensor> advantages_of(const Tensor& like, GaeArguments in, co
     const int64_t* first = in.sequences.boundaries;
     return static_cast<int64_t>(std::lower_bound(first, first + in.sequences.count, position) - first);
   };
-  constexpr int64_t positions = 8192;
   // Whitening reads the advantages again at once.
   constexpr int64_t cached_bytes = int64_t{4} << 20;
   const bool past_caches = !whiten && like.numel() * static_cast<int64_t>(2 * sizeof(float)) > cached_bytes;
-  parallel_in_turns((like.numel() + positions - 1) / positions, positions * 4, [&](int64_t item) {
-    const int64_t begin = item * positions, end = std::min(begin + positions, like.numel());
+  parallel(like.numel(), 4, [&](int64_t begin, int64_t end) {
     cpu::kernels().gae(in, shaping, past_caches, sequence_from(begin), sequence_from(end));
   });
   if (whiten) {
