@@ -62,9 +62,10 @@ def _prompt(
             term = tl.where(x < 0, -x, 0.0) + 2.0 * s * series
             term = tl.where(x == x, term, x)
             loss += tl.sum(tl.sum(tl.where(better, term, 0.0).to(tl.float64), 1), 0)
-            pairs += tl.sum(tl.sum(better.to(tl.float64), 1), 0)
-            order = tl.where(difference > 0, 1.0, tl.where(difference < 0, 0.0, 0.5))
-            right += tl.sum(tl.sum(tl.where(better, order, 0.0).to(tl.float64), 1), 0)
+            pairs += tl.sum(tl.sum(better.to(tl.int32), 1), 0).to(tl.float64)
+            # Twice, as an integer: scores that cannot be ordered are half right.
+            order = tl.where(difference > 0, 2, tl.where(difference < 0, 0, 1))
+            right += 0.5 * tl.sum(tl.sum(tl.where(better, order, 0), 1), 0).to(tl.float64)
             if GRADIENT:
                 # σ(−x), from the exponential that does not overflow.
                 sigmoid = tl.div_rn(tl.where(x < 0, 1.0, small), 1.0 + small)
