@@ -21,8 +21,8 @@ from torch import Tensor
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-# For each op, the backends that a GPU may run it on; the first that this install has is used. On an H100
-# the CUDA kernels were faster than Triton's for log-probs and the ranking loss; the other small ops take less time than
+# For each op, the backends that a GPU may run it on; the first that this install has is used. On an H100 the
+# CUDA kernels were faster than Triton's for log-probs and the ranking loss; the other small ops take less time than
 # their launch, which is cheaper from C++; the linear family is in Triton only.
 ON_GPU = {
     "selective_log_softmax": ("cuda", "triton"),

@@ -63,7 +63,7 @@ def _prompt(
             term = tl.where(x == x, term, x)
             loss += tl.sum(tl.sum(tl.where(better, term, 0.0).to(tl.float64), 1), 0)
             pairs += tl.sum(tl.sum(better.to(tl.int32), 1), 0).to(tl.float64)
-            # Twice, as an integer: scores that cannot be ordered are half right.
+            # Twice, as an integer, since scores that cannot be ordered are half right: doubles spill on an RTX 50.
             order = tl.where(difference > 0, 2, tl.where(difference < 0, 0, 1))
             right += 0.5 * tl.sum(tl.sum(tl.where(better, order, 0), 1), 0).to(tl.float64)
             if GRADIENT:
