@@ -168,22 +168,21 @@ def choose(op: str, first: Tensor, *others: Tensor | None) -> str:
     Raises:
         RuntimeError: the forced backend does not run on this device, does not have this op, or not with float64.
     """
-    device = first.device.type
     double = first.dtype == torch.float64
     for x in others:
         double = double or (x is not None and x.dtype == torch.float64)
     if _forced is None:
         if double:
             return "reference"
-        if device == "cpu":
+        if first.is_cpu:
             return "cpu" if _MISSING["cpu"] is None else "reference"
-        if device != "cuda":
+        if not first.is_cuda:
             return "reference"
         # A compiler can't ask a device what it is.
         return _on_gpu(op) if torch.compiler.is_compiling() else _on_this_gpu(op, first.device)
     if _forced == "reference":
         return _forced
-    if device != ("cpu" if _forced == "cpu" or emulated(_forced) else "cuda"):
+    if first.device.type != ("cpu" if _forced == "cpu" or emulated(_forced) else "cuda"):
         raise RuntimeError(f"backend {_forced!r} was asked for, but these tensors are on {first.device}")
     if double:
         raise RuntimeError(f"backend {_forced!r} was asked for, which has no float64; the reference has")

@@ -47,7 +47,7 @@ def number(
         TypeError: not a number.
         ValueError: out of range.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: is {type(value).__name__}, must be a number")
     too_low = value <= low if exclusive_low else value < low
     if too_low or value > high or not math.isfinite(value):

@@ -54,8 +54,7 @@ def masked_gae(
     backend = choose("masked_gae", rewards, values, bootstrap)
     if backend == "reference":
         return reference.gae.masked_gae(*arguments)
-    with torch.no_grad():
-        return call(backend, "masked_gae", *arguments)
+    return call(backend, "masked_gae", *arguments)
 
 
 def ppo_advantages(
@@ -112,8 +111,7 @@ def ppo_advantages(
     backend = choose("ppo_advantages", scores, logprobs, ref_logprobs, values, bootstrap)
     if backend == "reference":
         return reference.gae.ppo_advantages(*arguments)
-    with torch.no_grad():
-        return call(backend, "ppo_advantages", *arguments)
+    return call(backend, "ppo_advantages", *arguments)
 
 
 def _check(

@@ -85,8 +85,7 @@ def kl_shaped_rewards(
     backend = choose("kl_shaped_rewards", scores, logprobs, ref_logprobs)
     if backend == "reference":
         return reference.kl_reward.kl_shaped_rewards(*arguments)
-    with torch.no_grad():
-        return call(backend, "kl_shaped_rewards", *arguments)
+    return call(backend, "kl_shaped_rewards", *arguments)
 
 
 def _check(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> None:

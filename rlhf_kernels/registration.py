@@ -99,13 +99,16 @@ def run(backend: str | None, name: str, *inputs: Any) -> Any:
 
 
 def call(backend: str, name: str, *inputs: Any) -> Any:
-    """The op ``name`` on a backend other than the reference, with its derivative where one will be asked for.
+    """The op ``name`` on a backend other than the reference, with its derivative, if any, where one will be asked for.
 
     A compiler sees the registered op. Eager code goes round torch.library's own wrapper, which takes longer than the
     small ops themselves, to the same derivative.
     """
     if torch.compiler.is_compiling() and missing("cpu") is None:
-        return run(None, name, *inputs)
+        if name in _FUNCTIONS:
+            return run(None, name, *inputs)
+        with torch.no_grad():
+            return run(None, name, *inputs)
     if forward_ad._current_level >= 0:
         tensors = [x for x in inputs if isinstance(x, Tensor)]
         if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):

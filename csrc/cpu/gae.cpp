@@ -1,6 +1,7 @@
 // Advantages from the last position of a sequence to its first, and their whitening.
 
 #include <algorithm>
+#include <utility>
 
 #include "cpu/rows.h"
 #include "cpu/table.h"
@@ -48,10 +49,10 @@ struct Carry {
   float value;
 };
 
-// A vector's worth of a sequence at a time. What counts of it is moved together, so that the recursion steps over the rest
-// as if it were not there. The recursion waits for its own last result: so the sums over these positions alone are made
-// first, in steps that double their reach (Hillis and Steele 1986), and what comes from the right is added in a loop of its
-// own, which waits for little. In double: long sequences lose no digits.
+// What counts of a vector's worth of a sequence is moved together, so that the recursion steps over the rest as if it
+// were not there. The recursion waits for its own last result: so the sums over these positions alone are made first, in
+// steps that double their reach (Hillis and Steele 1986), and then what comes from the right is added. In double: long
+// sequences lose no digits.
 class Recursion {
  public:
   Recursion(double gamma, double lambda) : gamma_(gamma) {
@@ -61,80 +62,113 @@ class Recursion {
     for (int i = 0; i < 3; ++i) steps_[i] = Doubles(powers_[kLanes - (1 << i)]);
   }
 
-  // Of a block. What does not count becomes 0. Past the caches: where the results lie so that whole vectors can be stored so.
+  // Of a block. What does not count becomes 0. Past the caches: where the results lie so that whole vectors can go there.
   void operator()(const float* rewards, const float* values, const uint8_t* wanted, int64_t length, Carry& carry,
-                  bool past_caches, float* advantages, float* returns) {
-    past_caches = past_caches && is_aligned(advantages) && is_aligned(returns);
-    const auto store = [&](float* to, const Vec& result, int64_t lanes) {
-      if (past_caches && lanes == kLanes) return store_past_caches(to, result);
-      store_lanes(to, result, lanes);
-    };
-    const int64_t vectors = (length + kLanes - 1) / kLanes;
-    const auto lanes_from = [&](int64_t at) { return std::min(kLanes, length - at); };
-    Vec next_value(carry.value);
-    Doubles next(static_cast<double>(carry.value));
-    for (int64_t n = vectors; n-- > 0;) {
-      const int64_t at = n * kLanes, lanes = lanes_from(at);
-      keep_[n] = lanes_of(wanted + at, lanes);
-      found_[n] = count(keep_[n]);
-      if (found_[n] == 0) continue;
-      next_value = values_[n] = compressed(keep_[n], load_lanes(values + at, lanes), next_value);
-      const WideVec reward = widened(compressed(keep_[n], load_lanes(rewards + at, lanes), Vec(0.0f)));
-      const WideVec value = widened(values_[n]);
-      const Lanes there = first_lanes(found_[n]);
-      const Doubles right = sums(select(there, 1, delta(reward, value, 1, next), Doubles(0.0)));
-      const Doubles left = sums(select(there, 0, delta(reward, value, 0, value.half[1]), Doubles(0.0)));
-      sums_[n] = {{at::vec::fmadd(Doubles::loadu(powers_ + kHalf), first_everywhere(right), left), right}};
-      next = first_everywhere(value.half[0]);
-      next_value = first_everywhere(next_value);
+                  bool past_caches, float* advantages, float* returns) const {
+    const Pointers at{rewards, values, wanted, advantages, returns,
+                      past_caches && is_aligned(advantages) && is_aligned(returns)};
+    State right{Doubles(carry.advantage), Doubles(static_cast<double>(carry.value)), Vec(carry.value)};
+    int64_t start = length;
+    while (start % (kVectors * kLanes) > 0) {
+      const int64_t stop = start;
+      start = (stop - 1) / kLanes * kLanes;
+      right = take(at, start, stop - start, right, std::make_integer_sequence<int, 1>());
     }
-    Doubles after(carry.advantage);
-    for (int64_t n = vectors; n-- > 0;) {
-      const int64_t at = n * kLanes, lanes = lanes_from(at);
-      if (found_[n] == 0) {
-        store(advantages + at, Vec(0.0f), lanes);
-        store(returns + at, Vec(0.0f), lanes);
-        continue;
-      }
-      const double* powers = powers_ + kLanes - found_[n];  // from the one that is the whole way to the right, down
-      const WideVec value = widened(values_[n]);
-      const WideVec advantage{{at::vec::fmadd(Doubles::loadu(powers), after, sums_[n].half[0]),
-                               at::vec::fmadd(Doubles::loadu(powers + kHalf), after, sums_[n].half[1])}};
-      after = at::vec::fmadd(Doubles(*powers), after, first_everywhere(sums_[n].half[0]));
-      const WideVec target{{advantage.half[0] + value.half[0], advantage.half[1] + value.half[1]}};
-      store(advantages + at, expanded(keep_[n], rounded(advantage)), lanes);
-      store(returns + at, expanded(keep_[n], rounded(target)), lanes);
+    while (start > 0) {
+      start -= kVectors * kLanes;
+      right = take(at, start, kLanes, right, std::make_integer_sequence<int, kVectors>());
     }
     double all[kHalf];
     float all_values[kLanes];
-    after.store(all);
-    next_value.store(all_values);
+    right.advantage.store(all);
+    right.value.store(all_values);
     carry = {all[0], all_values[0]};
   }
 
  private:
-  Doubles delta(const WideVec& reward, const WideVec& value, int half, const Doubles& following) const {
-    return gae_delta(reward.half[half], value.half[half], lowered<1>(value.half[half], following), gamma_);
+  struct Pointers {
+    const float *rewards, *values;
+    const uint8_t* wanted;
+    float *advantages, *returns;
+    bool past_caches;
+  };
+
+  // A Carry: the advantage in every lane, the value in the first. The others hold anything.
+  struct State {
+    Doubles advantage, wide_value;
+    Vec value;
+  };
+
+  // Of vectors side by side, each step for all of them before the next: they don't wait for each other.
+  template <int... n>
+  [[gnu::always_inline]] State take(const Pointers& at, int64_t start, int64_t lanes, State right,
+                                    std::integer_sequence<int, n...>) const {
+    constexpr int last = sizeof...(n) - 1;
+    const Lanes keep[] = {lanes_of(at.wanted + start + n * kLanes, lanes)...};
+    const int64_t found[] = {count(keep[n])...};
+    if ((found[n] + ...) == 0) {
+      (store(at, start + n * kLanes, lanes, Vec(0.0f), Vec(0.0f)), ...);
+      return right;
+    }
+    const Vec values[] = {load_lanes(at.values + start + n * kLanes, lanes)...};
+    // Behind what counts of a vector: the value that follows.
+    Vec together[] = {values[n]..., right.value};
+    const auto move = [&](int i) { together[i] = compressed(keep[i], values[i], first_everywhere(together[i + 1])); };
+    (move(last - n), ...);
+    const WideVec value[] = {widened(together[n])..., {{right.wide_value, right.wide_value}}};
+    WideVec sum[] = {delta(compressed(keep[n], load_lanes(at.rewards + start + n * kLanes, lanes), Vec(0.0f)), value[n],
+                           value[n + 1].half[0], first_lanes(found[n]))...};
+    ((sum[n] = reaching<1>(sum[n])), ...);
+    ((sum[n] = reaching<2>(sum[n])), ...);
+    if constexpr (kHalf > 4) ((sum[n] = reaching<4>(sum[n])), ...);
+    const Doubles far = Doubles::loadu(powers_ + kHalf);
+    ((sum[n].half[0] = gae_advantage(sum[n].half[0], far, first_everywhere(sum[n].half[1]))), ...);
+    const auto finish = [&](int i) {
+      const double* powers = powers_ + kLanes - found[i];  // from the one that is the whole way to the right, down
+      const WideVec advantage{{gae_advantage(sum[i].half[0], Doubles::loadu(powers), right.advantage),
+                               gae_advantage(sum[i].half[1], Doubles::loadu(powers + kHalf), right.advantage)}};
+      right.advantage = first_everywhere(advantage.half[0]);
+      const Vec apart = expanded(keep[i], rounded(advantage));
+      store(at, start + i * kLanes, lanes, apart, kept(keep[i], apart + values[i]));
+    };
+    (finish(last - n), ...);
+    return {right.advantage, value[0].half[0], together[0]};
   }
 
-  // Σ (γλ)^k·δ of a lane and those after it.
-  Doubles sums(Doubles sum) const {
-    const Doubles zero(0.0);
-    sum = at::vec::fmadd(steps_[0], lowered<1>(sum, zero), sum);
-    sum = at::vec::fmadd(steps_[1], lowered<2>(sum, zero), sum);
-    if constexpr (kHalf > 4) sum = at::vec::fmadd(steps_[2], lowered<4>(sum, zero), sum);
-    return sum;
+  // 0 but for the lanes that are there.
+  WideVec delta(const Vec& rewards, const WideVec& value, const Doubles& following, const Lanes& there) const {
+    const WideVec reward = widened(rewards);
+    const auto half = [&](int i, const Doubles& behind) {
+      const Doubles next = lowered<1>(value.half[i], behind);
+      return select(there, i, gae_delta(reward.half[i], value.half[i], next, gamma_), Doubles(0.0));
+    };
+    return {{half(0, value.half[1]), half(1, following)}};
+  }
+
+  // Of sums Σ (γλ)^k·δ over a lane and the kCount − 1 after it in its half, those over twice as many.
+  template <int kCount>
+  WideVec reaching(const WideVec& sums) const {
+    const auto half = [&](const Doubles& sum) {
+      return gae_advantage(sum, steps_[kCount / 2], lowered<kCount>(sum, Doubles(0.0)));
+    };
+    return {{half(sums.half[0]), half(sums.half[1])}};
+  }
+
+  static void store(const Pointers& to, int64_t at, int64_t lanes, const Vec& advantages, const Vec& returns) {
+    if (to.past_caches && lanes == kLanes) {
+      store_past_caches(to.advantages + at, advantages);
+      store_past_caches(to.returns + at, returns);
+    } else {
+      store_lanes(to.advantages + at, advantages, lanes);
+      store_lanes(to.returns + at, returns, lanes);
+    }
   }
 
   static bool is_aligned(const float* at) { return reinterpret_cast<uintptr_t>(at) % sizeof(Vec) == 0; }
 
-  static constexpr int64_t kVectors = kRowBlock / kLanes;
+  static constexpr int kVectors = 4;
   Doubles gamma_, steps_[3];
   double powers_[2 * kLanes];  // of γλ, from that of kLanes down to that of 0, which goes on
-  WideVec sums_[kVectors];
-  Vec values_[kVectors];
-  Lanes keep_[kVectors];
-  int64_t found_[kVectors];
 };
 
 }  // namespace
@@ -142,7 +176,7 @@ class Recursion {
 // Block by block, the last first. With shaping, a block's rewards are made just before they are used.
 void gae(const GaeArguments& in, const KlShaping* shaping, bool past_caches, int64_t begin, int64_t end) {
   Scratch scratch[2];
-  Recursion recursion(in.gamma, in.lambda);
+  const Recursion recursion(in.gamma, in.lambda);
   for (int64_t sequence = begin; sequence < end; ++sequence) {
     const Span span = span_of(in.sequences, sequence);
     const int64_t scored = shaping ? last_wanted(in.wanted + span.flat, span.length) : -1;
