@@ -6,8 +6,9 @@
 namespace rlhf_kernels::cpu {
 inline namespace RLHF_ISA {
 
-// Read once, unless its maximum is a new one for the row: then a second time, from the L1 cache.
-constexpr int64_t kBlock = 2048;
+// Read once, unless its maximum is a new one for the row: then a second time, from the L1 cache. Longer blocks would be
+// read again for longer, shorter ones have more of what is done once per block.
+constexpr int64_t kBlock = 1024;
 
 // Four vectors of what lies a page ahead, into the L2 cache: the arithmetic is too slow for the processor to see a stream
 // that it should fetch early, and prefetches into L1 would wait for one of its few line buffers. Past the end of memory
@@ -18,6 +19,8 @@ inline void fetch_ahead(const T* at) {
   const char* start = reinterpret_cast<const char*>(at) + distance;
   for (int64_t i = 0; i < 4 * kLanes * static_cast<int64_t>(sizeof(T)); i += line) __builtin_prefetch(start + i, 0, 2);
 }
+
+constexpr double kLog2E = 1.44269504088896341;
 
 template <class T>
 float block_maximum(const T* logits, int64_t count) {
@@ -33,18 +36,16 @@ float block_maximum(const T* logits, int64_t count) {
   return largest(larger(larger(best[0], best[1]), larger(best[2], best[3])));
 }
 
-// Sums over a block relative to a maximum, in powers of 2, and the block's own maximum. Four chains of additions hide
-// their latency and keep each one short, so that float32 loses nothing a double would have kept.
+// Sums over a block relative to a maximum, in powers of 2, and the block's own maximum, per lane. Four chains of additions
+// hide their latency and keep each one short, so that float32 loses nothing a double would have kept.
 struct BlockSums {
-  double e = 0, ed = 0;
-  float maximum = -INFINITY;
+  Vec e, ed, maximum;
 };
 
 template <class T, bool kEntropy>
 BlockSums block_sums(const T* logits, int64_t count, float maximum, double inverse_temperature) {
-  constexpr double log2_e = 1.44269504088896341;
   constexpr float smallest = -150.0f;  // 2^−150 rounds to 0 in float32
-  const Vec top(maximum), scale(static_cast<float>(inverse_temperature * log2_e)), floor(smallest);
+  const Vec top(maximum), scale(static_cast<float>(inverse_temperature * kLog2E)), floor(smallest);
   Vec e_sums[4], ed_sums[4];
   Vec best[4] = {Vec(-INFINITY), Vec(-INFINITY), Vec(-INFINITY), Vec(-INFINITY)};
   const auto add = [&](const Vec& logit, int chain) __attribute__((always_inline)) {
@@ -64,35 +65,43 @@ BlockSums block_sums(const T* logits, int64_t count, float maximum, double inver
   }
   for (; i < count; i += kLanes) add(load_lanes_or(logits + i, count - i < kLanes ? count - i : kLanes, -INFINITY), 0);
   BlockSums block;
-  block.maximum = largest(larger(larger(best[0], best[1]), larger(best[2], best[3])));
-  block.e = sum((e_sums[0] + e_sums[1]) + (e_sums[2] + e_sums[3]));
-  if constexpr (kEntropy) {
-    block.ed = sum((ed_sums[0] + ed_sums[1]) + (ed_sums[2] + ed_sums[3])) * 0.69314718055994531;  // back to nats
-  }
+  block.maximum = larger(larger(best[0], best[1]), larger(best[2], best[3]));
+  block.e = (e_sums[0] + e_sums[1]) + (e_sums[2] + e_sums[3]);
+  if constexpr (kEntropy) block.ed = (ed_sums[0] + ed_sums[1]) + (ed_sums[2] + ed_sums[3]);
   return block;
 }
 
 template <class T, bool kEntropy>
 OnlineSoftmax reduce_row(const T* logits, int64_t vocabulary, double inverse_temperature) {
-  OnlineSoftmax row;
+  float maximum = -INFINITY;
+  WideVec e, ed;
   for (int64_t i = 0; i < vocabulary; i += kBlock) {
     const int64_t count = vocabulary - i < kBlock ? vocabulary - i : kBlock;
     const T* at = logits + i;
-    if (row.maximum == -INFINITY) row.maximum = block_maximum(at, count);
+    if (maximum == -INFINITY) maximum = block_maximum(at, count);
     // Nothing but −inf so far: these tokens have probability 0, unless all of them are banned.
-    if (row.maximum == -INFINITY && i + count < vocabulary) continue;
-    BlockSums block = block_sums<T, kEntropy>(at, count, row.maximum, inverse_temperature);
-    if (block.maximum > row.maximum) {
-      const double shift = (static_cast<double>(row.maximum) - block.maximum) * inverse_temperature;
-      const double scale = std::exp(shift);
-      row.weighted = scale == 0 ? 0 : (row.weighted + shift * row.sum) * scale;
-      row.sum *= scale;
-      row.maximum = block.maximum;
-      block = block_sums<T, kEntropy>(at, count, row.maximum, inverse_temperature);
+    if (maximum == -INFINITY && i + count < vocabulary) continue;
+    BlockSums block = block_sums<T, kEntropy>(at, count, maximum, inverse_temperature);
+    if (cpu::count(greater(block.maximum, Vec(maximum)))) {
+      const float higher = largest(block.maximum);
+      const double shift = (static_cast<double>(maximum) - higher) * inverse_temperature * kLog2E;
+      const double scale = std::exp2(shift);
+      for (int half = 0; half < 2; ++half) {
+        if constexpr (kEntropy) {
+          ed.half[half] = scale == 0 ? Doubles(0.0) : (ed.half[half] + Doubles(shift) * e.half[half]) * Doubles(scale);
+        }
+        e.half[half] = e.half[half] * Doubles(scale);
+      }
+      maximum = higher;
+      block = block_sums<T, kEntropy>(at, count, maximum, inverse_temperature);
     }
-    row.sum += block.e;
-    row.weighted += block.ed;
+    e += widened(block.e);
+    if constexpr (kEntropy) ed += widened(block.ed);
   }
+  OnlineSoftmax row;
+  row.maximum = maximum;
+  row.sum = sum(e);
+  row.weighted = sum(ed) / kLog2E;  // back to nats
   return row;
 }
 
