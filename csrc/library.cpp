@@ -53,16 +53,14 @@ void ensure_pages([[maybe_unused]] void* start, [[maybe_unused]] int64_t bytes) 
   const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   const uintptr_t first = reinterpret_cast<uintptr_t>(start) / page * page;
   const auto pages = static_cast<int64_t>((reinterpret_cast<uintptr_t>(start) + bytes - first + page - 1) / page);
-  constexpr int64_t run = 512;
-  torch::stable::parallel_for(0, (pages + run - 1) / run, 4, [&](int64_t begin, int64_t end) {
-    unsigned char resident[run];
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t count = std::min(run, pages - i * run);
-      void* at = reinterpret_cast<void*>(first + i * run * page);
-      if (mincore(at, count * page, resident) != 0) return;
-      const bool all = std::all_of(resident, resident + count, [](unsigned char flags) { return flags & 1; });
-      if (!all && madvise(at, count * page, populate_write) != 0) return;
-    }
+  // Memory grows at its end, and malloc_trim leaves the pages that neighbours share: the last but one tells.
+  unsigned char resident;
+  if (mincore(reinterpret_cast<void*>(first + (pages - 2) * page), page, &resident) != 0 || (resident & 1)) return;
+  constexpr int64_t run = 64;
+  torch::stable::parallel_for(0, (pages + run - 1) / run, 1, [&](int64_t begin, int64_t end) {
+    const int64_t count = std::min(end * run, pages) - begin * run;
+    // A system that can't leaves them to be faulted in.
+    (void)madvise(reinterpret_cast<void*>(first + begin * run * page), count * page, populate_write);
   });
 #endif
 }
@@ -74,7 +72,10 @@ Tensor without_pages(const std::vector<int64_t>& shape, ScalarType type) {
 
 Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
   Tensor result = without_pages(shape, type);
-  ensure_pages(result.mutable_data_ptr(), result.numel() * result.element_size());
+  // Below, what asking takes where there are pages is more than what it saves where there are none.
+  constexpr int64_t worth_it = int64_t{1} << 20;
+  const int64_t bytes = result.numel() * static_cast<int64_t>(result.element_size());
+  if (bytes >= worth_it) ensure_pages(result.mutable_data_ptr(), bytes);
   return result;
 }
 

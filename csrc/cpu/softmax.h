@@ -20,8 +20,6 @@ inline void fetch_ahead(const T* at) {
   for (int64_t i = 0; i < 4 * kLanes * static_cast<int64_t>(sizeof(T)); i += line) __builtin_prefetch(start + i, 0, 2);
 }
 
-constexpr double kLog2E = 1.44269504088896341;
-
 template <class T>
 float block_maximum(const T* logits, int64_t count) {
   Vec best[4] = {Vec(-INFINITY), Vec(-INFINITY), Vec(-INFINITY), Vec(-INFINITY)};
@@ -101,7 +99,7 @@ OnlineSoftmax reduce_row(const T* logits, int64_t vocabulary, double inverse_tem
   OnlineSoftmax row;
   row.maximum = maximum;
   row.sum = sum(e);
-  row.weighted = sum(ed) / kLog2E;  // back to nats
+  row.weighted = sum(ed) * kLn2;  // back to nats
   return row;
 }
 

@@ -18,7 +18,6 @@ constexpr int kSumsAhead = 2;  // of which it asks for so many before it looks a
 constexpr int kAhead = 4;      // the same, of the gradient
 constexpr int kStride = kThreads * kVector;
 constexpr int kChunk = kStride * kVectors;
-constexpr double kLog2E = 1.44269504088896341, kLn2 = 0.69314718055994531;
 
 template <Dtype kDtype>
 constexpr int64_t kSizeOf = kDtype == Dtype::float32 ? 4 : 2;

@@ -12,6 +12,8 @@
 
 namespace rlhf_kernels {
 
+constexpr double kLog2E = 1.44269504088896341, kLn2 = 0.69314718055994531;
+
 // yes where a > b, else no; NaN is greater than nothing.
 RLHF_HOST_DEVICE float where_greater(float a, float b, float yes, float no) { return a > b ? yes : no; }
 RLHF_HOST_DEVICE double where_greater(double a, double b, double yes, double no) { return a > b ? yes : no; }
@@ -71,7 +73,7 @@ template <class T>
 RLHF_HOST_DEVICE Exponential<T> bounded_exponential(T x) {
   const T one(1.0f);
   const T bounded = at_least(x, T(kSmallestExponent));
-  const T n = nearest_integer(bounded * T(1.44269504088896341f));
+  const T n = nearest_integer(bounded * T(static_cast<float>(kLog2E)));
   const T high = multiply_add(n, T(-0.693359375f), bounded), r = multiply_add(n, T(2.12194440e-4f), high);
   // Its halves side by side (Estrin): what waits for an exponential waits for less.
   const T square = r * r;

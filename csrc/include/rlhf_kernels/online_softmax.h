@@ -53,9 +53,9 @@ struct LogitGradient {
   RLHF_HOST_DEVICE LogitGradient(float row_maximum, float log_sum, float entropy, float grad_logprob,
                                  float grad_entropy, double temperature)
       : maximum(row_maximum),
-        scale(static_cast<float>(1.44269504088896341 / temperature)),
-        log2_sum(static_cast<float>(1.44269504088896341 * log_sum)),
-        slope(static_cast<float>(-0.69314718055994531 * grad_entropy / temperature)),
+        scale(static_cast<float>(kLog2E / temperature)),
+        log2_sum(static_cast<float>(kLog2E * log_sum)),
+        slope(static_cast<float>(-kLn2 * grad_entropy / temperature)),
         offset(static_cast<float>(-(grad_logprob + (grad_entropy == 0 ? 0.0 : double{grad_entropy} * entropy)) / temperature)) {}
 
   template <bool kEntropy>
