@@ -35,9 +35,10 @@ def linear_selective_log_softmax(
 
     Args:
         hidden: (..., D) float32, bfloat16, float16 (or float64): the states that predict the tokens.
-        weight: (V, D), dtype of ``hidden``: the output embeddings.
+        weight: (V, D), one of these dtypes too: the output embeddings. Where operands differ in dtype, all are brought
+            to float32 first (to float64, if one of them is).
         index: (...) int64 or int32, in [0, V) where the row counts.
-        bias: (V,), dtype of ``hidden``.
+        bias: (V,), likewise.
         temperature: τ > 0.
         softcap: > 0, or None.
         row_mask: (...) bool or {0, 1}; rows of 0 are dropped before the matmul, give 0 and zero gradient. None: every
@@ -139,7 +140,7 @@ def linear_ppo_policy_loss(
     check_clipping(clip_range, clip_range_high, dual_clip)
     check_reduction(reduction, len(rows))
     clip = (clip_range, clip_range if clip_range_high is None else clip_range_high, dual_clip, reduction)
-    backend = choose("linear_ppo_policy_loss", hidden, weight)
+    backend = choose("linear_ppo_policy_loss", hidden, weight, bias)
     if backend == "reference":
         return reference.linear_log_prob.linear_ppo_policy_loss(
             hidden, weight, index, old_logprobs, advantages, wanted, bias, temperature, softcap, *clip
@@ -193,7 +194,7 @@ def linear_cross_entropy(
     checks.integer("ignore_index", ignore_index)
     wanted = labels != ignore_index
     checks.index_range("labels", labels, weight.shape[0], wanted)
-    backend = choose("linear_cross_entropy", hidden, weight)
+    backend = choose("linear_cross_entropy", hidden, weight, bias)
     if backend == "reference":
         return reference.linear_log_prob.linear_cross_entropy(
             hidden, weight, labels, wanted, bias, temperature, softcap, reduction
@@ -227,7 +228,7 @@ def _run(
     hidden: Tensor, weight: Tensor, index: Tensor, wanted: Tensor, bias: Tensor | None, temperature: float,
     softcap: float | None, *, with_entropy: bool,
 ) -> tuple[Tensor, Any]:  # fmt: skip
-    backend = choose("linear_selective_log_softmax", hidden, weight)
+    backend = choose("linear_selective_log_softmax", hidden, weight, bias)
     if backend == "reference":
         return reference.linear_log_prob.linear_selective_log_softmax_and_entropy(
             hidden, weight, index, wanted, bias, temperature, softcap, with_entropy=with_entropy

@@ -125,20 +125,23 @@ struct Pair {
 // What a block of pairs adds up to, per lane.
 struct Block {
   int64_t length;
-  Vec shortfall, product, order;
-  Tally pairs;
+  Vec differences, product, order;  // the differences of pairs that fall short
+  Tally pairs, short_pairs;
 };
 
 // Per lane.
 struct Totals {
   WideVec losses, rights, pairs;
 
-  void add(const Block& block) {
+  void add(const Block& block, double margin) {
     // What is no pair counts as one in order. Scores that are equal, or cannot be compared, count half.
     const Vec pair_count = block.pairs.value(), no_pairs = Vec(static_cast<float>(block.length)) - pair_count;
     rights += widened(Vec(0.5f) * (pair_count + (block.order - no_pairs)));
     pairs += widened(pair_count);
-    losses = losses - widened(block.shortfall);
+    const WideVec differences = widened(block.differences), short_pairs = widened(block.short_pairs.value());
+    const Doubles margins(margin);
+    losses = losses - WideVec{{shortfall(differences.half[0], short_pairs.half[0], margins),
+                               shortfall(differences.half[1], short_pairs.half[1], margins)}};
     // At the end: gcc keeps nothing in a register that is needed after a call.
     const WideVec products = widened(block.product);
     losses += WideVec{{products.half[0].log1p(), products.half[1].log1p()}};
@@ -147,12 +150,12 @@ struct Totals {
 
 // A loop for what comes before the exponentials, one for them and one for what comes after: instructions of one pair wait
 // for each other longer than a processor looks ahead, those of several pairs don't.
-template <bool kGradient>
+template <bool kGradient, bool kMargin>
 Block add_block(Columns& lanes, int64_t widest, int64_t length, const Vec& margin, Pair& pair) {
   const Vec zero(0.0f), infinity(INFINITY);
   const Pair first = pair;
-  Vec shortfall = zero, product = zero, order = zero;
-  Tally pairs;
+  Vec differences = zero, product = zero, order = zero;
+  Tally pairs, short_pairs;
   for (int64_t n = 0; n < length; ++n, pair.next(widest)) {
     const Vec rank_i = lanes.ranks[pair.i], rank_j = lanes.ranks[pair.j];
     // Not at a tie, nor where the rank of one of them is NaN. Those are infinitely far in the right order, which adds
@@ -162,7 +165,9 @@ Block add_block(Columns& lanes, int64_t widest, int64_t length, const Vec& margi
     const Vec difference = select(is_pair, downhill, infinity), x = difference - margin;
     pairs.add(is_pair);
     order = order + signum(difference);
-    shortfall = shortfall + pair_shortfall(x);
+    const Lanes is_short = not_less(zero, x);  // NaN too
+    differences = add_where(is_short, differences, difference);
+    if constexpr (kMargin) short_pairs.add(is_short);
     lanes.xs[n] = x;
   }
   for (int64_t n = 0; n < length; ++n) {
@@ -185,17 +190,17 @@ Block add_block(Columns& lanes, int64_t widest, int64_t length, const Vec& margi
       lanes.gradients[i] = gradient_i;
     }
   }
-  return {length, shortfall, product, order, pairs};
+  return {length, differences, product, order, pairs, short_pairs};
 }
 
-template <bool kGradient>
-void sum_pairs(Columns& lanes, int64_t widest, const Vec& margin, Totals& totals) {
+template <bool kGradient, bool kMargin>
+void sum_pairs(Columns& lanes, int64_t widest, float margin, Totals& totals) {
   for (int64_t k = 0; k < widest; ++k) lanes.gradients[k] = {};
   Pair pair;
   int64_t left = widest * (widest - 1) / 2;
   do {
     const int64_t length = std::min(left, kPairBlock);
-    totals.add(add_block<kGradient>(lanes, widest, length, margin, pair));
+    totals.add(add_block<kGradient, kMargin>(lanes, widest, length, Vec(margin), pair), margin);
     left -= length;
   } while (left > 0);
 }
@@ -216,8 +221,9 @@ void ranking(const RankingArguments& in, int64_t begin, int64_t end) {
       lanes.ranks[k] = select(greater(lengths, Vec(static_cast<float>(k))), lanes.ranks[k], Vec(NAN));
     }
     Totals totals;
-    in.gradient ? sum_pairs<true>(lanes, group.widest, Vec(in.margin), totals)
-                : sum_pairs<false>(lanes, group.widest, Vec(in.margin), totals);
+    const auto sum_all = in.gradient ? in.margin ? sum_pairs<true, true> : sum_pairs<true, false>
+                                     : in.margin ? sum_pairs<false, true> : sum_pairs<false, false>;
+    sum_all(lanes, group.widest, in.margin, totals);
     // Without a pair the sums and the gradient are 0 already.
     const auto share = [](const Doubles& pairs) { return Doubles(1.0) / at::vec::maximum(pairs, Doubles(1.0)); };
     const WideVec shares{{share(totals.pairs.half[0]), share(totals.pairs.half[1])}};

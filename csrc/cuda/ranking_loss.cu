@@ -59,7 +59,8 @@ __global__ void __launch_bounds__(kThreads, 4) prompts_kernel(RankingLoss in, in
       Completion sum;
       for (int64_t other = 0; other < extent; other += width) {
         const Entry theirs = entry(in, base, other + lane, length);
-        float shortfall = 0, product = 0;
+        float differences = 0, product = 0;
+        int short_pairs = 0;
         for (int k = 0; k < width; ++k) {
           const float score = shuffle(theirs.score, k, width);
           const int64_t rank = shuffle(theirs.rank, k, width);
@@ -73,13 +74,16 @@ __global__ void __launch_bounds__(kThreads, 4) prompts_kernel(RankingLoss in, in
           sum.lost = (next - sum.gradient) - term;
           sum.gradient = next;
           if (!wins) continue;
-          shortfall += pair_shortfall(x);
+          if (!(x >= 0)) {  // NaN too
+            differences += difference;
+            ++short_pairs;
+          }
           product = with_tail(product, tail);
           // Equal scores, and those that cannot be compared, count half.
           sum.right += difference > 0 ? 1.0f : difference < 0 ? 0.0f : 0.5f;
           sum.pairs += 1;
         }
-        sum.loss += log1p(static_cast<double>(product)) - static_cast<double>(shortfall);
+        sum.loss += log1p(static_cast<double>(product)) - shortfall<double>(differences, short_pairs, in.margin);
       }
       loss += sum.loss;
       right += sum.right;

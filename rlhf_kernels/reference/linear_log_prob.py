@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels.reference import log_prob, ppo_loss
-from rlhf_kernels.reference.common import upcast
+from rlhf_kernels.reference.common import common_dtype
 
 
 def linear_selective_log_softmax_and_entropy(
@@ -50,7 +50,8 @@ def linear_cross_entropy(
 
 def _logits(hidden: Tensor, weight: Tensor, wanted: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
     # Rows that do not count are zeroed before the matmul, so that no NaN of theirs reaches the weight's gradient.
-    hidden = torch.where(wanted[..., None], upcast(hidden), 0.0)
+    dtype = common_dtype(hidden, weight, bias)
+    hidden = torch.where(wanted[..., None], hidden.to(dtype), 0.0)
     with torch.autocast(hidden.device.type, enabled=False):
-        logits = torch.nn.functional.linear(hidden, upcast(weight), None if bias is None else upcast(bias))
+        logits = torch.nn.functional.linear(hidden, weight.to(dtype), None if bias is None else bias.to(dtype))
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)

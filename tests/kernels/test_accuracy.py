@@ -100,6 +100,14 @@ def test_ranking_loss(spread, shape):
     hold(Call(k.pairwise_ranking_loss, tensors, ("scores",)), 3)
 
 
+@pytest.mark.parametrize("margin", [0.1, 0.3, 0.7])
+@pytest.mark.parametrize("shape", [(256, 9), (8, 64)])
+def test_ranking_loss_of_coarse_scores_with_a_margin(margin, shape):
+    """All differences have the same last digits below them: roundings of the same direction."""
+    tensors = {"scores": torch.randn(shape).to(torch.bfloat16), "ranks": torch.rand(shape).argsort(1)}
+    hold(Call(k.pairwise_ranking_loss, tensors, (), {"margin": margin}), 2)
+
+
 def test_more_pairs_than_a_float32_counts(kernels):
     if emulated(kernels):
         pytest.skip("18 million pairs take an interpreter minutes")

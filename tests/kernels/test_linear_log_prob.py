@@ -197,3 +197,15 @@ def test_policy_loss_takes_no_ignore_index(backend):
             linear_ppo_policy_loss(*arguments)
     with pytest.raises(ValueError, match=r"reduction: is 'seq-mean-token-sum', which needs \(B, T\) inputs"):
         linear_ppo_policy_loss(hidden, weight, torch.tensor([1, 0]), zeros, zeros, None, reduction="seq-mean-token-sum")
+
+
+@pytest.mark.parametrize("odd", ["hidden", "weight", "bias"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_operands_of_two_dtypes_meet_in_the_wider(odd, dtype):
+    operands = {"hidden": torch.randn(5, 6), "weight": torch.randn(9, 6), "bias": torch.randn(9)}
+    operands[odd] = operands[odd].to(dtype)
+    index = torch.randint(0, 9, (5,))
+    wide = torch.promote_types(torch.float32, dtype)
+    got = linear_selective_log_softmax(index=index, **operands)
+    assert got.dtype == wide
+    assert torch.equal(got, linear_selective_log_softmax(index=index, **{n: x.to(wide) for n, x in operands.items()}))

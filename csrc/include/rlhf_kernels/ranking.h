@@ -5,10 +5,12 @@
 
 namespace rlhf_kernels {
 
-// With x = r_w − r_l − margin: −log σ(x) = log(1 + tail) − shortfall.
+// With x = r_w − r_l − margin: −log σ(x) = log(1 + tail) − min(x, 0). What many pairs fall short by is added up in two
+// parts, differences and margins. A sum of both would lose the same digits of the margin again and again, where differences
+// are of one grid, as those of bfloat16 scores.
 template <class T>
-RLHF_HOST_DEVICE T pair_shortfall(T x) {
-  return at_most(x, T(0.0f));
+RLHF_HOST_DEVICE T shortfall(T differences, T pairs, T margin) {
+  return differences - pairs * margin;
 }
 
 // e^−|x|
