@@ -67,7 +67,7 @@ class Recursion {
                   bool past_caches, float* advantages, float* returns) const {
     const Pointers at{rewards, values, wanted, advantages, returns,
                       past_caches && is_aligned(advantages) && is_aligned(returns)};
-    State right{Doubles(carry.advantage), Doubles(static_cast<double>(carry.value)), Vec(carry.value)};
+    State right{Doubles(carry.advantage), Vec(carry.value)};
     int64_t start = length;
     while (start % (kVectors * kLanes) > 0) {
       const int64_t stop = start;
@@ -95,7 +95,7 @@ class Recursion {
 
   // A Carry: the advantage in every lane, the value in the first. The others hold anything.
   struct State {
-    Doubles advantage, wide_value;
+    Doubles advantage;
     Vec value;
   };
 
@@ -115,7 +115,7 @@ class Recursion {
     Vec together[] = {values[n]..., right.value};
     const auto move = [&](int i) { together[i] = compressed(keep[i], values[i], first_everywhere(together[i + 1])); };
     (move(last - n), ...);
-    const WideVec value[] = {widened(together[n])..., {{right.wide_value, right.wide_value}}};
+    const WideVec value[] = {widened(together[n])..., widened(right.value)};
     WideVec sum[] = {delta(compressed(keep[n], load_lanes(at.rewards + start + n * kLanes, lanes), Vec(0.0f)), value[n],
                            value[n + 1].half[0], first_lanes(found[n]))...};
     ((sum[n] = reaching<1>(sum[n])), ...);
@@ -132,7 +132,7 @@ class Recursion {
       store(at, start + i * kLanes, lanes, apart, kept(keep[i], apart + values[i]));
     };
     (finish(last - n), ...);
-    return {right.advantage, value[0].half[0], together[0]};
+    return {right.advantage, together[0]};
   }
 
   // 0 but for the lanes that are there.

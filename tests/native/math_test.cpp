@@ -193,7 +193,8 @@ void ranking() {
       product = with_tail(product, tail);
       expect_close(pair_slope(x, tail), 1 / (1 + std::exp(double{x})), 4e-7, "sigma(-x)", 1e-37);
     }
-    expect_close(std::log1p(double{product}) - shortfall<double>(differences, short_pairs, margin), truth, 1e-6, "sum of -log sigma(x)");
+    const double loss = std::log1p(double{product}) - shortfall<double>(differences, short_pairs, margin);
+    expect_close(loss, truth, 1e-6, "sum of -log sigma(x)");
   }
 }
 
