@@ -97,6 +97,5 @@ def draw(groups: list[Group], machine: str, path: Path) -> None:
     axes.set_xlabel(f"time, in times that of rlhf_kernels (blue line)\n{machine}", fontsize=8)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     plt.close(figure)

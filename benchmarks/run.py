@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -41,6 +42,18 @@ FAMILIES: dict[str, ModuleType] = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+def writable(text: str) -> Path:
+    """A file that can be written, found out before anything is measured; its directory is made."""
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text}: is a directory, or in one that can't be written")
+    return path
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -49,8 +62,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="repeatable; default: those of each family")
     parser.add_argument("--family", choices=FAMILIES, action="append", help="repeatable; default: all of them")
     parser.add_argument("--quick", action="store_true", help="small sizes, few runs: shows that it works, not how fast")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a figure; needs matplotlib")
+    parser.add_argument("--json", type=writable, metavar="FILE", help="write everything that was measured")
+    parser.add_argument("--plot", type=writable, metavar="FILE", help="draw a figure; needs matplotlib")
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")

@@ -513,6 +513,7 @@ struct TokenRows {
 
   View view(const Tensor& tensor) const {
     View result = view_of(tensor);
+    if (!matrix && tensor.dim() == 2) result.stride = 1;  // where a dimension has one entry, its stride says nothing
     if (!matrix) result.row_stride = length * result.stride;
     return result;
   }

@@ -6,6 +6,7 @@ again over its own samples. Completions that have ended leave the batch, so none
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -70,14 +71,16 @@ def sample_batch(
     logprobs = torch.zeros(len(prompts), max_new_tokens, device=device)
     count = torch.full((len(prompts),), max_new_tokens, device=device)
     cache = DynamicCache(config=inner.config)
+    # transformers had it as past_key_values, and models that bring their own code still do.
+    cache_name = "cache" if "cache" in inspect.signature(inner.forward).parameters else "past_key_values"
     for step in range(max_new_tokens):
         logits = inner(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{cache_name: cache},
         ).logits[:, -1]
         if temperature == 0:
             drawn = logits.argmax(-1)

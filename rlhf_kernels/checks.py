@@ -50,7 +50,7 @@ def number(
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: is {type(value).__name__}, must be a number")
     too_low = value <= low if exclusive_low else value < low
-    if too_low or value > high or not math.isfinite(value):
+    if too_low or value > high or not -math.inf < value < math.inf:  # compiled code knows no math.isfinite of a symbol
         first, last = "(" if exclusive_low else "[", ")" if high == math.inf else "]"
         raise ValueError(f"{name}: is {value}, must be finite and in {first}{low}, {high}{last}")
 

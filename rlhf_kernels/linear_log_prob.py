@@ -242,7 +242,7 @@ def _run(
 
 def _operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Rows of hidden states, and operands of one dtype."""
-    hidden = hidden.reshape(-1, hidden.shape[-1])
+    hidden = hidden.flatten(0, -2) if hidden.dim() > 1 else hidden[None]
     dtypes = {x.dtype for x in (hidden, weight, bias) if x is not None}
     if len(dtypes) > 1:
         hidden, weight, bias = hidden.float(), weight.float(), None if bias is None else bias.float()

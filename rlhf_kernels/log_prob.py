@@ -103,11 +103,24 @@ def _check(
             raise ValueError(
                 "logits: is a leaf that requires a gradient, must be the output of an op for inplace_backward"
             )
-        if any(stride == 0 and size > 1 for stride, size in zip(logits.stride(), logits.shape, strict=True)):
+        if _share_memory(logits):
             raise ValueError(
                 f"logits: has strides {logits.stride()}, so that entries share memory, must not for inplace_backward"
             )
     return wanted_rows(index, logits, logits.shape[:-1], logits.shape[-1], row_mask, ignore_index)
+
+
+def _share_memory(tensor: Tensor) -> bool:
+    """Whether entries may lie at one place; slices and transposes of a dense tensor have none that do."""
+    if tensor.numel() == 0:
+        return False
+    # Without sorting, which compiled code can't do to symbols.
+    dims = [(stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
+    for i, (stride, _) in enumerate(dims):
+        within = sum(s * (n - 1) for j, (s, n) in enumerate(dims) if j != i and s <= stride)
+        if stride <= within:
+            return True
+    return False
 
 
 def wanted_rows(

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 RUN = Path(__file__).parents[2] / "benchmarks" / "run.py"
 
 
@@ -26,3 +28,12 @@ def test_an_unknown_family_is_named():
     done = run("--family", "gpt")
     assert done.returncode == 2
     assert "gpt" in done.stderr
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_a_file_that_can_not_be_written_is_named_before_anything_is_measured(tmp_path, option):
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "results"):
+        done = run("--quick", option, path)
+        assert done.returncode == 2
+        assert f"{option}: {path}: " in done.stderr

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from calls import NAMES, calls
 
 import rlhf_kernels as k
 from rlhf_kernels.reference import gae, ranking_loss
@@ -55,6 +56,30 @@ def packed_advantages(scores, logprobs, ref, values, cu_seqlens):
 def logits_loss(logits, index):
     a, h = k.selective_log_softmax_and_entropy(logits * 1, index, temperature=0.7, inplace_backward=True)
     return (k.kl_penalty(a, a.detach() - 1, estimator="k3") + h).sum()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_symbolic_sizes_and_options(backend, name):
+    if backend == "cuda" and name.startswith("linear"):
+        pytest.skip("not in CUDA C++")
+    function = calls()[name].function
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows, length in ((4, 7), (3, 11)):
+        call = calls(rows, length)[name]
+        for got, want in zip(call._replace(function=compiled).run(), call.run(), strict=True):
+            torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_inplace_backward_of_a_transposed_slice(backend, dynamic):
+    def loss(logits, index, **options):
+        return k.selective_log_softmax((logits * 1).transpose(0, 1)[1:], index, **options).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for size in (4, 5):
+        logits, index = torch.randn(size, 6, 30 + size, requires_grad=True), torch.randint(0, 30, (5, size))
+        got = torch.autograd.grad(compiled(logits, index, inplace_backward=True), logits)
+        torch.testing.assert_close(got, torch.autograd.grad(loss(logits, index), logits))
 
 
 def test_a_ppo_loss_from_linear_log_probs(backend, rollout):

@@ -29,15 +29,16 @@ def loops(hidden, weight, bias, softcap, temperature):
 @given(
     st.integers(0, 4),
     st.sampled_from([1, 2, 9]),
+    st.sampled_from([6, 0]),
     st.sampled_from(oracles.DTYPES),
     st.sampled_from([None, 3.0]),
     st.booleans(),
     st.integers(0, 2**31),
 )
-def test_values_match_float64_loops(backend, rows, vocabulary, dtype, softcap, with_bias, seed):
+def test_values_match_float64_loops(backend, rows, vocabulary, width, dtype, softcap, with_bias, seed):
     torch.manual_seed(seed)
-    hidden = torch.randn(rows, 2, 6).to(dtype)
-    weight = torch.randn(vocabulary, 6).to(dtype)
+    hidden = torch.randn(rows, 2, width).to(dtype)
+    weight = torch.randn(vocabulary, width).to(dtype)
     bias = torch.randn(vocabulary).to(dtype)
     index = torch.randint(0, vocabulary, (rows, 2), dtype=torch.int32)
     mask = torch.rand(rows, 2) < 0.7

@@ -173,6 +173,11 @@ def test_inplace_backward_refuses_a_second_pass(backend):
             r"logits: has strides \(0, 1",
         ),
         (
+            {"logits": lambda: torch.zeros(6).unfold(0, 5, 1), "inplace_backward": True},
+            ValueError,
+            r"logits: has strides \(1, 1\), so that entries share memory",
+        ),
+        (
             {"logits": lambda: torch.zeros(2, 5, requires_grad=True), "inplace_backward": True},
             ValueError,
             "logits: is a leaf",
