@@ -42,6 +42,8 @@ void parallel(int64_t count, int64_t work_per_item, const Function& function) {
                               function);
 }
 
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // Memory that malloc has just got from the system has no pages yet. Asking for them by the run costs half of what one
 // fault after another does, which is most of the time of an op that only writes. Where there are pages already, or
 // another system, nothing happens.
@@ -234,11 +236,32 @@ struct LinearInputs {
   }
 };
 
+// Calls task(first row, last row, begin, end) for ranges of blocks. Where those are too few for the threads, as with a
+// small vocabulary, each is made for some of the rows at a time. `multiple` rows belong together.
+template <class Task>
+void share_out(int64_t rows, int64_t multiple, int64_t blocks, const Task& task) {
+  constexpr int64_t fewest = 192, shares_per_thread = 4;
+  const int64_t threads = torch::stable::get_num_threads();
+  if (blocks == 0 || rows == 0) return;
+  if (blocks % threads == 0 || blocks >= shares_per_thread * threads || rows < 2 * fewest) {
+    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) { task(0, rows, begin, end); });
+    return;
+  }
+  const int64_t wanted = std::min(rows / fewest, divide_up(shares_per_thread * threads, blocks));
+  const int64_t each = divide_up(divide_up(rows, wanted), multiple) * multiple, shares = divide_up(rows, each);
+  torch::stable::parallel_for(0, blocks * shares, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t block = i / shares, first = i % shares * each;
+      task(first, std::min(rows, first + each), block, block + 1);
+    }
+  });
+}
+
 // Rows of hidden as the logits' matmul reads them.
 Tensor packed_rows(const cpu::Projection& part, int64_t count) {
   const auto& k = cpu::kernels();
   const Tensor result = empty({k.packed_rows_size(part, count)}, ScalarType::Byte);
-  torch::stable::parallel_for(0, k.row_panels(part, count), 16, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, divide_up(count, k.tile_rows(part)), 16, [&](int64_t begin, int64_t end) {
     k.pack_rows(part, count, result.mutable_data_ptr(), begin, end);
   });
   return result;
@@ -247,8 +270,9 @@ Tensor packed_rows(const cpu::Projection& part, int64_t count) {
 // The logits of these rows, into the workspace.
 void make_logits(const cpu::Projection& part, const Tensor& operand, int64_t count, float* logits) {
   const auto& k = cpu::kernels();
-  torch::stable::parallel_for(0, k.vocabulary_blocks(part), 1, [&](int64_t begin, int64_t end) {
-    k.linear_logits(part, operand.const_data_ptr(), count, logits, begin, end);
+  share_out(count, k.tile_rows(part), k.vocabulary_blocks(part), [&](int64_t row, int64_t last, int64_t begin, int64_t end) {
+    k.linear_logits(part, data<char>(operand) + k.packed_rows_size(part, row), last - row, logits + row * part.vocabulary,
+                    begin, end);
   });
 }
 
@@ -299,17 +323,23 @@ struct LinearGradients {
     constexpr int64_t narrowest = 128, widest = 512;
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t width = std::clamp((part.depth + threads * narrowest - 1) / (threads * narrowest) * narrowest, narrowest, widest);
-    const int64_t tasks = needs.hidden ? (part.depth + width - 1) / width : 0;
-    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) {
+    const int64_t tasks = needs.hidden ? divide_up(part.depth, width) : 0;
+    share_out(count, 1, tasks, [&](int64_t row, int64_t last, int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
-        k.linear_grad_hidden(part, logits, count, token > 0, mutable_data<float>(sums), task * width,
+        k.linear_grad_hidden(part, logits + row * part.vocabulary, last - row, token > 0,
+                             mutable_data<float>(sums) + row * part.depth, task * width,
                              std::min(part.depth, (task + 1) * width));
       }
     });
-    torch::stable::parallel_for(0, needs.weight ? k.weight_blocks(part) : 0, 1, [&](int64_t begin, int64_t end) {
+    if (!needs.weight) return;
+    // As many rows of the weight's gradient to a task as the L2 cache has room for, and as many tasks to every thread.
+    constexpr int64_t tallest = 192;
+    const int64_t least = divide_up(divide_up(part.vocabulary, tallest), threads) * threads, tile = k.tile_rows(part);
+    const int64_t height = divide_up(divide_up(part.vocabulary, least), tile) * tile;
+    torch::stable::parallel_for(0, divide_up(part.vocabulary, height), 1, [&](int64_t begin, int64_t end) {
       k.linear_grad_weight(part, logits, columns.const_data_ptr(), count, first > 0,
                            mutable_data<char>(weight) + token * part.depth * size_of(part.dtype),
-                           in.bias ? mutable_data<float>(bias_sums) + token : nullptr, begin, end);
+                           in.bias ? mutable_data<float>(bias_sums) + token : nullptr, height, begin, end);
     });
   }
 
@@ -342,9 +372,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_selective_log_softmax(
     const auto part = in.from(first);
     const Tensor operand = packed_rows(part, count);
     std::fill(chosen.begin(), chosen.end(), NAN);
-    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-      k.linear_partials(part, operand.const_data_ptr(), count, in.index.data() + first, with_entropy, partials.data(),
-                        chosen.data(), begin, end);
+    share_out(count, k.tile_rows(part), blocks, [&](int64_t row, int64_t last, int64_t begin, int64_t end) {
+      k.linear_partials(part, data<char>(operand) + k.packed_rows_size(part, row), last - row,
+                        in.index.data() + first + row, with_entropy, partials.data() + row, count, chosen.data() + row,
+                        begin, end);
     });
     parallel(count, blocks * 64, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {

@@ -94,16 +94,16 @@ struct Kernels {
 
   // Rows of hidden in the form the logits' matmul reads, packed in parallel by panels; and its columns, for the weight's
   // gradient.
-  int64_t (*row_panels)(const Projection&, int64_t rows);
+  int64_t (*tile_rows)(const Projection&);  // of a panel; where it begins is the packed size of the rows before it
   int64_t (*packed_rows_size)(const Projection&, int64_t rows);
   void (*pack_rows)(const Projection&, int64_t count, void* packed, int64_t begin, int64_t end);
   int64_t (*depth_panels)(const Projection&);
   int64_t (*packed_depth_size)(const Projection&, int64_t rows);
   void (*pack_depth)(const Projection&, int64_t count, void* packed, int64_t begin, int64_t end);
   int64_t (*vocabulary_blocks)(const Projection&);
-  // Running sums of each (block of the vocabulary, row), without the logits.
+  // Running sums of each (block of the vocabulary, row), `stride` rows to a block, without the logits.
   void (*linear_partials)(const Projection&, const void* packed, int64_t rows, const int64_t* index, bool with_entropy,
-                          OnlineSoftmax* partials, float* chosen, int64_t begin, int64_t end);
+                          OnlineSoftmax* partials, int64_t stride, float* chosen, int64_t begin, int64_t end);
   // The logits themselves, softcap applied, (rows, V) float32.
   void (*linear_logits)(const Projection&, const void* packed, int64_t rows, float* logits, int64_t begin, int64_t end);
   // Logits to the loss and, over the logits, its gradient: float32, or bfloat16 where the matmul takes that.
@@ -119,10 +119,10 @@ struct Kernels {
                              int64_t begin, int64_t end);
   void (*store_rows)(const Projection&, const float* sums, const int64_t* rows, void* gradient, int64_t begin,
                      int64_t end);
-  // The weight's gradient (+)= the transpose of the logits' · hidden, packed by pack_depth.
-  int64_t (*weight_blocks)(const Projection&);
+  // The weight's gradient (+)= the transpose of the logits' · hidden, packed by pack_depth; blocks are of block_rows, a
+  // multiple of tile_rows.
   void (*linear_grad_weight)(const Projection&, const float* logits, const void* packed, int64_t count, bool accumulate,
-                             void* gradient, float* bias, int64_t begin, int64_t end);
+                             void* gradient, float* bias, int64_t block_rows, int64_t begin, int64_t end);
 
   void (*kl_penalty)(const View&, const View&, int64_t length, KlEstimator, float* result, int64_t begin, int64_t end);
   void (*kl_penalty_backward)(const View&, const View&, int64_t length, KlEstimator, const float* grad, float* result,

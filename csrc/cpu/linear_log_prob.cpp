@@ -17,9 +17,7 @@ constexpr int64_t kVocabularyBlock = 8 * kTileColumns;
 // Rows that are worked on together, so that their operand and their part of the result stay in the L2 cache.
 template <class Math>
 constexpr int64_t kRowGroup = 192 / Math::kTileRows * Math::kTileRows;
-// Rows of the weight's gradient that one task makes, and how many of them are summed in float32 before they are rounded.
-template <class Math>
-constexpr int64_t kWeightBlock = 192 / Math::kTileRows * Math::kTileRows;
+// Rows of the weight's gradient that are summed in float32 before they are rounded.
 template <class Math>
 constexpr int64_t kWeightStrip = 64 / Math::kTileRows * Math::kTileRows;
 // How much of the vocabulary a task of hidden's gradient packs at a time.
@@ -106,10 +104,10 @@ void gradient_over_logits(const Projection& p, float* logits, int64_t index, flo
 
 }  // namespace
 
-int64_t row_panels(const Projection& p, int64_t rows) {
-  int64_t panels = 0;
-  for_math(p.dtype, [&](auto math, auto*) { panels = divide_up(rows, decltype(math)::kTileRows); });
-  return panels;
+int64_t tile_rows(const Projection& p) {
+  int64_t rows = 0;
+  for_math(p.dtype, [&](auto math, auto*) { rows = decltype(math)::kTileRows; });
+  return rows;
 }
 
 int64_t packed_rows_size(const Projection& p, int64_t rows) {
@@ -157,7 +155,7 @@ void pack_depth(const Projection& p, int64_t count, void* packed, int64_t begin,
 int64_t vocabulary_blocks(const Projection& p) { return divide_up(p.vocabulary, kVocabularyBlock); }
 
 void linear_partials(const Projection& p, const void* packed, int64_t rows, const int64_t* index, bool with_entropy,
-                     OnlineSoftmax* partials, float* chosen, int64_t begin, int64_t end) {
+                     OnlineSoftmax* partials, int64_t stride, float* chosen, int64_t begin, int64_t end) {
   const double inverse_temperature = 1.0 / p.temperature;
   for_math(p.dtype, [&](auto math, auto* type) {
     using Math = decltype(math);
@@ -178,8 +176,8 @@ void linear_partials(const Projection& p, const void* packed, int64_t rows, cons
         for (int64_t i = 0; i < count; ++i) {
           const int64_t row = group + i, at = index[row] - first;
           const float* line = logits + i * kVocabularyBlock;
-          partials[block * rows + row] = with_entropy ? reduce_row<float, true>(line, columns, inverse_temperature)
-                                                      : reduce_row<float, false>(line, columns, inverse_temperature);
+          partials[block * stride + row] = with_entropy ? reduce_row<float, true>(line, columns, inverse_temperature)
+                                                        : reduce_row<float, false>(line, columns, inverse_temperature);
           if (at >= 0 && at < columns) chosen[row] = line[at];
         }
       }
@@ -290,20 +288,14 @@ void store_rows(const Projection& p, const float* sums, const int64_t* rows, voi
   });
 }
 
-int64_t weight_blocks(const Projection& p) {
-  int64_t blocks = 0;
-  for_math(p.dtype, [&](auto math, auto*) { blocks = divide_up(p.vocabulary, kWeightBlock<decltype(math)>); });
-  return blocks;
-}
-
 void linear_grad_weight(const Projection& p, const float* logits, const void* packed, int64_t count, bool accumulate,
-                        void* gradient, float* bias, int64_t begin, int64_t end) {
+                        void* gradient, float* bias, int64_t block_rows, int64_t begin, int64_t end) {
   for_math(p.dtype, [&](auto math, auto* type) {
     using Math = decltype(math);
     using Unit = typename Math::Unit;
     using T = std::remove_pointer_t<decltype(type)>;
     using G = std::conditional_t<Math::kPerUnit == 2, T, float>;
-    constexpr int64_t block_rows = kWeightBlock<Math>, strip = kWeightStrip<Math>;
+    constexpr int64_t strip = kWeightStrip<Math>;
     const G* slopes = reinterpret_cast<const G*>(logits);
     const int64_t slope_stride = p.vocabulary * static_cast<int64_t>(sizeof(float) / sizeof(G));
     const int64_t depth = units<Math>(count), stride = padded_columns(p.depth);

@@ -10,7 +10,7 @@ inline namespace RLHF_ISA {
 
 std::remove_pointer_t<decltype(Kernels::log_prob)> log_prob;
 std::remove_pointer_t<decltype(Kernels::log_prob_backward)> log_prob_backward;
-std::remove_pointer_t<decltype(Kernels::row_panels)> row_panels;
+std::remove_pointer_t<decltype(Kernels::tile_rows)> tile_rows;
 std::remove_pointer_t<decltype(Kernels::packed_rows_size)> packed_rows_size;
 std::remove_pointer_t<decltype(Kernels::pack_rows)> pack_rows;
 std::remove_pointer_t<decltype(Kernels::depth_panels)> depth_panels;
@@ -23,7 +23,6 @@ std::remove_pointer_t<decltype(Kernels::linear_loss)> linear_loss;
 std::remove_pointer_t<decltype(Kernels::linear_gradient)> linear_gradient;
 std::remove_pointer_t<decltype(Kernels::linear_grad_hidden)> linear_grad_hidden;
 std::remove_pointer_t<decltype(Kernels::store_rows)> store_rows;
-std::remove_pointer_t<decltype(Kernels::weight_blocks)> weight_blocks;
 std::remove_pointer_t<decltype(Kernels::linear_grad_weight)> linear_grad_weight;
 std::remove_pointer_t<decltype(Kernels::kl_penalty)> kl_penalty;
 std::remove_pointer_t<decltype(Kernels::kl_penalty_backward)> kl_penalty_backward;
