@@ -85,7 +85,7 @@ def _case(
         takes,
         op,
         (ours(op), *peers),
-        _work,
+        partial(_work, masked="mask" in takes or "labels" in takes),
         gradients=("hidden", "weight"),
         steps=steps,
         rows=ROWS,
@@ -123,11 +123,15 @@ def _share(chunk: Inputs, whole: Inputs) -> float:
     return float(chunk["mask"].sum() / whole["mask"].sum())
 
 
-def _work(inputs: Inputs, step: str) -> Work:
-    """One matmul forward and two backward: an op that keeps no logits and no gradient of them may need a fourth."""
-    hidden, weight = inputs["hidden"], inputs["weight"]
-    flops = 2 * hidden.numel() * weight.shape[0]
-    size = hidden.nbytes + weight.nbytes
+def _work(inputs: Inputs, step: str, *, masked: bool) -> Work:
+    """One matmul forward and two backward: an op that keeps no logits and no gradient of them may need a fourth.
+
+    Of the rows that count alone, although many implementations multiply all of them.
+    """
+    mask, weight = inputs["mask"], inputs["weight"]
+    rows = int(mask.sum()) if masked else mask.numel()
+    flops = 2 * rows * weight.numel()
+    size = rows * weight.shape[1] * weight.element_size() + weight.nbytes
     return Work(size, flops=flops) if step == FORWARD else Work(2 * size, size, 3 * flops)
 
 
