@@ -45,8 +45,9 @@ def test_strides(backend, data, name, rows, length, dtype):
     got = call.run(**{n: data.draw(relaid(x), label=n) for n, x in call.tensors.items()})
     for a, b in zip(got, want, strict=True):
         # Sums take another order where tokens do not lie back to back; so do the reference's, for any strides.
-        reordered = backend == "reference" or (name == "ppo_value_loss" and a.dim() == 0)
-        torch.testing.assert_close(a, b, **({} if reordered else {"rtol": 0, "atol": 0}))
+        a_sum = name == "ppo_value_loss" and a.dim() == 0
+        allowed = {"rtol": 5e-7, "atol": 1e-7} if a_sum else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(a, b, **({} if backend == "reference" else allowed))
 
 
 @pytest.mark.parametrize("shape", [(5, 1), (1, 5)])
