@@ -54,12 +54,12 @@ void ensure_pages([[maybe_unused]] void* start, [[maybe_unused]] int64_t bytes) 
   if (bytes < worth_it) return;
   const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   const uintptr_t first = reinterpret_cast<uintptr_t>(start) / page * page;
-  const auto pages = static_cast<int64_t>((reinterpret_cast<uintptr_t>(start) + bytes - first + page - 1) / page);
+  const int64_t pages = divide_up(reinterpret_cast<uintptr_t>(start) + bytes - first, page);
   // Memory grows at its end, and malloc_trim leaves the pages that neighbours share: the last but one tells.
   unsigned char resident;
   if (mincore(reinterpret_cast<void*>(first + (pages - 2) * page), page, &resident) != 0 || (resident & 1)) return;
   constexpr int64_t run = 64;
-  torch::stable::parallel_for(0, (pages + run - 1) / run, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, divide_up(pages, run), 1, [&](int64_t begin, int64_t end) {
     const int64_t count = std::min(end * run, pages) - begin * run;
     // A system that can't leaves them to be faulted in.
     (void)madvise(reinterpret_cast<void*>(first + begin * run * page), count * page, populate_write);
@@ -110,7 +110,7 @@ Sequences sequences_of(const Tensor& like, const OptionalTensor& boundaries) {
 // Of sequences that share a vector's lanes.
 int64_t groups_of(const Sequences& sequences) {
   const int64_t width = cpu::kernels().sequences_per_group;
-  return (sequences.count + width - 1) / width;
+  return divide_up(sequences.count, width);
 }
 
 // ------------------------------------------------------------------------------------------------------- log_prob
@@ -322,7 +322,7 @@ struct LinearGradients {
     // A task reads its columns of every row of the weight: as wide as the threads allow. An entry's sum is the same.
     constexpr int64_t narrowest = 128, widest = 512;
     const int64_t threads = torch::stable::get_num_threads();
-    const int64_t width = std::clamp((part.depth + threads * narrowest - 1) / (threads * narrowest) * narrowest, narrowest, widest);
+    const int64_t width = std::clamp(divide_up(part.depth, threads * narrowest) * narrowest, narrowest, widest);
     const int64_t tasks = needs.hidden ? divide_up(part.depth, width) : 0;
     share_out(count, 1, tasks, [&](int64_t row, int64_t last, int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
@@ -449,8 +449,8 @@ std::tuple<double, std::tuple<Tensor, Tensor, Tensor>> linear_losses(const Linea
   // By rows, since a loss is known, and its gradient can begin, only when all logits of its row are.
   constexpr int64_t multiple = 4;  // of the rows that a tile takes, or near it
   const int64_t fitting = std::max<int64_t>(96, kWorkspaceBytes / (std::max<int64_t>(1, in.projection.vocabulary) * 4));
-  const int64_t chunks = std::max<int64_t>(1, (in.count() + fitting - 1) / fitting);
-  const int64_t rows = std::max<int64_t>(1, ((in.count() + chunks - 1) / chunks + multiple - 1) / multiple * multiple);
+  const int64_t chunks = std::max<int64_t>(1, divide_up(in.count(), fitting));
+  const int64_t rows = std::max<int64_t>(1, divide_up(divide_up(in.count(), chunks), multiple) * multiple);
   const Tensor workspace = empty({rows * in.projection.vocabulary}, ScalarType::Float);
   float* logits = mutable_data<float>(workspace);
   std::vector<double> losses(in.count());
@@ -539,7 +539,7 @@ struct TokenRows {
   TokenRows(const Tensor& tensor, bool as_matrix) : matrix(as_matrix) {
     positions = tensor.numel();
     length = matrix ? tensor.size(1) : kFlatRow;
-    count = matrix ? tensor.size(0) : (positions + kFlatRow - 1) / kFlatRow;
+    count = matrix ? tensor.size(0) : divide_up(positions, kFlatRow);
   }
 
   View view(const Tensor& tensor) const {
@@ -692,7 +692,7 @@ std::tuple<Tensor, Tensor> advantages_of(const Tensor& like, GaeArguments in, co
   in.moments = whiten ? moments.data() : nullptr;
   // By position: packed sequences are not of one length.
   const auto sequence_from = [&](int64_t position) {
-    if (!in.sequences.boundaries) return (position + in.sequences.length - 1) / in.sequences.length;
+    if (!in.sequences.boundaries) return divide_up(position, in.sequences.length);
     const int64_t* first = in.sequences.boundaries;
     return static_cast<int64_t>(std::lower_bound(first, first + in.sequences.count, position) - first);
   };
