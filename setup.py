@@ -157,7 +157,6 @@ class CMakeBuild(build_ext):
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *options,
             f"-DCMAKE_INSTALL_PREFIX={destination}",
             f"-DTORCH_INCLUDE_DIR={torch_folder / 'include'}",
-            f"-DTORCH_LIBRARY_DIR={torch_folder / 'lib'}",
         ]  # fmt: skip
         with (build / "build.log").open("w") as log:
             for command in (configure, ["cmake", "--build", str(build), "-j", str(jobs()), "--target", "install"]):

@@ -33,7 +33,6 @@ def build() -> Path | None:
     configure = [
         cmake, "-S", str(ROOT), "-B", str(FOLDER), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
         "-DRLHF_KERNELS_TESTS=ON", f"-DTORCH_INCLUDE_DIR={torch_folder / 'include'}",
-        f"-DTORCH_LIBRARY_DIR={torch_folder / 'lib'}",
     ]  # fmt: skip
     for command in (configure, [cmake, "--build", str(FOLDER)]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
