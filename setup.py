@@ -1,6 +1,10 @@
-"""Builds the native code through CMake and Ninja. A failure to do so never breaks the install: it is said, once.
+"""Builds the native code through CMake and Ninja, and leaves word of it in the package: ``rlhf_kernels/_build.json``.
+
+What can't be built does not break the install, which can do without: ``python -m rlhf_kernels`` says what is missing,
+for which reason, and what would help. So does the first op that misses it.
 
 Environment:
+    RLHF_KERNELS_REQUIRE: what the install shall fail without: ``cpu``, ``cuda`` or ``cpu,cuda``.
     RLHF_KERNELS_BUILD_CUDA: 1 builds the CUDA kernels, 0 does not; by default where nvcc is and torch has CUDA.
     TORCH_CUDA_ARCH_LIST: the GPUs to build for, as torch's own extensions take it: ``8.0;9.0a;12.0+PTX``.
     CUDACXX, CUDA_HOME: where nvcc is, if not on the path.
@@ -9,6 +13,8 @@ Environment:
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import re
 import shutil
@@ -22,18 +28,67 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+sys.path.insert(0, str(ROOT))  # setuptools runs this file from anywhere
+
+from build_backend import OLDEST_TORCH, find_torch, is_new_enough, version_of  # noqa: E402
 
 # Ampere, Ada, Hopper, Blackwell; PTX of the last is compiled on whatever comes after.
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0a", "10.0", "12.0+PTX")
 GIB_PER_JOB = 2
 
+# What the install is like without each part.
+PARTS = {
+    "cpu": "ops on the CPU run on the reference, sequence packing in Python",
+    "cuda": "ops on a GPU run on Triton",
+}
+RECORD = "_build.json"
+
+BUILD_TOOLS = "pip install cmake ninja pybind11, or let pip do it: install without --no-build-isolation"
+TORCH = f"pip install 'torch>={OLDEST_TORCH}', or let pip do it: install without --no-build-isolation"
+CUDA = "install CUDA 12 or newer with its nvcc (CUDACXX or CUDA_HOME say where it is), then install again"
+# Against what CMake and compilers say.
+REMEDIES = {
+    r"No space left": "make room on the disk, then install again",
+    r"nvcc|CUDA": CUDA,
+    r"CMAKE_CXX_COMPILER|CXX: |CXX20": "install a C++20 compiler (Debian, Ubuntu: apt install g++), then this again",
+    r"Could NOT find Python": "install Python's headers (Debian, Ubuntu: apt install python3-dev), then this again",
+    r"": "pip install -v shows all that the compilers say",
+}
+
+
+class BuildError(Exception):
+    """Why a part was not built, by the first complaint of the tool that failed at it, and what would help."""
+
+    def __init__(self, reason: str, remedy: str = ""):
+        super().__init__(reason)
+        self.remedy = remedy or next(words for pattern, words in REMEDIES.items() if re.search(pattern, reason))
+
 
 def first_error(output: str) -> str:
     """The first complaint of CMake (a header, then an indented paragraph) or of a compiler, on one line."""
     fatal = re.search(r"^.*\bnvcc fatal\b.*$", output, re.MULTILINE)  # CMake would quote all that went before it
+    full = re.search(r"^.*\bNo space left on device\b.*$", output, re.MULTILINE)  # tools go on, and complain of more
     paragraph = re.search(r"^CMake Error.*\n((?:[ \t]+.*\n|\n)+)", output, re.MULTILINE)
     line = re.search(r"^.*\berror\b.*:.*$", output, re.MULTILINE | re.IGNORECASE)
-    return " ".join((fatal[0] if fatal else paragraph[1] if paragraph else line[0] if line else output).split())
+    found = full[0] if full else fatal[0] if fatal else paragraph[1] if paragraph else line[0] if line else output
+    return " ".join(found.split())
+
+
+def tool(name: str) -> str:
+    """Where cmake or ninja is: the package of that name that pip has put beside, else the system's.
+
+    Raises:
+        BuildError: nowhere.
+    """
+    try:
+        package = importlib.import_module(name)
+        folder = getattr(package, "CMAKE_BIN_DIR", None) or getattr(package, "BIN_DIR", None)
+    except ImportError:
+        folder = None
+    found = (folder and shutil.which(name, path=folder)) or shutil.which(name)
+    if not found:
+        raise BuildError(f"there is no {name}", BUILD_TOOLS)
+    return found
 
 
 def nvcc() -> str | None:
@@ -46,21 +101,25 @@ def architectures(compiler: str) -> str:
     """What CMake is told to compile for.
 
     Raises:
-        ValueError: TORCH_CUDA_ARCH_LIST holds something that is no version, or none that this nvcc knows.
+        BuildError: nvcc does not run, or TORCH_CUDA_ARCH_LIST holds what is no version, or none that nvcc knows.
     """
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
-    known = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    other = "set TORCH_CUDA_ARCH_LIST otherwise, or not at all, then install again"
+    done = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True, check=False)
+    known = done.stdout.split()
+    if done.returncode or not known:
+        said = first_error(done.stderr + done.stdout) or f"it ended with {done.returncode}"
+        raise BuildError(f"asking nvcc ({compiler}) for the GPUs it knows: {said}")
     targets = []
     for entry in asked or ARCHITECTURES:
         version = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
         if not version:
-            raise ValueError(f"TORCH_CUDA_ARCH_LIST: has {entry!r}, must be versions such as 8.0 or 12.0+PTX")
+            raise BuildError(f"TORCH_CUDA_ARCH_LIST: has {entry!r}, must be versions such as 8.0 or 12.0+PTX", other)
         major, minor, suffix, ptx = version.groups()
         if f"compute_{major}{minor}" not in known:
             if asked:
-                raise ValueError(
-                    f"TORCH_CUDA_ARCH_LIST: has {entry!r}, must be what this nvcc knows: {', '.join(known)}"
-                )
+                reason = f"TORCH_CUDA_ARCH_LIST: has {entry!r}, must be what this nvcc knows: {', '.join(known)}"
+                raise BuildError(reason, other)
             continue
         targets.append(f"{major}{minor}{suffix}-real")
         if ptx:
@@ -70,8 +129,11 @@ def architectures(compiler: str) -> str:
 
 def jobs() -> int:
     """How many compilers run at a time."""
-    if os.environ.get("MAX_JOBS"):
-        return int(os.environ["MAX_JOBS"])
+    asked = os.environ.get("MAX_JOBS")
+    if asked:
+        if not asked.isdecimal() or int(asked) < 1:
+            raise SystemExit(f"rlhf-kernels: MAX_JOBS: is {asked!r}, must be a number from 1 on")
+        return int(asked)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         available = re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())
@@ -80,51 +142,94 @@ def jobs() -> int:
     return max(1, min(cores, int(available[1]) // (GIB_PER_JOB << 20) if available else cores))
 
 
+def required() -> set[str]:
+    """The parts that RLHF_KERNELS_REQUIRE names."""
+    names = {name.strip() for name in os.environ.get("RLHF_KERNELS_REQUIRE", "").split(",")} - {""}
+    for name in sorted(names - set(PARTS)):
+        raise SystemExit(f"rlhf-kernels: RLHF_KERNELS_REQUIRE: has {name!r}, must be of {', '.join(PARTS)}")
+    return names
+
+
 class CMakeBuild(build_ext):
     """Configures, builds and installs the libraries where setuptools wants them."""
 
     def run(self) -> None:
-        """Builds, or says why not and what is lost."""
-        self.attempt(
-            self.build_cpu,
-            "the native code was not built",
-            "The install goes on without it: ops run on the other backends, sequence packing in Python.",
-            "To have it, install a C++20 compiler and `pip install cmake ninja pybind11`, then install again.",
-        )
-        if self.wants_cuda():
-            self.attempt(
-                self.build_cuda,
-                "the CUDA kernels were not built",
-                "The install goes on without them: on GPUs ops run on Triton.",
-                "To have them, install CUDA 12 or newer with its nvcc, or name the GPUs that yours knows in "
-                "TORCH_CUDA_ARCH_LIST, then install again; RLHF_KERNELS_BUILD_CUDA=0 does not try.",
+        """Builds each part, or leaves word of why not."""
+        needed = required()
+        self.destination.mkdir(parents=True, exist_ok=True)
+        missing = {}
+        for part, build in (("cpu", self.build_cpu), ("cuda", self.build_cuda)):
+            failure = self.attempt(part, build)
+            if failure:
+                missing[part] = {"reason": str(failure), "remedy": failure.remedy}
+        torch = find_torch()
+        record = {"torch": version_of(torch)[0] if torch else None, "missing": missing}
+        (self.destination / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        lacking = sorted(needed & set(missing))
+        if lacking:
+            raise SystemExit(
+                "\n".join(
+                    f"rlhf-kernels: RLHF_KERNELS_REQUIRE asks for {part}, but {missing[part]['reason']}\n"
+                    f"  {missing[part]['remedy']}"
+                    for part in lacking
+                )
             )
 
-    def attempt(self, build: Callable[[], None], failure: str, loss: str, remedy: str) -> None:
-        """Runs a part of the build that the install can do without."""
+    @property
+    def destination(self) -> Path:
+        """The package's folder, where the libraries go."""
+        return Path(self.get_ext_fullpath("rlhf_kernels._C")).resolve().parent
+
+    def files(self, part: str) -> list[Path]:
+        """What a part consists of, once it is built."""
+        names = (Path(self.get_ext_filename("_C")).name, "_ops.so") if part == "cpu" else ("_cuda.so",)
+        return [self.destination / name for name in names]
+
+    def attempt(self, part: str, build: Callable[[], None]) -> BuildError | None:
+        """Runs a part of the build that the install can do without; returns why it is missing, if it is."""
+        for path in self.files(part):  # what an earlier build has left would pass for this one's
+            path.unlink(missing_ok=True)
+        unwanted = self.unwanted() if part == "cuda" else None
+        if unwanted:
+            return unwanted
         try:
             build()
-        except (subprocess.CalledProcessError, OSError, ImportError, ValueError) as error:
-            reason = error.stderr if getattr(error, "stderr", None) else str(error)
-            print(f"rlhf-kernels: {failure}: {reason}\n  {loss}\n  {remedy}", file=sys.stderr)
+            return None
+        except BuildError as error:
+            failure = error
+        except OSError as error:
+            failure = BuildError(str(error))
+        if "No space left" in str(failure):  # the rest of the install has little room enough
+            shutil.rmtree(Path(self.build_temp) / part, ignore_errors=True)
+        print(
+            f"rlhf-kernels: {part} was not built: {failure}\n  Without it {PARTS[part]}.\n  {failure.remedy}",
+            file=sys.stderr,
+        )
+        return failure
 
-    def wants_cuda(self) -> bool:
-        """Whether the CUDA kernels are asked for, or can be used here."""
+    def unwanted(self) -> BuildError | None:
+        """Why the CUDA kernels are not to be built; None if they are: they are asked for, or of use here."""
         asked = os.environ.get("RLHF_KERNELS_BUILD_CUDA", "")
         if asked not in ("", "0", "1"):
-            print(f"rlhf-kernels: RLHF_KERNELS_BUILD_CUDA: is {asked!r}, must be 0 or 1", file=sys.stderr)
-        if asked in ("0", "1"):
-            return asked == "1"
-        try:
-            import torch
-        except ImportError:
-            return False
-        return torch.version.cuda is not None and nvcc() is not None
+            raise SystemExit(f"rlhf-kernels: RLHF_KERNELS_BUILD_CUDA: is {asked!r}, must be 0 or 1")
+        if asked == "0":
+            return BuildError("RLHF_KERNELS_BUILD_CUDA was 0 when this was built", "install again without it")
+        if asked == "1" or "cuda" in required():
+            return None
+        torch = find_torch()
+        if torch and not version_of(torch)[1]:
+            reason = f"this was built with torch {version_of(torch)[0]}, which has no CUDA"
+            return BuildError(
+                reason, "install a torch with CUDA, then this again; RLHF_KERNELS_BUILD_CUDA=1 builds them anyway"
+            )
+        return None if nvcc() else BuildError("there was no nvcc when this was built", CUDA)
 
     def build_cpu(self) -> None:
-        """Raises CalledProcessError, OSError or ImportError when a tool fails or is missing."""
-        import pybind11
-
+        """Raises BuildError or OSError when a tool fails or is missing."""
+        try:
+            import pybind11
+        except ImportError:
+            raise BuildError("there is no pybind11", BUILD_TOOLS) from None
         self.cmake(
             "cpu",
             f"-DPython_EXECUTABLE={sys.executable}",
@@ -134,10 +239,10 @@ class CMakeBuild(build_ext):
         )
 
     def build_cuda(self) -> None:
-        """Raises CalledProcessError, OSError, ImportError or ValueError likewise."""
+        """Raises BuildError or OSError likewise."""
         compiler = nvcc()
         if compiler is None:
-            raise OSError("there is no nvcc on the path, nor where CUDACXX or CUDA_HOME say")
+            raise BuildError("there is no nvcc on the path, nor where CUDACXX or CUDA_HOME say", CUDA)
         self.cmake(
             "cuda",
             "-DRLHF_KERNELS_CUDA=ON",
@@ -147,40 +252,57 @@ class CMakeBuild(build_ext):
 
     def cmake(self, part: str, *options: str) -> None:
         """Builds one part in a folder of its own, which keeps all that the compilers said."""
-        import torch
-
-        torch_folder = Path(torch.__file__).parent
-        destination = Path(self.get_ext_fullpath("rlhf_kernels._C")).resolve().parent
+        torch = find_torch()
+        if torch is None:
+            raise BuildError("there is no torch to build with", TORCH)
+        version, _ = version_of(torch)
+        if not is_new_enough(version):
+            raise BuildError(
+                f"torch {version}, to build with, is too old: the kernels need {OLDEST_TORCH} or newer", TORCH
+            )
         build = Path(self.build_temp).resolve() / part
         build.mkdir(parents=True, exist_ok=True)
+        cmake = tool("cmake")
         configure = [
-            "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *options,
-            f"-DCMAKE_INSTALL_PREFIX={destination}",
-            f"-DTORCH_INCLUDE_DIR={torch_folder / 'include'}",
+            cmake, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *options,
+            f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
+            f"-DCMAKE_INSTALL_PREFIX={self.destination}",
+            f"-DTORCH_INCLUDE_DIR={torch / 'include'}",
         ]  # fmt: skip
         with (build / "build.log").open("w") as log:
-            for command in (configure, ["cmake", "--build", str(build), "-j", str(jobs()), "--target", "install"]):
-                self.stream(command, log)
+            try:
+                self.stream("configuring", configure, log)
+            except BuildError:
+                # A compiler that was not found, or does not work, would be remembered.
+                (build / "CMakeCache.txt").unlink(missing_ok=True)
+                shutil.rmtree(build / "CMakeFiles", ignore_errors=True)
+                raise
+            self.stream("compiling", [cmake, "--build", str(build), "-j", str(jobs()), "--target", "install"], log)
 
-    def stream(self, command: list[str], log: TextIO) -> None:
+    def stream(self, step: str, command: list[str], log: TextIO) -> None:
         """Runs a tool and shows how far it is; pip does so with -v."""
-        # The venv's own cmake and ninja come before the system's, whether or not the venv is activated.
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         said = []
-        with subprocess.Popen(
-            command, env={**os.environ, "PATH": path}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as process:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
             for line in process.stdout:
                 said.append(line)
                 log.write(line)
                 if line.startswith("["):
                     print(f"rlhf-kernels: {line}", end="", flush=True)
         if process.returncode:
-            raise subprocess.CalledProcessError(process.returncode, command, stderr=first_error("".join(said)))
+            raise BuildError(f"{step}: {first_error(''.join(said)) or f'{command[0]} ended with {process.returncode}'}")
+
+    def get_output_mapping(self) -> dict[str, str]:
+        """For an editable install: where a wheel would have each file, and where it is."""
+        there = [path for part in PARTS for path in self.files(part)] + [self.destination / RECORD]
+        package = Path(self.build_lib) / "rlhf_kernels"
+        return {str(package / path.name): str(path) for path in there if path.exists()} if self.inplace else {}
 
     def get_outputs(self) -> list[str]:
-        """What was built, if it was."""
-        return [path for path in super().get_outputs() if Path(path).exists()]
+        """What was built, and word of what was not."""
+        if self.inplace:
+            return list(self.get_output_mapping())
+        there = [path for part in PARTS for path in self.files(part)] + [self.destination / RECORD]
+        return [str(path) for path in there if path.exists()]
 
 
 if __name__ == "__main__":

@@ -9,16 +9,20 @@ import platform
 import torch
 
 import rlhf_kernels
+from rlhf_kernels import install
 from rlhf_kernels.backends import BACKENDS, isa, missing
 
 
 def main() -> None:
     """Prints the backends and the native module's build."""
     print(f"rlhf-kernels {rlhf_kernels.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    print(f"in {install.PACKAGE}")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none that torch can see"
     print(f"GPU: {gpu}")
     for name in BACKENDS:
         print(f"backend {name:>9}: {missing(name) or ('available' if name != 'cpu' else f'available, with {isa()}')}")
+        if install.remedy(name):
+            print(f"{'to have it':>17}: {install.remedy(name)}")
     if os.environ.get("RLHF_KERNELS_BACKEND"):
         print(f"RLHF_KERNELS_BACKEND forces {os.environ['RLHF_KERNELS_BACKEND']}")
     print("native module:", native_module())
@@ -27,7 +31,7 @@ def main() -> None:
 def native_module() -> str:
     """The build of ``_C``, or why it is missing."""
     if importlib.util.find_spec("rlhf_kernels._C") is None:
-        return "not in this install, which found no C++ compiler or no CMake; sequence packing runs in Python"
+        return f"not built: {install.absent('cpu')}; sequence packing runs in Python"
     try:
         from rlhf_kernels import _C
     except ImportError as error:

@@ -13,11 +13,14 @@ import ctypes
 import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from rlhf_kernels import install
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
@@ -57,19 +60,18 @@ def _load(path: Path, absent: str) -> str | None:
 
 
 def _load_cpu() -> str | None:
-    absent = "this install has no native ops: it found no C++20 compiler or no CMake when it was built"
-    return _load(Path(__file__).with_name("_ops.so"), absent)
+    return _load(install.PACKAGE / "_ops.so", f"not built: {install.absent('cpu')}")
 
 
 def _load_cuda() -> str | None:
     if _EMULATED_CUDA:
         return _load(Path(_EMULATED_CUDA), f"RLHF_KERNELS_EMULATED_CUDA names {_EMULATED_CUDA}, which is not there")
-    path = Path(__file__).with_name("_cuda.so")
+    path = install.PACKAGE / "_cuda.so"
     if path.exists() and torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA, so {path.name} is not loaded"
     if path.exists() and _MISSING["cpu"] is not None:
         return f"the ops' schemas are missing: {_MISSING['cpu']}"
-    return _load(path, "this install has no CUDA kernels: it found no nvcc, or no torch with CUDA, when it was built")
+    return _load(path, f"not built: {install.absent('cuda')}")
 
 
 # Why this install lacks a backend; None where it has it.
@@ -120,7 +122,7 @@ def isa() -> str:
     """
     if _MISSING["cpu"] is not None:
         raise RuntimeError(_MISSING["cpu"])
-    library = ctypes.CDLL(str(Path(__file__).with_name("_ops.so")))
+    library = ctypes.CDLL(str(install.PACKAGE / "_ops.so"))
     library.rlhf_kernels_isa.restype = ctypes.c_char_p
     answer = str(library.rlhf_kernels_isa().decode())
     if answer.startswith("!"):
@@ -152,6 +154,25 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+@functools.cache
+def _warn(reason: str, remedy: str) -> None:
+    """Says, once a process, that ops run on the reference where one would not think so."""
+    warnings.warn(
+        f"rlhf_kernels: ops run on the reference, which is slower than the kernels: {reason}. To have them: {remedy}. "
+        "RLHF_KERNELS_BACKEND=reference says that this is meant. `python -m rlhf_kernels` tells more",
+        stacklevel=5,  # the line that called the op
+    )
+
+
+def _on_cpu() -> str:
+    reason = _MISSING["cpu"]
+    if reason is None:
+        return "cpu"
+    if not torch.compiler.is_compiling():
+        _warn(reason, install.remedy("cpu") or "install torch 2.10 or newer, then rlhf-kernels again")
+    return "reference"
+
+
 def _on_gpu(op: str) -> str:
     return next((name for name in ON_GPU[op] if missing(name) is None), "reference")
 
@@ -175,7 +196,7 @@ def choose(op: str, first: Tensor, *others: Tensor | None) -> str:
         if double:
             return "reference"
         if first.is_cpu:
-            return "cpu" if _MISSING["cpu"] is None else "reference"
+            return _on_cpu()
         if not first.is_cuda:
             return "reference"
         # A compiler can't ask a device what it is.

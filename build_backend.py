@@ -1,0 +1,84 @@
+"""What pip and uv ask for before they build: setuptools, and torch only where there is none to build against.
+
+The kernels are compiled against torch's headers alone, and through its stable ABI: those of any torch from
+:data:`OLDEST_TORCH` on make the same libraries, which run on every one of them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import site
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from setuptools import build_meta
+from setuptools.build_meta import (
+    build_editable,
+    build_sdist,
+    build_wheel,
+    get_requires_for_build_sdist,
+    prepare_metadata_for_build_editable,
+    prepare_metadata_for_build_wheel,
+)
+
+__all__ = [
+    "build_editable",
+    "build_sdist",
+    "build_wheel",
+    "get_requires_for_build_editable",
+    "get_requires_for_build_sdist",
+    "get_requires_for_build_wheel",
+    "prepare_metadata_for_build_editable",
+    "prepare_metadata_for_build_wheel",
+]
+
+OLDEST_TORCH = "2.10"
+
+
+def version_of(torch_folder: Path) -> tuple[str, bool]:
+    """The version of the torch in this folder, and whether it has CUDA: read, since importing takes seconds."""
+    said = (torch_folder / "version.py").read_text(encoding="utf-8")
+    version = re.search(r"^__version__ = ['\"](.+)['\"]", said, re.MULTILINE)
+    return (version[1] if version else "0"), bool(re.search(r"^cuda\b.*= ['\"]", said, re.MULTILINE))
+
+
+def is_new_enough(version: str) -> bool:
+    """Whether a torch of this version has the stable ABI that the kernels use."""
+    return tuple(map(int, re.findall(r"\d+", version)[:2])) >= tuple(map(int, OLDEST_TORCH.split(".")))
+
+
+def _torch_folders() -> Iterator[Path]:
+    spec = importlib.util.find_spec("torch")
+    if spec and spec.origin:
+        yield Path(spec.origin).parent
+    # pip hides the environment's packages from an isolated build, but not the interpreter, which knows where they are.
+    for folder in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()):
+        yield Path(folder) / "torch"
+
+
+def find_torch() -> Path | None:
+    """The folder of the torch to build against: one that the build can import, else the environment's.
+
+    None where there is none. One that is too old is found only where there is no other, for whoever asks to say so.
+    """
+    found = [folder for folder in _torch_folders() if (folder / "include" / "torch" / "csrc").is_dir()]
+    return next((folder for folder in found if is_new_enough(version_of(folder)[0])), found[0] if found else None)
+
+
+def _with_torch(requires: list[str]) -> list[str]:
+    folder = find_torch()
+    has_one = folder is not None and is_new_enough(version_of(folder)[0])
+    return requires if has_one else [*requires, f"torch>={OLDEST_TORCH}"]
+
+
+def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
+    """Torch besides, where neither the build nor the environment has one."""
+    return _with_torch(build_meta.get_requires_for_build_wheel(config_settings))
+
+
+def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
+    """The same for ``pip install -e``."""
+    return _with_torch(build_meta.get_requires_for_build_editable(config_settings))

@@ -1,0 +1,184 @@
+"""What an install without some part says, when it is made and later; and that it fails where the part is required."""
+
+import os
+import re
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from environments import copy_sources, report, run
+
+TOOLS = ("pip", "setuptools", "_distutils_hack", "wheel", "cmake", "ninja", "pybind11", "packaging")
+NO_COMPILER = "/nowhere/c++"
+NO_COMPILER_SAID = "configuring: Could not find the compiler specified in the environment variable CXX: /nowhere/c++."
+FIRST_OPS = """
+import warnings, torch, rlhf_kernels
+x = torch.ones(1)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    rlhf_kernels.kl_penalty(x.double(), x.double())  # the reference's anyway
+    assert not caught, caught[0].message
+    for _ in range(2):
+        rlhf_kernels.kl_penalty(x, x)
+    rlhf_kernels.masked_gae(x[None], x[None], None)
+for warning in caught:
+    print(f"{warning.category.__name__} of {warning.filename}: {warning.message}")
+"""
+
+
+class Place:
+    """Sources, and an environment that has what a build needs but for what a test leaves out."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.sources = folder, copy_sources(folder / "sources")
+        run([sys.executable, "-m", "venv", "--without-pip", folder / "env"], folder)
+        self.python = folder / "env" / "bin" / "python"
+        (self.site,) = (folder / "env").glob("lib/python*/site-packages")
+
+    def give(self, *packages):
+        """Links packages of the environment that runs the tests."""
+        for package in packages:
+            for source in Path(torch.__file__).parents[1].glob(f"{package}*"):  # and what describes it
+                (self.site / source.name).symlink_to(source)
+
+    def give_torch(self):
+        """Makes all of that environment importable, after what is here."""
+        (self.site / "torch.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
+
+    def install(self, *, ok=True, **variables):
+        """Installs without build isolation, which would need a registry; returns all that is said."""
+        command = [self.python, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "--no-index"]
+        return run([*command, self.sources], self.folder, ok=ok, **variables)
+
+    def report(self):
+        """What this install has."""
+        return report(self.python, self.folder)
+
+
+@pytest.fixture
+def place(tmp_path):
+    result = Place(tmp_path)
+    result.give(*TOOLS)
+    return result
+
+
+def both_say(reason, remedy, said, later, part):
+    """The reason and the remedy, while installing and in the report."""
+    assert f"rlhf-kernels: {part} was not built: {reason}" in said
+    assert remedy in said
+    line = next(line for line in later.splitlines() if line.startswith(f"backend {part:>9}: "))
+    assert line.startswith(f"backend {part:>9}: not built: {reason}")
+    assert remedy in later
+
+
+def test_without_a_compiler_and_with_an_nvcc_that_is_broken(place):
+    place.give_torch()
+    broken = place.folder / "nvcc"
+    broken.write_text("#!/bin/sh\necho 'libcuda_oops.so: error: cannot open' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    said = place.install(CXX=NO_COMPILER, RLHF_KERNELS_BUILD_CUDA="1", CUDACXX=str(broken))
+    later = place.report()
+    both_say(NO_COMPILER_SAID, "install a C++20 compiler (Debian, Ubuntu: apt install g++)", said, later, "cpu")
+    reason = f"asking nvcc ({broken}) for the GPUs it knows: libcuda_oops.so: error: cannot open"
+    both_say(reason, "install CUDA 12 or newer with its nvcc", said, later, "cuda")
+    assert f"native module: not built: {NO_COMPILER_SAID}" in later
+
+    warned = run([place.python, "-c", FIRST_OPS], place.folder).splitlines()
+    assert len(warned) == 1, warned  # once, however many ops
+    assert warned[0].startswith("UserWarning of <string>: rlhf_kernels: ops run on the reference")
+    assert "/nowhere/c++" in warned[0]
+    assert "install a C++20 compiler" in warned[0]
+    assert run([place.python, "-c", FIRST_OPS], place.folder, RLHF_KERNELS_BACKEND="reference") == ""
+
+
+def test_without_torch_or_nvcc(place):
+    said = place.install(RLHF_KERNELS_BUILD_CUDA="1", CUDA_HOME="/nowhere", PATH="/bin")
+    place.give_torch()
+    later = place.report()
+    both_say("there is no torch to build with", "pip install 'torch>=2.10'", said, later, "cpu")
+    both_say("there is no nvcc on the path, nor where CUDACXX or CUDA_HOME say", "install CUDA 12", said, later, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("required", "variables", "reasons"),
+    [
+        ("cpu", {}, [f"asks for cpu, but {NO_COMPILER_SAID}"]),
+        ("cpu,cuda", {"CUDACXX": "/no/nvcc"}, ["asks for cpu, but", "asks for cuda, but [Errno 2]"]),
+        ("cuda", {"RLHF_KERNELS_BUILD_CUDA": "0"}, ["asks for cuda, but RLHF_KERNELS_BUILD_CUDA was 0"]),
+        ("gpu", {}, [": has 'gpu', must be of cpu, cuda"]),
+    ],
+)  # fmt: skip
+def test_what_is_required_and_missing_fails_the_install(place, required, variables, reasons):
+    place.give_torch()
+    said = place.install(ok=False, CXX=NO_COMPILER, RLHF_KERNELS_REQUIRE=required, **variables)
+    for reason in reasons:
+        assert re.search(rf"^\s*rlhf-kernels: RLHF_KERNELS_REQUIRE ?{re.escape(reason)}", said, re.MULTILINE), said
+    assert "Successfully installed" not in said
+    assert "Traceback" not in said.split("rlhf-kernels: RLHF_KERNELS_REQUIRE")[-1]
+
+
+def test_sources_that_hide_an_installed_package_say_so(place):
+    place.give_torch()
+    assert "holds sources, which were not built" in report(place.python, place.sources)
+    place.install(CXX=NO_COMPILER)
+    said = report(place.python, place.sources)
+    assert f"Python took the sources in {place.sources / 'rlhf_kernels'} for the package" in said
+    assert str(place.site / "rlhf_kernels") in said
+    assert "start Python in another folder" in said
+
+
+def test_what_an_earlier_build_left_does_not_pass_for_this_one(place):
+    place.give_torch()
+    platform = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    left = place.sources / "build" / f"lib.{platform}" / "rlhf_kernels"
+    left.mkdir(parents=True)
+    for name in ("_ops.so", "_cuda.so"):
+        (left / name).write_text("of yesterday")
+    place.install(CXX=NO_COMPILER)
+    assert "backend       cpu: not built" in place.report()
+    assert not list((place.site / "rlhf_kernels").glob("*.so"))
+
+
+@pytest.mark.install
+@pytest.mark.parametrize("required", ["", "cpu"])
+def test_a_full_disk(place, required):
+    place.give_torch()
+    build = place.sources / "build"
+    build.mkdir()
+    command = f"mount -t tmpfs -o size=12m tmpfs {build} && {place.python} -m pip install -v --no-build-isolation "
+    command += f"--no-deps --no-index {place.sources}"
+    unshare = ["unshare", "--mount", "--map-root-user"] if os.getuid() else ["unshare", "--mount"]
+    if "ok" not in run([*unshare, "sh", "-c", f"mount -t tmpfs none {build} && echo ok"], place.folder, ok=None):
+        pytest.skip("a small disk is made with unshare and mount, which are not allowed here")
+    said = run([*unshare, "sh", "-c", command], place.folder, ok=not required, RLHF_KERNELS_REQUIRE=required)
+    assert "No space left on device" in said
+    if required:
+        assert "rlhf-kernels: RLHF_KERNELS_REQUIRE asks for cpu, but compiling: " in said
+    else:
+        both_say("compiling: ", "make room on the disk, then install again", said, place.report(), "cpu")
+
+
+@pytest.mark.install
+def test_what_was_missing_is_found_by_the_next_install(place):
+    place.give_torch()
+    place.install(CXX=NO_COMPILER)
+    said = place.install(RLHF_KERNELS_REQUIRE="cpu")
+    assert "Successfully installed" in said
+    assert "backend       cpu: available" in place.report()
+
+
+@pytest.mark.install
+def test_an_nvcc_that_compiles_nothing(place):
+    place.give_torch()
+    broken = place.folder / "nvcc"
+    broken.write_text(
+        "#!/bin/sh\n[ $1 = --list-gpu-arch ] && echo compute_80 && exit 0\n"
+        "echo 'nvcc fatal   : no cicc here' >&2\nexit 1\n"
+    )
+    broken.chmod(0o755)
+    said = place.install(RLHF_KERNELS_REQUIRE="cpu", RLHF_KERNELS_BUILD_CUDA="1", CUDACXX=str(broken))
+    later = place.report()
+    both_say("configuring: nvcc fatal : no cicc here", "install CUDA 12 or newer with its nvcc", said, later, "cuda")
+    assert "backend       cpu: available" in later
