@@ -65,13 +65,15 @@ class BuildError(Exception):
 
 
 def first_error(output: str) -> str:
-    """The first complaint of CMake (a header, then an indented paragraph) or of a compiler, on one line."""
-    fatal = re.search(r"^.*\bnvcc fatal\b.*$", output, re.MULTILINE)  # CMake would quote all that went before it
+    """The first complaint of CMake (a header, then an indented paragraph) and of a compiler, on one line."""
     full = re.search(r"^.*\bNo space left on device\b.*$", output, re.MULTILINE)  # tools go on, and complain of more
-    paragraph = re.search(r"^CMake Error.*\n((?:[ \t]+.*\n|\n)+)", output, re.MULTILINE)
-    line = re.search(r"^.*\berror\b.*:.*$", output, re.MULTILINE | re.IGNORECASE)
-    found = full[0] if full else fatal[0] if fatal else paragraph[1] if paragraph else line[0] if line else output
-    return " ".join(found.split())
+    fatal = re.search(r"^.*\bnvcc fatal\b.*$", output, re.MULTILINE)  # CMake would quote all that went before it
+    if full or fatal:
+        return " ".join((full or fatal)[0].split())
+    paragraph = re.search(r"^CMake Error.*\n\s*\n?((?:[ \t]+\S.*\n)+)", output, re.MULTILINE)
+    line = re.search(r"^(?!CMake Error).*\berror\b.*:.*$", output, re.MULTILINE | re.IGNORECASE)
+    found = [match for match in (paragraph and paragraph[1], line and line[0]) if match] or [output]
+    return " ".join(" ".join(found).split())
 
 
 def tool(name: str) -> str:

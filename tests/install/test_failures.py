@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import sys
 import sysconfig
 from pathlib import Path
@@ -11,8 +12,7 @@ import torch
 from environments import copy_sources, report, run
 
 TOOLS = ("pip", "setuptools", "_distutils_hack", "wheel", "cmake", "ninja", "pybind11", "packaging")
-NO_COMPILER = "/nowhere/c++"
-NO_COMPILER_SAID = "configuring: Could not find the compiler specified in the environment variable CXX: /nowhere/c++."
+NO_COMPILER = "configuring: No CMAKE_CXX_COMPILER could be found."
 FIRST_OPS = """
 import warnings, torch, rlhf_kernels
 x = torch.ones(1)
@@ -36,6 +36,9 @@ class Place:
         run([sys.executable, "-m", "venv", "--without-pip", folder / "env"], folder)
         self.python = folder / "env" / "bin" / "python"
         (self.site,) = (folder / "env").glob("lib/python*/site-packages")
+        self.no_compiler = folder / "path"  # to be the path, on which there is Ninja alone
+        self.no_compiler.mkdir()
+        (self.no_compiler / "ninja").symlink_to(shutil.which("ninja", path=Path(sys.executable).parent))
 
     def give(self, *packages):
         """Links packages of the environment that runs the tests."""
@@ -78,23 +81,23 @@ def test_without_a_compiler_and_with_an_nvcc_that_is_broken(place):
     broken = place.folder / "nvcc"
     broken.write_text("#!/bin/sh\necho 'libcuda_oops.so: error: cannot open' >&2\nexit 1\n")
     broken.chmod(0o755)
-    said = place.install(CXX=NO_COMPILER, RLHF_KERNELS_BUILD_CUDA="1", CUDACXX=str(broken))
+    said = place.install(PATH=str(place.no_compiler), RLHF_KERNELS_BUILD_CUDA="1", CUDACXX=str(broken))
     later = place.report()
-    both_say(NO_COMPILER_SAID, "install a C++20 compiler (Debian, Ubuntu: apt install g++)", said, later, "cpu")
+    both_say(NO_COMPILER, "install a C++20 compiler (Debian, Ubuntu: apt install g++)", said, later, "cpu")
     reason = f"asking nvcc ({broken}) for the GPUs it knows: libcuda_oops.so: error: cannot open"
     both_say(reason, "install CUDA 12 or newer with its nvcc", said, later, "cuda")
-    assert f"native module: not built: {NO_COMPILER_SAID}" in later
+    assert f"native module: not built: {NO_COMPILER}" in later
 
     warned = run([place.python, "-c", FIRST_OPS], place.folder).splitlines()
     assert len(warned) == 1, warned  # once, however many ops
     assert warned[0].startswith("UserWarning of <string>: rlhf_kernels: ops run on the reference")
-    assert "/nowhere/c++" in warned[0]
+    assert NO_COMPILER in warned[0]
     assert "install a C++20 compiler" in warned[0]
     assert run([place.python, "-c", FIRST_OPS], place.folder, RLHF_KERNELS_BACKEND="reference") == ""
 
 
 def test_without_torch_or_nvcc(place):
-    said = place.install(RLHF_KERNELS_BUILD_CUDA="1", CUDA_HOME="/nowhere", PATH="/bin")
+    said = place.install(RLHF_KERNELS_BUILD_CUDA="1", CUDA_HOME="/nowhere", PATH=str(place.no_compiler))
     place.give_torch()
     later = place.report()
     both_say("there is no torch to build with", "pip install 'torch>=2.10'", said, later, "cpu")
@@ -104,7 +107,7 @@ def test_without_torch_or_nvcc(place):
 @pytest.mark.parametrize(
     ("required", "variables", "reasons"),
     [
-        ("cpu", {}, [f"asks for cpu, but {NO_COMPILER_SAID}"]),
+        ("cpu", {}, [f"asks for cpu, but {NO_COMPILER}"]),
         ("cpu,cuda", {"CUDACXX": "/no/nvcc"}, ["asks for cpu, but", "asks for cuda, but [Errno 2]"]),
         ("cuda", {"RLHF_KERNELS_BUILD_CUDA": "0"}, ["asks for cuda, but RLHF_KERNELS_BUILD_CUDA was 0"]),
         ("gpu", {}, [": has 'gpu', must be of cpu, cuda"]),
@@ -112,7 +115,7 @@ def test_without_torch_or_nvcc(place):
 )  # fmt: skip
 def test_what_is_required_and_missing_fails_the_install(place, required, variables, reasons):
     place.give_torch()
-    said = place.install(ok=False, CXX=NO_COMPILER, RLHF_KERNELS_REQUIRE=required, **variables)
+    said = place.install(ok=False, PATH=str(place.no_compiler), RLHF_KERNELS_REQUIRE=required, **variables)
     for reason in reasons:
         assert re.search(rf"^\s*rlhf-kernels: RLHF_KERNELS_REQUIRE ?{re.escape(reason)}", said, re.MULTILINE), said
     assert "Successfully installed" not in said
@@ -122,7 +125,7 @@ def test_what_is_required_and_missing_fails_the_install(place, required, variabl
 def test_sources_that_hide_an_installed_package_say_so(place):
     place.give_torch()
     assert "holds sources, which were not built" in report(place.python, place.sources)
-    place.install(CXX=NO_COMPILER)
+    place.install(PATH=str(place.no_compiler))
     said = report(place.python, place.sources)
     assert f"Python took the sources in {place.sources / 'rlhf_kernels'} for the package" in said
     assert str(place.site / "rlhf_kernels") in said
@@ -136,7 +139,7 @@ def test_what_an_earlier_build_left_does_not_pass_for_this_one(place):
     left.mkdir(parents=True)
     for name in ("_ops.so", "_cuda.so"):
         (left / name).write_text("of yesterday")
-    place.install(CXX=NO_COMPILER)
+    place.install(PATH=str(place.no_compiler))
     assert "backend       cpu: not built" in place.report()
     assert not list((place.site / "rlhf_kernels").glob("*.so"))
 
@@ -163,7 +166,7 @@ def test_a_full_disk(place, required):
 @pytest.mark.install
 def test_what_was_missing_is_found_by_the_next_install(place):
     place.give_torch()
-    place.install(CXX=NO_COMPILER)
+    place.install(PATH=str(place.no_compiler))
     said = place.install(RLHF_KERNELS_REQUIRE="cpu")
     assert "Successfully installed" in said
     assert "backend       cpu: available" in place.report()

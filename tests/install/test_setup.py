@@ -140,9 +140,14 @@ def test_a_tool_that_fails_is_quoted(setup, command, tmp_path, capsys):
             "install CUDA 12 or newer",
         ),
         (
-            "-- hm\nCMake Error at CMakeLists.txt:3 (project):\n  No CMAKE_CXX_COMPILER could be found.\n\n-- Oh\n",
+            "-- hm\nCMake Error at CMakeLists.txt:3 (project):\n  No CMAKE_CXX_COMPILER could be found.\n\n  Tell\n",
             "No CMAKE_CXX_COMPILER could be found.",
             "install a C++20 compiler",
+        ),
+        (
+            "CMake Error at x.cmake:1 (message):\n  The C++ compiler\n\n    c++\n\n    c++: error: no cc1plus\n",
+            "The C++ compiler c++: error: no cc1plus",
+            "pip install -v",
         ),
         (
             "a.cpp:1: error: unclear\nfatal error: error writing to /tmp/a.s: No space left on device\n",
