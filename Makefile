@@ -4,15 +4,20 @@ PYTHON ?= python3
 SEED ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py build_backend.py pyproject.toml
 
-.PHONY: demo test test-gpu sanitize-gpu lint asan bench triton-report cuda-check wheel clean
+.PHONY: demo test test-install test-gpu sanitize-gpu lint asan bench triton-report cuda-check wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/rlhf demo --seed $(SEED) --output_dir runs/demo --resume
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# Every way of installing, in environments made for it: an hour, and gigabytes of torch.
+test-install: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet auditwheel build uv
+	$(BIN)/python -m pytest -v -m "install or not install" tests/install
 
 # The kernel tests on a GPU, for a torch that sees one.
 test-gpu: $(VENV)/installed
@@ -68,7 +73,7 @@ $(VENV)/installed: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet setuptools wheel cmake ninja pybind11 numpy
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[train,test]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test]"
 	touch $@
 
 clean:

@@ -166,7 +166,3 @@ def run(stage: str, settings: dict[str, Any], resume: bool) -> int:
         print(f"\nrlhf {stage}: interrupted{hint}", file=sys.stderr)
         return 130
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -8,7 +8,7 @@ import itertools
 import pytest
 from environments import BUILD_TOOLS, ROOT, assert_has_kernels, copy_sources, environment, run, uv
 
-pytestmark = pytest.mark.install
+pytestmark = [pytest.mark.install, pytest.mark.timeout(3600)]
 
 TORCHES = {"2.13.0": "torch==2.13.0", "newest": "torch"}
 

@@ -35,7 +35,7 @@ def tiny_gpt2(vocabulary, eos, **options):
 def start(*arguments, **options):
     """Starts the command in a process of its own."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "rlhf.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "rlhf", *map(str, arguments)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, **options
     )
