@@ -38,6 +38,7 @@ ON_GPU = {
     "pairwise_ranking_loss": ("cuda", "triton"),
 }
 OLDEST_GPU = (8, 0)
+OLDEST_CUDA = 12  # whose nvcc compiles the kernels
 
 
 # The library of csrc/cuda as built by tests/kernels/cuda_emulation, which runs on CPU tensors.
@@ -63,13 +64,38 @@ def _load_cpu() -> str | None:
 
 def _load_cuda() -> str | None:
     if _EMULATED_CUDA:
-        return _load(Path(_EMULATED_CUDA), f"RLHF_KERNELS_EMULATED_CUDA names {_EMULATED_CUDA}, which is not there")
+        path, absent = Path(_EMULATED_CUDA), f"RLHF_KERNELS_EMULATED_CUDA names {_EMULATED_CUDA}, which is not there"
+        return _load(path, absent) or _driver_complaint(path)
     path = Path(__file__).with_name("_cuda.so")
     if path.exists() and torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA, so {path.name} is not loaded"
     if path.exists() and _MISSING["cpu"] is not None:
         return f"the ops' schemas are missing: {_MISSING['cpu']}"
-    return _load(path, "this install has no CUDA kernels: it found no nvcc, or no torch with CUDA, when it was built")
+    absent = "this install has no CUDA kernels: it found no nvcc, or no torch with CUDA, when it was built"
+    return _load(path, absent) or _driver_complaint(path)
+
+
+def _driver_complaint(path: Path) -> str | None:
+    """Why the driver is too old for the CUDA kernels; None where it is not, or where there is none. Uses no GPU."""
+    library = ctypes.CDLL(str(path))
+    library.rlhf_kernels_driver_is_too_old.restype = ctypes.c_bool
+    built_with, driver = ctypes.c_int(), ctypes.c_int()
+    if not library.rlhf_kernels_driver_is_too_old(ctypes.byref(built_with), ctypes.byref(driver)):
+        return None
+    return _old_driver(path.name, built_with.value, driver.value)
+
+
+def _old_driver(name: str, built_with: int, driver: int) -> str:
+    """What is the matter with a driver that knows CUDA up to ``driver``, 12080 for 12.8, and what helps."""
+    major, known = built_with // 1000, driver // 1000
+    # The first drivers of each major version (NVIDIA's "CUDA Compatibility", minor version compatibility).
+    first = {12: "of 525 or newer", 13: "of 580 or newer"}.get(major, f"for CUDA {major}")
+    other = f", or build with CUDA {known}" if known >= OLDEST_CUDA else ""
+    return (
+        f"{name} was built with CUDA {major}.{built_with % 1000 // 10}, which needs an NVIDIA driver {first}; this one "
+        f"goes up to CUDA {known}.{driver % 1000 // 10}: install a newer driver{other}; until then GPUs run the ops on "
+        "Triton"
+    )
 
 
 # Why this install lacks a backend; None where it has it.
