@@ -9,6 +9,7 @@ Environment:
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -147,9 +148,10 @@ class CMakeBuild(build_ext):
 
     def cmake(self, part: str, *options: str) -> None:
         """Builds one part in a folder of its own, which keeps all that the compilers said."""
-        import torch
-
-        torch_folder = Path(torch.__file__).parent
+        torch = importlib.util.find_spec("torch")  # its headers are all that is needed
+        if torch is None or torch.origin is None:
+            raise ImportError("there is no torch to build against")
+        torch_folder = Path(torch.origin).parent
         destination = Path(self.get_ext_fullpath("rlhf_kernels._C")).resolve().parent
         build = Path(self.build_temp).resolve() / part
         build.mkdir(parents=True, exist_ok=True)
