@@ -75,13 +75,17 @@ def build(version: str, python: str, environment: dict[str, str]) -> Path:
     own = folder / "venv" / "bin" / "python"
     subprocess.run([python, "-m", "venv", folder / "venv"], check=True)
     subprocess.run([own, "-m", "pip", "install", "--quiet", "setuptools>=77", "pybind11>=2.13"], check=True)
+    # The native code has one folder for all Pythons, so that what is as it was is not compiled again. CMake alone has to
+    # forget the last Python.
+    native = WORK / "native"
+    (native / "cpu" / "CMakeCache.txt").unlink(missing_ok=True)
     subprocess.run(
         [
-            own, "setup.py", "--quiet",
+            own, "-W", "ignore", "setup.py", "--quiet",  # it warns of a command that it calls itself
             "egg_info", "--egg-base", folder,
             "build", "--build-base", folder / "build",
-            "build_ext", "--build-temp", WORK / "native",  # one for all: what is as it was is not compiled again
-            "bdist_wheel", "--dist-dir", folder,
+            "build_ext", "--build-temp", native,
+            "bdist_wheel", "--skip-build", "--dist-dir", folder,
         ],
         cwd=ROOT, env=environment, check=True,
     )  # fmt: skip
@@ -136,9 +140,9 @@ def main() -> int:
         wheel = build(version, python, environment)
         check(wheel, WORK / version / "unpacked")
         platform = f"{stand_ins.POLICY}_{wheel.stem.rpartition('-')[2].partition('_')[2]}"
-        # torch's libraries stay torch's.
+        # torch's libraries stay torch's, and its wheels' tag is enough: an older system has no torch.
         subprocess.run(
-            [*auditwheel, "repair", "--plat", platform, "--exclude", "libtorch*", "--exclude", "libc10*",
+            [*auditwheel, "repair", "--plat", platform, "--only-plat", "--exclude", "libtorch*", "--exclude", "libc10*",
              "--wheel-dir", DIST, wheel],
             env=environment, check=True,
         )  # fmt: skip
