@@ -14,6 +14,7 @@ Environment:
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -75,8 +76,8 @@ def build(version: str, python: str, environment: dict[str, str]) -> Path:
     own = folder / "venv" / "bin" / "python"
     subprocess.run([python, "-m", "venv", folder / "venv"], check=True)
     subprocess.run([own, "-m", "pip", "install", "--quiet", "setuptools>=77", "pybind11>=2.13"], check=True)
-    # The native code has one folder for all Pythons, so that what is as it was is not compiled again. CMake alone has to
-    # forget the last Python.
+    # The native code has one folder for all Pythons, so that what is as it was is not compiled again. CMake alone has
+    # to forget the last Python.
     native = WORK / "native"
     (native / "cpu" / "CMakeCache.txt").unlink(missing_ok=True)
     subprocess.run(
@@ -113,6 +114,20 @@ def check(wheel: Path, folder: Path) -> None:
             raise SystemExit(f"{path.name} has all of libstdc++ inside: exceptions could not leave it")
 
 
+def verdict(wheel: Path, auditwheel: list[str | Path]) -> str:
+    """What auditwheel says of a finished wheel, on one line.
+
+    Its ``show`` can't be told that torch's libraries are torch's: its first sentence says linux for every wheel that
+    needs them, and what the symbols allow comes further down.
+    """
+    done = subprocess.run([*auditwheel, "show", "--json", wheel], stdout=subprocess.PIPE, text=True, check=True)
+    said = json.loads(done.stdout)
+    return (
+        f"{wheel.relative_to(ROOT)}: {wheel.stat().st_size / 2**20:.1f} MiB, its symbols allow {said['sym_tag']}, "
+        f"and it needs {', '.join(said['external_libs']) or 'no library'} besides"
+    )
+
+
 def main() -> int:
     """Builds, repairs and shows the wheels."""
     for folder in (WORK, DIST):
@@ -146,9 +161,9 @@ def main() -> int:
              "--wheel-dir", DIST, wheel],
             env=environment, check=True,
         )  # fmt: skip
+    print()
     for wheel in sorted(DIST.glob("*.whl")):
-        subprocess.run([*auditwheel, "show", wheel], check=True)
-        print(f"{wheel.relative_to(ROOT)}: {wheel.stat().st_size / 2**20:.1f} MiB", flush=True)
+        print(verdict(wheel, auditwheel), flush=True)
     return 0
 
 
