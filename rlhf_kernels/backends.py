@@ -65,13 +65,14 @@ def _load_cpu() -> str | None:
 
 def _load_cuda() -> str | None:
     if _EMULATED_CUDA:
-        return _load(Path(_EMULATED_CUDA), f"RLHF_KERNELS_EMULATED_CUDA names {_EMULATED_CUDA}, which is not there")
+        path, absent = Path(_EMULATED_CUDA), f"RLHF_KERNELS_EMULATED_CUDA names {_EMULATED_CUDA}, which is not there"
+        return _load(path, absent) or install.driver_complaint(path)
     path = install.PACKAGE / "_cuda.so"
     if path.exists() and torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA, so {path.name} is not loaded"
     if path.exists() and _MISSING["cpu"] is not None:
         return f"the ops' schemas are missing: {_MISSING['cpu']}"
-    return _load(path, f"not built: {install.absent('cuda')}")
+    return _load(path, f"not built: {install.absent('cuda')}") or install.driver_complaint(path)
 
 
 # Why this install lacks a backend; None where it has it.

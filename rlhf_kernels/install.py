@@ -1,13 +1,15 @@
-"""What the build has left in this install, and why a part of it is missing: what ``setup.py`` wrote of it."""
+"""What this install has, and why a part of it is missing: what ``setup.py`` wrote of it, and the driver."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import json
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
 RECORD = PACKAGE / "_build.json"
+OLDEST_CUDA = 12  # whose nvcc compiles the kernels
 
 
 def _read() -> dict[str, dict[str, str]]:
@@ -43,3 +45,26 @@ def absent(part: str) -> str:
 def remedy(part: str) -> str | None:
     """What would bring a part that was not built; None for one that was."""
     return _MISSING[part]["remedy"] if part in _MISSING else None
+
+
+def driver_complaint(path: Path) -> str | None:
+    """Why the driver is too old for the CUDA kernels; None where it is not, or where there is none. Uses no GPU."""
+    library = ctypes.CDLL(str(path))
+    library.rlhf_kernels_driver_is_too_old.restype = ctypes.c_bool
+    built_with, driver = ctypes.c_int(), ctypes.c_int()
+    if not library.rlhf_kernels_driver_is_too_old(ctypes.byref(built_with), ctypes.byref(driver)):
+        return None
+    return old_driver(path.name, built_with.value, driver.value)
+
+
+def old_driver(name: str, built_with: int, driver: int) -> str:
+    """What is the matter with a driver that knows CUDA up to ``driver``, 12080 for 12.8, and what helps."""
+    major, known = built_with // 1000, driver // 1000
+    # The first drivers of each major version (NVIDIA's "CUDA Compatibility", minor version compatibility).
+    first = {12: "of 525 or newer", 13: "of 580 or newer"}.get(major, f"for CUDA {major}")
+    other = f", or build with CUDA {known}" if known >= OLDEST_CUDA else ""
+    return (
+        f"{name} was built with CUDA {major}.{built_with % 1000 // 10}, which needs an NVIDIA driver {first}; this one "
+        f"goes up to CUDA {known}.{driver % 1000 // 10}: install a newer driver{other}; until then GPUs run the ops on "
+        "Triton"
+    )

@@ -12,6 +12,14 @@ namespace rlhf_kernels::cuda {
 
 using Stream = void*;  // a cudaStream_t
 
+// CUDA's versions, 13000 for 13.0: the one these kernels are built with, and the newest that the driver knows, 0 where there is
+// no driver.
+struct Versions {
+  int built_with, driver;
+};
+Versions versions();
+bool driver_is_too_old();
+
 // ------------------------------------------------------------------------------------------------------- log_prob
 
 // How many stretches of the vocabulary a row's sums are made of.

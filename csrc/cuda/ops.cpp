@@ -283,6 +283,8 @@ STABLE_TORCH_LIBRARY_IMPL(rlhf_kernels_emulated, CPU, library) {
 #else
 STABLE_TORCH_LIBRARY_IMPL(rlhf_kernels, CUDA, library) {
 #endif
+  // Triton's kernels take the places that are left free.
+  if (cuda::driver_is_too_old()) return;
   library.impl("selective_log_softmax", TORCH_BOX(&selective_log_softmax));
   library.impl("selective_log_softmax_backward", TORCH_BOX(&selective_log_softmax_backward));
   library.impl("selective_log_softmax_backward_", TORCH_BOX(&selective_log_softmax_backward_));
@@ -294,4 +296,11 @@ STABLE_TORCH_LIBRARY_IMPL(rlhf_kernels, CUDA, library) {
   library.impl("ppo_policy_loss", TORCH_BOX(&ppo_policy_loss));
   library.impl("ppo_value_loss", TORCH_BOX(&ppo_value_loss));
   library.impl("pairwise_ranking_loss", TORCH_BOX(&pairwise_ranking_loss));
+}
+
+// Whether the ops are not registered as the driver is too old, with CUDA's versions: see cuda::versions().
+extern "C" __attribute__((visibility("default"))) bool rlhf_kernels_driver_is_too_old(int* built_with, int* driver) {
+  *built_with = cuda::versions().built_with;
+  *driver = cuda::versions().driver;
+  return cuda::driver_is_too_old();
 }

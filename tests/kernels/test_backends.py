@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rlhf_kernels
-from rlhf_kernels import available_backends, backends, kl_penalty, use_backend
+from rlhf_kernels import available_backends, backends, install, kl_penalty, use_backend
 
 
 def run(*arguments, **environment):
@@ -69,6 +69,49 @@ def test_the_instruction_set_is_named_and_can_be_forced():
     refused = run("-m", "rlhf_kernels", RLHF_KERNELS_ISA="sse9")
     assert refused.returncode != 0
     assert "RLHF_KERNELS_ISA: is 'sse9', must be one of" in refused.stderr
+
+
+@pytest.fixture
+def driver(tmp_path):
+    """Makes a driver's library that knows CUDA up to a version, and does not survive being asked for anything else."""
+
+    def make(version):
+        source, folder = tmp_path / "driver.c", tmp_path / str(version)
+        folder.mkdir()
+        source.write_text(
+            "#include <stdlib.h>\n"
+            f"int cuDriverGetVersion(int* version) {{ *version = {version}; return 0; }}\n"
+            "int cuInit(unsigned flags) { abort(); }\n"
+        )
+        subprocess.run(["cc", "-shared", "-fPIC", source, "-o", folder / "libcuda.so.1"], check=True)
+        return {"LD_LIBRARY_PATH": str(folder)}
+
+    return make
+
+
+@pytest.mark.skipif(not backends.emulated("cuda"), reason="the CUDA kernels are not emulated")
+def test_a_driver_that_is_too_old_is_said_in_one_line_and_leaves_the_ops_to_triton(driver):
+    code = (
+        "import torch, rlhf_kernels; "
+        "print(torch._C._dispatch_has_kernel_for_dispatch_key('rlhf_kernels_emulated::kl_penalty', 'CPU'))"
+    )
+    old, new = driver(11080), driver(12000)
+    assert run("-c", code, **old).stdout.strip() == "False"
+    assert run("-c", code, **new).stdout.strip() == "True"
+    report = run("-m", "rlhf_kernels", **old).stdout.splitlines()
+    assert [line for line in report if "backend      cuda" in line] == [
+        "backend      cuda: _cuda.so was built with CUDA 12.0, which needs an NVIDIA driver of 525 or newer; this one "
+        "goes up to CUDA 11.8: install a newer driver; until then GPUs run the ops on Triton"
+    ]
+    assert "backend      cuda: available" in run("-m", "rlhf_kernels", **new).stdout
+
+
+def test_an_old_driver_may_do_for_another_cuda():
+    assert install.old_driver("_cuda.so", 13000, 12080) == (
+        "_cuda.so was built with CUDA 13.0, which needs an NVIDIA driver of 580 or newer; this one goes up to CUDA "
+        "12.8: install a newer driver, or build with CUDA 12; until then GPUs run the ops on Triton"
+    )
+    assert "needs an NVIDIA driver for CUDA 15;" in install.old_driver("_cuda.so", 15010, 13000)
 
 
 @pytest.mark.skipif(backends.missing("cpu") is not None, reason="no native kernels in this install")

@@ -40,6 +40,9 @@ using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0 };
 inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 
+// An old one, which the driver of a machine is hardly too old for.
+#define CUDART_VERSION 12000
+
 inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 
 namespace emulation {
