@@ -37,6 +37,8 @@ inline WideVec widened(const Vec& x) {
   return {{_mm512_cvtps_pd(_mm512_castps512_ps256(x)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1))}};
 #elif defined(CPU_CAPABILITY_AVX2)
   return {{_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1))}};
+#elif defined(__aarch64__)
+  return {{vcvt_f64_f32(vget_low_f32(x)), vcvt_high_f64_f32(x)}};
 #else
   float floats[kLanes];
   double doubles[kLanes];
@@ -51,6 +53,8 @@ inline Vec rounded(const WideVec& x) {
   return _mm512_insertf32x8(_mm512_castps256_ps512(_mm512_cvtpd_ps(x.half[0])), _mm512_cvtpd_ps(x.half[1]), 1);
 #elif defined(CPU_CAPABILITY_AVX2)
   return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm256_cvtpd_ps(x.half[0])), _mm256_cvtpd_ps(x.half[1]), 1);
+#elif defined(__aarch64__)
+  return vcvt_high_f32_f64(vcvt_f32_f64(x.half[0]), x.half[1]);
 #else
   float floats[kLanes];
   double doubles[kLanes];
@@ -70,6 +74,9 @@ inline Doubles select(const Lanes& where, int half, const Doubles& yes, const Do
 #elif defined(CPU_CAPABILITY_AVX2)
   const __m128i bits = _mm_castps_si128(half ? _mm256_extractf128_ps(where.bits, 1) : _mm256_castps256_ps128(where.bits));
   return _mm256_blendv_pd(no, yes, _mm256_castsi256_pd(_mm256_cvtepi32_epi64(bits)));
+#elif defined(__aarch64__)
+  const int32x4_t bits = vreinterpretq_s32_f32(where.bits);
+  return vbslq_f64(vreinterpretq_u64_s64(half ? vmovl_high_s32(bits) : vmovl_s32(vget_low_s32(bits))), yes, no);
 #else
   float bits[kLanes];
   double a[kHalf], b[kHalf];

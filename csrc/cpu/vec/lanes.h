@@ -47,6 +47,12 @@ inline Vec scaled_by_power(const Vec& p, const Vec& n) {
     return Vec(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(k, _mm256_set1_epi32(127)), 23)));
   };
   return p * power(half) * power(_mm256_sub_epi32(exponent, half));
+#elif defined(__aarch64__)
+  const int32x4_t exponent = vcvtq_s32_f32(n), half = vshrq_n_s32(exponent, 1);  // two factors here too
+  const auto power = [](int32x4_t k) {
+    return Vec(vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(k, vdupq_n_s32(127)), 23)));
+  };
+  return p * power(half) * power(vsubq_s32(exponent, half));
 #else
   float values[kLanes], powers[kLanes];
   p.store(values);
@@ -101,11 +107,15 @@ struct SplitSum {
 };
 
 inline float largest(const Vec& values) {
+#if defined(__aarch64__)
+  return vmaxvq_f32(values);
+#else
   float lanes[kLanes];
   values.store(lanes);
   float result = lanes[0];
   for (int64_t i = 1; i < kLanes; ++i) result = result < lanes[i] || lanes[i] != lanes[i] ? lanes[i] : result;
   return result;
+#endif
 }
 
 // Which lanes something holds for: a mask register, where the instruction set has them.
@@ -148,6 +158,8 @@ inline int64_t count(const Lanes& where) {
   return std::popcount(static_cast<uint32_t>(where.bits));
 #elif defined(CPU_CAPABILITY_AVX2)
   return std::popcount(static_cast<uint32_t>(_mm256_movemask_ps(where.bits)));
+#elif defined(__aarch64__)
+  return -vaddvq_s32(vreinterpretq_s32_f32(where.bits));
 #else
   float bits[kLanes];
   where.bits.store(bits);
@@ -217,6 +229,11 @@ struct Tally {
 
   void add(const Lanes& where) { counts = _mm256_sub_epi32(counts, _mm256_castps_si256(where.bits)); }
   Vec value() const { return _mm256_cvtepi32_ps(counts); }
+#elif defined(__aarch64__)
+  int32x4_t counts = vdupq_n_s32(0);
+
+  void add(const Lanes& where) { counts = vsubq_s32(counts, vreinterpretq_s32_f32(where.bits)); }
+  Vec value() const { return vcvtq_f32_s32(counts); }
 #else
   Vec counts{0.0f};
 

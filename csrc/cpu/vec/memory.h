@@ -1,6 +1,8 @@
 // Vectors from memory and to it.
 #pragma once
 
+#include <cstring>
+
 #include "cpu/kernels.h"
 #include "cpu/vec/lanes.h"
 
@@ -41,6 +43,13 @@ inline Vec load_lanes(const T* from, int64_t count = kLanes) {
       } else {
         return _mm256_cvtph_ps(bits);
       }
+#elif defined(__aarch64__)
+      const uint16x4_t bits = vld1_u16(reinterpret_cast<const uint16_t*>(from));
+      if constexpr (std::is_same_v<T, c10::BFloat16>) {
+        return vreinterpretq_f32_u32(vshll_n_u16(bits, 16));
+      } else {
+        return vcvt_f32_f16(vreinterpret_f16_u16(bits));
+      }
 #endif
     }
     float values[kLanes] = {};
@@ -59,6 +68,7 @@ inline Vec load_integers(const int64_t* from, int64_t count) {
   return _mm512_insertf32x8(_mm512_castps256_ps512(floats(static_cast<__mmask8>(mask), from)),
                             floats(static_cast<__mmask8>(mask >> 8), from + 8), 1);
 #else
+  // Lane by lane: no other instruction set turns a vector of such integers into floats in one rounding.
   float values[kLanes] = {};
   for (int64_t i = 0; i < count; ++i) values[i] = static_cast<float>(from[i]);
   return Vec::loadu(values);
@@ -90,6 +100,16 @@ inline void stored_past_caches() {
 #endif
 }
 
+#if defined(__aarch64__)
+// Rounded to nearest, ties to even; any NaN to the one that c10::BFloat16 makes of it.
+inline uint16x4_t bfloat16_bits(const Vec& values) {
+  const uint32x4_t bits = vreinterpretq_u32_f32(values);
+  const uint32x4_t last = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+  const uint16x4_t nearest = vaddhn_u32(bits, vaddq_u32(last, vdupq_n_u32(0x7fff)));
+  return vbsl_u16(vmovn_u32(vceqq_f32(values, values)), nearest, vdup_n_u16(0x7fc0));
+}
+#endif
+
 template <class T>
 inline void store_lanes(T* to, const Vec& values, int64_t count = kLanes) {
   if constexpr (std::is_same_v<T, float>) {
@@ -115,6 +135,13 @@ inline void store_lanes(T* to, const Vec& values, int64_t count = kLanes) {
       _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bits);
       return;
     }
+#elif defined(__aarch64__)
+    if (count == kLanes) {
+      const uint16x4_t bits = std::is_same_v<T, c10::BFloat16> ? bfloat16_bits(values)
+                                                               : vreinterpret_u16_f16(vcvt_f16_f32(values));
+      vst1_u16(reinterpret_cast<uint16_t*>(to), bits);
+      return;
+    }
 #endif
     float buffer[kLanes];
     values.store(buffer);
@@ -133,6 +160,13 @@ inline Lanes lanes_of(const uint8_t* wanted, int64_t count = kLanes) {
   if (count == kLanes) {
     const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(wanted)));
     return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(bytes, _mm256_setzero_si256()))};
+  }
+#elif defined(__aarch64__)
+  if (count == kLanes) {
+    uint32_t bits;
+    std::memcpy(&bits, wanted, sizeof bits);
+    const uint32x4_t bytes = vmovl_u16(vget_low_u16(vmovl_u8(vcreate_u8(bits))));
+    return {vreinterpretq_f32_u32(vtstq_u32(bytes, bytes))};
   }
 #endif
   float values[kLanes] = {};

@@ -47,6 +47,15 @@ inline namespace RLHF_ISA {
     columns[c] = _mm256_permute2f128_ps(b[c], b[4 + c], 0x20);
     columns[4 + c] = _mm256_permute2f128_ps(b[c], b[4 + c], 0x31);
   }
+#elif defined(__aarch64__)
+  // Of the pairs of rows the even columns, and the odd ones.
+  const auto pairs = [&](int i) { return vreinterpretq_f64_f32(vtrn1q_f32(rows[i], rows[i + 1])); };
+  const auto odd_pairs = [&](int i) { return vreinterpretq_f64_f32(vtrn2q_f32(rows[i], rows[i + 1])); };
+  const float64x2_t even[] = {pairs(0), pairs(2)}, odd[] = {odd_pairs(0), odd_pairs(2)};
+  columns[0] = vreinterpretq_f32_f64(vtrn1q_f64(even[0], even[1]));
+  columns[1] = vreinterpretq_f32_f64(vtrn1q_f64(odd[0], odd[1]));
+  columns[2] = vreinterpretq_f32_f64(vtrn2q_f64(even[0], even[1]));
+  columns[3] = vreinterpretq_f32_f64(vtrn2q_f64(odd[0], odd[1]));
 #else
   float square[kLanes][kLanes];
   for (int64_t i = 0; i < kLanes; ++i) rows[i].store(square[i]);
@@ -67,26 +76,40 @@ inline Lanes first_lanes(int64_t count) {
 }
 
 #if !defined(CPU_CAPABILITY_AVX512)
+#if defined(__aarch64__)
+constexpr uint8_t kMoved = sizeof(float);  // what is moved are the bytes of a lane, each by itself
+#else
+constexpr uint8_t kMoved = 1;
+#endif
+using Sources = uint8_t[kLanes * kMoved];
+
 // For every set of lanes, where each lane is to take its value from: to move these together, and apart again.
 struct Moves {
-  uint8_t together[1 << kLanes][kLanes] = {}, apart[1 << kLanes][kLanes] = {};
+  Sources together[1 << kLanes] = {}, apart[1 << kLanes] = {};
 
   constexpr Moves() {
     for (int set = 0; set < 1 << kLanes; ++set) {
       uint8_t found = 0;
       for (uint8_t lane = 0; lane < kLanes; ++lane) {
-        apart[set][lane] = found % kLanes;
-        if (set >> lane & 1) together[set][found++] = lane;
+        point(apart[set], lane, found % kLanes);
+        if (set >> lane & 1) point(together[set], found++, lane);
       }
     }
+  }
+
+ private:
+  static constexpr void point(Sources& sources, uint8_t lane, uint8_t source) {
+    for (uint8_t i = 0; i < kMoved; ++i) sources[lane * kMoved + i] = static_cast<uint8_t>(source * kMoved + i);
   }
 };
 inline constexpr Moves kMoves;
 
-inline Vec moved(const Vec& x, const uint8_t (&sources)[kLanes]) {
+inline Vec moved(const Vec& x, const Sources& sources) {
 #if defined(CPU_CAPABILITY_AVX2)
   const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(sources));
   return _mm256_permutevar8x32_ps(x, _mm256_cvtepu8_epi32(bytes));
+#elif defined(__aarch64__)
+  return vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(x), vld1q_u8(sources)));
 #else
   float from[kLanes], to[kLanes];
   x.store(from);
@@ -98,6 +121,9 @@ inline Vec moved(const Vec& x, const uint8_t (&sources)[kLanes]) {
 inline int set_of(const Lanes& where) {
 #if defined(CPU_CAPABILITY_AVX2)
   return _mm256_movemask_ps(where.bits);
+#elif defined(__aarch64__)
+  constexpr uint32_t members[kLanes] = {1, 2, 4, 8};
+  return static_cast<int>(vaddvq_u32(vandq_u32(vreinterpretq_u32_f32(where.bits), vld1q_u32(members))));
 #else
   float bits[kLanes];
   where.bits.store(bits);
@@ -135,6 +161,9 @@ inline Doubles lowered(const Doubles& x, const Doubles& behind) {
   static_assert(kCount == 1 || kCount == 2);
   const __m256d middle = _mm256_permute2f128_pd(x, behind, 0x21);
   return kCount == 2 ? middle : _mm256_shuffle_pd(x, middle, 0x5);
+#elif defined(__aarch64__)
+  static_assert(kCount == 1);
+  return vextq_f64(x, behind, kCount);
 #else
   double values[2 * kHalf];
   x.store(values);
@@ -148,6 +177,8 @@ inline Vec first_everywhere(const Vec& x) {
   return _mm512_broadcastss_ps(_mm512_castps512_ps128(x));
 #elif defined(CPU_CAPABILITY_AVX2)
   return _mm256_broadcastss_ps(_mm256_castps256_ps128(x));
+#elif defined(__aarch64__)
+  return vdupq_laneq_f32(x, 0);
 #else
   float values[kLanes];
   x.store(values);
@@ -160,6 +191,8 @@ inline Doubles first_everywhere(const Doubles& x) {
   return _mm512_broadcastsd_pd(_mm512_castpd512_pd128(x));
 #elif defined(CPU_CAPABILITY_AVX2)
   return _mm256_broadcastsd_pd(_mm256_castpd256_pd128(x));
+#elif defined(__aarch64__)
+  return vdupq_laneq_f64(x, 0);
 #else
   double values[kHalf];
   x.store(values);

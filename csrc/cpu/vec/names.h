@@ -23,7 +23,13 @@ inline Vectorized<float> at_least(const Vectorized<float>& x, const Vectorized<f
 }
 inline Vectorized<float> absolute(const Vectorized<float>& x) { return x.abs(); }
 inline Vectorized<float> minus_absolute(const Vectorized<float>& x) { return x | Vectorized<float>(-0.0f); }
-inline Vectorized<float> nearest_integer(const Vectorized<float>& x) { return x.round(); }
+inline Vectorized<float> nearest_integer(const Vectorized<float>& x) {
+#if defined(__aarch64__)
+  return vrndnq_f32(x);  // at::vec's own goes lane by lane
+#else
+  return x.round();
+#endif
+}
 inline Vectorized<float> times_power_of_two(const Vectorized<float>& x, const Vectorized<float>& n) {
   return rlhf_kernels::cpu::scaled_by_power(x, n);
 }
@@ -37,12 +43,12 @@ inline Vectorized<float> reciprocal(const Vectorized<float>& x) {
 #endif
 }
 inline Vectorized<float> power_of_two(const Vectorized<float>& x) {
-  const auto n = x.round();
+  const auto n = nearest_integer(x);
   return rlhf_kernels::cpu::exp2(n, x - n);
 }
 inline Vectorized<float> power_of_e(const Vectorized<float>& x) {
   const Vectorized<float> log2_e(1.44269504f), rest(1.92596303e-8f);  // log2(e) in two parts
-  const auto n = (x * log2_e).round();
+  const auto n = nearest_integer(x * log2_e);
   return rlhf_kernels::cpu::exp2(n, fmadd(x, rest, fmsub(x, log2_e, n)));
 }
 inline Vectorized<float> multiply_add(const Vectorized<float>& a, const Vectorized<float>& b,
@@ -57,6 +63,8 @@ inline Vectorized<float> lost_by_product(const Vectorized<float>& a, const Vecto
                                          const Vectorized<float>& product) {
 #if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
   return fmsub(a, b, product);
+#elif defined(__aarch64__)
+  return vfmaq_f32(vnegq_f32(product), a, b);  // fmsub's exact difference would be −0
 #else
   // Where that would round the product, a double holds it.
   constexpr int lanes = Vectorized<float>::size();
