@@ -6,13 +6,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test test-gpu sanitize-gpu lint asan bench triton-report cuda-check wheel clean
+.PHONY: demo test test-aarch64 test-gpu sanitize-gpu lint asan bench triton-report cuda-check wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/rlhf demo --seed $(SEED) --output_dir runs/demo --resume
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# The native code for 64-bit Arm, cross-compiled and tested under QEMU; says which of Debian's packages it lacks.
+test-aarch64: $(VENV)/installed
+	$(BIN)/python tests/native/aarch64.py
 
 # The kernel tests on a GPU, for a torch that sees one.
 test-gpu: $(VENV)/installed
