@@ -23,7 +23,7 @@ FOLDER = ROOT / "build" / "aarch64"
 # The last whose wheel is for CPUs alone, of 139 MiB: from 2.11 on it has 400.
 TORCH = "torch==2.10.0"
 PACKAGES = ("numpy", "hypothesis", "pytest", "pytest-timeout")
-TORCH_PACKAGES = ("filelock", "fsspec", "jinja2", "networkx", "sympy", "typing_extensions")
+TORCH_PACKAGES = ("filelock", "fsspec", "jinja2", "networkx", "setuptools", "sympy", "typing_extensions")
 TESTS = (
     "tests/kernels/test_layouts.py", "tests/kernels/test_accuracy.py", "tests/kernels/test_determinism.py",
     "-k", "(cpu or neon) and not 50257 and not 128256 and not more_pairs",
@@ -69,7 +69,7 @@ def unpack_python(folder: Path) -> None:
 
 
 def install_packages(folder: Path, version: str) -> None:
-    """torch and what the tests need, as pip installs them for that processor; torch's own dependencies name CUDA's."""
+    """torch and what the tests need. Of torch's dependencies pip would choose those for this machine's processor."""
     pip = [
         sys.executable, "-m", "pip", "install", "-qq", "--target", folder, "--only-binary=:all:",
         *(f"--platform=manylinux{glibc}_aarch64" for glibc in ("2014", "_2_17", "_2_28")),
