@@ -6,17 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test test-aarch64 test-gpu sanitize-gpu lint asan bench triton-report cuda-check wheel clean
+.PHONY: demo test test-gpu sanitize-gpu lint asan bench triton-report cuda-check wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/rlhf demo --seed $(SEED) --output_dir runs/demo --resume
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
-
-# The native code for 64-bit Arm, cross-compiled and tested under QEMU; says which of Debian's packages it lacks.
-test-aarch64: $(VENV)/installed
-	$(BIN)/python tests/native/aarch64.py
 
 # The kernel tests on a GPU, for a torch that sees one.
 test-gpu: $(VENV)/installed
@@ -42,6 +38,11 @@ asan: $(VENV)/installed
 	nm -D $(ASAN)/lib/rlhf_kernels/_ops.so | grep -q __asan_init
 	cd $(ASAN)/lib && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. $(abspath $(BIN))/pytest -c $(abspath pyproject.toml) $(abspath tests/kernels) -k "not triton and not cuda"
+
+# The native code for 64-bit Arm, cross-compiled and tested under QEMU; says which of Debian's packages it lacks.
+.PHONY: test-aarch64
+test-aarch64: $(VENV)/installed
+	$(BIN)/python tests/native/aarch64.py
 
 # Registers, spills and shared memory of every Triton kernel, compiled for every GPU generation. Needs no GPU.
 triton-report: $(VENV)/installed

@@ -26,7 +26,8 @@ PACKAGES = ("numpy", "hypothesis", "pytest", "pytest-timeout")
 TORCH_PACKAGES = ("filelock", "fsspec", "jinja2", "networkx", "setuptools", "sympy", "typing_extensions")
 TESTS = (
     "tests/kernels/test_layouts.py", "tests/kernels/test_accuracy.py", "tests/kernels/test_determinism.py",
-    "-k", "(cpu or neon) and not 50257 and not 128256 and not more_pairs",
+    # Without the largest: QEMU needs minutes for what the reference does position by position.
+    "-k", "(cpu or neon) and not 50257 and not 128256 and not 32768 and not more_pairs",
 )  # fmt: skip
 
 
@@ -116,7 +117,7 @@ def main(arguments: list[str]) -> int:
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONSAFEPATH": "1"}
     # Fails where the kernels do not load; the tests would do without them.
     call(python, "-m", "rlhf_kernels", env=environment | {"RLHF_KERNELS_BACKEND": "cpu", "RLHF_KERNELS_ISA": "neon"})
-    tests = [python, "-m", "pytest", "-p", "no:cacheprovider", *(arguments or TESTS)]
+    tests = [python, "-m", "pytest", "-p", "no:cacheprovider", "--timeout=3600", *(arguments or TESTS)]
     return subprocess.run([str(part) for part in tests], env=environment, cwd=ROOT, check=False).returncode
 
 
