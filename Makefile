@@ -44,6 +44,11 @@ asan: $(VENV)/installed
 	cd $(ASAN)/lib && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. $(abspath $(BIN))/pytest -c $(abspath pyproject.toml) $(abspath tests/kernels) -k "not triton and not cuda"
 
+# The native code for 64-bit Arm, cross-compiled and tested under QEMU; says which of Debian's packages it lacks.
+.PHONY: test-aarch64
+test-aarch64: $(VENV)/installed
+	$(BIN)/python tests/native/aarch64.py
+
 # Registers, spills and shared memory of every Triton kernel, compiled for every GPU generation. Needs no GPU.
 triton-report: $(VENV)/installed
 	$(BIN)/python benchmarks/triton_report.py

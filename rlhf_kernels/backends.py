@@ -116,7 +116,8 @@ def _checked(name: str, source: str) -> str:
 def isa() -> str:
     """The instruction set whose build of the CPU kernels runs here.
 
-    ``RLHF_KERNELS_ISA`` forces a lesser one: amx_bf16, avx512_bf16, avx512, avx2 or baseline.
+    ``RLHF_KERNELS_ISA`` forces a lesser one: amx_bf16, avx512_bf16, avx512, avx2 or baseline. 64-bit Arm has
+    neon alone.
 
     Raises:
         RuntimeError: this install has no CPU kernels, or this processor does not run the ones asked for.

@@ -119,7 +119,7 @@ class Recursion {
     WideVec sum[] = {delta(compressed(keep[n], load_lanes(at.rewards + start + n * kLanes, lanes), Vec(0.0f)), value[n],
                            value[n + 1].half[0], first_lanes(found[n]))...};
     ((sum[n] = reaching<1>(sum[n])), ...);
-    ((sum[n] = reaching<2>(sum[n])), ...);
+    if constexpr (kHalf > 2) ((sum[n] = reaching<2>(sum[n])), ...);
     if constexpr (kHalf > 4) ((sum[n] = reaching<4>(sum[n])), ...);
     const Doubles far = Doubles::loadu(powers_ + kHalf);
     ((sum[n].half[0] = gae_advantage(sum[n].half[0], far, first_everywhere(sum[n].half[1]))), ...);

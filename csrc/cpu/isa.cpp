@@ -13,7 +13,11 @@
 
 namespace rlhf_kernels::cpu {
 
+#if defined(__aarch64__)
+extern const Kernels kernels_neon;
+#else
 extern const Kernels kernels_baseline;
+#endif
 #if defined(RLHF_X86)
 extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16, kernels_amx_bf16;
 #endif
@@ -45,7 +49,11 @@ const Kernels& pick() {
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
       {&kernels_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
 #endif
+#if defined(__aarch64__)
+      {&kernels_neon, true},  // which every such processor has
+#else
       {&kernels_baseline, true},
+#endif
   };
   const char* asked = std::getenv("RLHF_KERNELS_ISA");
   for (const auto& choice : choices) {

@@ -19,6 +19,8 @@ inline namespace RLHF_ISA {
 constexpr int kRegisterRows = 12, kTileVectors = 2;
 #elif defined(CPU_CAPABILITY_AVX2)
 constexpr int kRegisterRows = 6, kTileVectors = 2;
+#elif defined(__aarch64__)
+constexpr int kRegisterRows = 6, kTileVectors = 3;
 #else
 constexpr int kRegisterRows = 4, kTileVectors = 1;
 #endif

@@ -1,4 +1,5 @@
 import os
+import platform
 import subprocess
 import sys
 
@@ -65,7 +66,8 @@ def test_the_module_runs_as_a_program():
 @pytest.mark.skipif(backends.missing("cpu") is not None, reason="no native kernels in this install")
 def test_the_instruction_set_is_named_and_can_be_forced():
     assert f"with {backends.isa()}" in run("-m", "rlhf_kernels").stdout
-    assert "with baseline" in run("-m", "rlhf_kernels", RLHF_KERNELS_ISA="baseline").stdout
+    least = "neon" if platform.machine() in ("aarch64", "arm64") else "baseline"
+    assert f"with {least}" in run("-m", "rlhf_kernels", RLHF_KERNELS_ISA=least).stdout
     refused = run("-m", "rlhf_kernels", RLHF_KERNELS_ISA="sse9")
     assert refused.returncode != 0
     assert "RLHF_KERNELS_ISA: is 'sse9', must be one of" in refused.stderr

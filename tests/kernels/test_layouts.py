@@ -93,7 +93,7 @@ def test_empty_sizes(backend, name, shape):
         assert not result.isnan().any()
 
 
-ISAS = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "baseline")
+ISAS = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "baseline", "neon")
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[2]
 
 
 FOLDER = ROOT / "build" / "native_tests"
+AARCH64_FOLDER = ROOT / "build" / "native_tests_aarch64"
+TOOLCHAIN = f"-DCMAKE_TOOLCHAIN_FILE={Path(__file__).with_name('aarch64.cmake')}"
 
 
 def tool(name: str) -> str | None:
@@ -26,16 +28,42 @@ def build() -> Path | None:
     Raises:
         RuntimeError: it does not compile.
     """
-    cmake, ninja = tool("cmake"), tool("ninja")
-    if not cmake or not ninja or not any(map(tool, ("c++", "g++", "clang++"))):
+    if not all(map(tool, ("cmake", "ninja"))) or not any(map(tool, ("c++", "g++", "clang++"))):
         return None
-    torch_folder = Path(torch.__file__).parent
+    cmake(FOLDER, "-DRLHF_KERNELS_TESTS=ON")
+    return FOLDER
+
+
+def missing_for_aarch64() -> str | None:
+    """What Debian has and this machine lacks for 64-bit Arm: to compile for it, and to run what was compiled."""
+    packages = {"aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu", "qemu-aarch64": "qemu-user"}
+    packages |= {"cmake": "cmake", "ninja": "ninja-build"}
+    lacking = [package for program, package in packages.items() if not tool(program)]
+    return f"for 64-bit Arm install {' '.join(lacking)}" if lacking else None
+
+
+def build_for_aarch64() -> Path:
+    """The folder with the tests in C++, compiled for 64-bit Arm.
+
+    Raises:
+        RuntimeError: they do not compile.
+    """
+    cmake(AARCH64_FOLDER, TOOLCHAIN, "-DRLHF_KERNELS_TESTS=ON", targets=("math_test", "vec_test_neon"))
+    return AARCH64_FOLDER
+
+
+def cmake(folder: Path, *options: str, targets: tuple[str, ...] = ("all",)) -> None:
+    """Configures and builds.
+
+    Raises:
+        RuntimeError: with all that CMake and the compiler said.
+    """
+    program = tool("cmake")
     configure = [
-        cmake, "-S", str(ROOT), "-B", str(FOLDER), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}",
-        "-DRLHF_KERNELS_TESTS=ON", f"-DTORCH_INCLUDE_DIR={torch_folder / 'include'}",
+        program, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
+        f"-DTORCH_INCLUDE_DIR={Path(torch.__file__).parent / 'include'}", *options,
     ]  # fmt: skip
-    for command in (configure, [cmake, "--build", str(FOLDER)]):
+    for command in (configure, [program, "--build", str(folder), "--target", *targets]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RuntimeError(f"the native tests were not built:\n{done.stdout}{done.stderr}")
-    return FOLDER
+            raise RuntimeError(f"{folder.name} was not built:\n{done.stdout}{done.stderr}")
