@@ -12,8 +12,8 @@ namespace rlhf_kernels::cuda {
 
 using Stream = void*;  // a cudaStream_t
 
-// CUDA's versions, 13000 for 13.0: the one these kernels are built with, and the newest that the driver knows, 0 where there is
-// no driver.
+// CUDA's versions, 13000 for 13.0: the one that these kernels are built with, and the newest that the driver knows, 0 where
+// there is none.
 struct Versions {
   int built_with, driver;
 };
