@@ -14,7 +14,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
 
-# Every way of installing, in environments made for it: an hour, and gigabytes of torch.
+# Every way of installing, in environments made for it: half an hour, and gigabytes of torch.
 test-install: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet auditwheel build uv
 	$(BIN)/python -m pytest -v -m "install or not install" tests/install
