@@ -1,6 +1,6 @@
 """Every way in which people install from source, in environments made for it: each must end with the kernels.
 
-Takes half an hour and gigabytes of torch: ``make test-install``. The newest torch is the newest that the registry gives.
+Takes half an hour and gigabytes of torch: ``make test-install``. The newest torch is what the registry gives.
 """
 
 import itertools
