@@ -34,6 +34,7 @@ def run(command: Iterable[object], cwd: Path, *, ok: bool | None = True, **envir
             "TORCH_CUDA_ARCH_LIST", "CUDACXX", "CXX", "PYTHONPATH", "VIRTUAL_ENV", "TRITON_INTERPRET"}  # fmt: skip
     variables = {name: value for name, value in os.environ.items() if name not in ours}
     variables |= {name: value for name, value in environment.items() if value}
+    variables["PIP_CONSTRAINT"] = os.devnull  # what the machine holds torch to would decide which one is tried
     if "PIP_FIND_LINKS" in variables:
         variables.setdefault("UV_FIND_LINKS", variables["PIP_FIND_LINKS"])
     done = subprocess.run(
@@ -71,6 +72,11 @@ def environment(folder: Path, *packages: str) -> Path:
 def report(python: Path, cwd: Path, **variables: str) -> str:
     """What ``python -m rlhf_kernels`` says there."""
     return run([python, "-m", "rlhf_kernels"], cwd, **variables)
+
+
+def torch_of(python: Path) -> list[str]:
+    """The torch that an environment has."""
+    return [path.name for path in python.parents[1].glob("lib/python*/site-packages/torch-*.dist-info")]
 
 
 def assert_has_kernels(python: Path, cwd: Path) -> None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from environments import BUILD_TOOLS, ROOT, assert_has_kernels, copy_sources, environment, run, uv
+from environments import BUILD_TOOLS, ROOT, assert_has_kernels, copy_sources, environment, run, torch_of, uv
 
 pytestmark = [pytest.mark.install, pytest.mark.timeout(3600)]
 
@@ -56,8 +56,9 @@ def install(options):
             "pip": [python, "-m", "pip", "install"],
             "uv": [uv(), "pip", "install", "--python", python],
         }[installer]
-        folder = python.parents[2]
+        folder, torch = python.parents[2], torch_of(python)
         run([*command, *(() if isolated else ("--no-build-isolation",)), *what], folder, **options)
+        assert torch in ([], torch_of(python))
         assert_has_kernels(python, folder)
 
     return install
