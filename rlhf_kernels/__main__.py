@@ -21,7 +21,7 @@ def main() -> None:
     print(f"GPU: {gpu}")
     for name in BACKENDS:
         print(f"backend {name:>9}: {missing(name) or ('available' if name != 'cpu' else f'available, with {isa()}')}")
-        if install.remedy(name):
+        if missing(name) and install.remedy(name):
             print(f"{'to have it':>17}: {install.remedy(name)}")
     if os.environ.get("RLHF_KERNELS_BACKEND"):
         print(f"RLHF_KERNELS_BACKEND forces {os.environ['RLHF_KERNELS_BACKEND']}")
@@ -31,12 +31,13 @@ def main() -> None:
 def native_module() -> str:
     """The build of ``_C``, or why it is missing."""
     if importlib.util.find_spec("rlhf_kernels._C") is None:
-        return f"not built: {install.absent('cpu')}; sequence packing runs in Python"
+        return f"{install.absent('cpu')}; sequence packing runs in Python"
     try:
         from rlhf_kernels import _C
     except ImportError as error:
         return f"does not load ({error}); sequence packing runs in Python"
-    return ", ".join(f"{key} {value}" for key, value in _C.build_info().items())
+    info = _C.build_info() | {"headers": f"of torch {install.BUILT_WITH}"}
+    return ", ".join(f"{key} {value}" for key, value in info.items())
 
 
 if __name__ == "__main__":

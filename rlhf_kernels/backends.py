@@ -60,7 +60,7 @@ def _load(path: Path, absent: str) -> str | None:
 
 
 def _load_cpu() -> str | None:
-    return _load(install.PACKAGE / "_ops.so", f"not built: {install.absent('cpu')}")
+    return _load(install.PACKAGE / "_ops.so", install.absent("cpu"))
 
 
 def _load_cuda() -> str | None:
@@ -72,7 +72,7 @@ def _load_cuda() -> str | None:
         return f"torch {torch.__version__} is built without CUDA, so {path.name} is not loaded"
     if path.exists() and _MISSING["cpu"] is not None:
         return f"the ops' schemas are missing: {_MISSING['cpu']}"
-    return _load(path, f"not built: {install.absent('cuda')}") or install.driver_complaint(path)
+    return _load(path, install.absent("cuda")) or install.driver_complaint(path)
 
 
 # Why this install lacks a backend; None where it has it.
@@ -160,8 +160,8 @@ def use_backend(name: str) -> Iterator[None]:
 def _warn(reason: str, remedy: str) -> None:
     """Says, once a process, that ops run on the reference where one would not think so."""
     warnings.warn(
-        f"rlhf_kernels: ops run on the reference, which is slower than the kernels: {reason}. To have them: {remedy}. "
-        "RLHF_KERNELS_BACKEND=reference says that this is meant. `python -m rlhf_kernels` tells more",
+        f"rlhf_kernels: ops run on the reference, slower than the kernels, which are missing here ({reason}). To have "
+        f"them: {remedy}. RLHF_KERNELS_BACKEND=reference says that this is meant; `python -m rlhf_kernels` tells more",
         stacklevel=5,  # the line that called the op
     )
 

@@ -6,20 +6,21 @@ import ctypes
 import importlib.metadata
 import json
 from pathlib import Path
+from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent
 RECORD = PACKAGE / "_build.json"
 OLDEST_CUDA = 12  # whose nvcc compiles the kernels
 
 
-def _read() -> dict[str, dict[str, str]]:
-    """The parts that were not built, each with its reason and remedy."""
+def _read() -> dict[str, Any]:
+    """The torch that was built with, and the parts that were not built, each with its reason and remedy."""
     try:
-        missing: dict[str, dict[str, str]] = json.loads(RECORD.read_text(encoding="utf-8"))["missing"]
+        record: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8"))
     except FileNotFoundError:
         reason, remedy = _never_built()
-        return {part: {"reason": reason, "remedy": remedy} for part in ("cpu", "cuda")}
-    return missing
+        return {"torch": None, "missing": {part: {"reason": reason, "remedy": remedy} for part in ("cpu", "cuda")}}
+    return record
 
 
 def _never_built() -> tuple[str, str]:
@@ -32,14 +33,16 @@ def _never_built() -> tuple[str, str]:
     return f"{PACKAGE} holds sources, which were not built", "pip install -e ."
 
 
-_MISSING = _read()
+_RECORD = _read()
+BUILT_WITH: str | None = _RECORD["torch"]
+_MISSING: dict[str, dict[str, str]] = _RECORD["missing"]
 
 
 def absent(part: str) -> str:
-    """Why this install has no ``part``, one of ``cpu`` and ``cuda``, that could be loaded."""
+    """Why this install has no file of ``part``, one of ``cpu`` and ``cuda``."""
     if part in _MISSING:
-        return _MISSING[part]["reason"]
-    return "it was built, but its file is gone"
+        return f"not built: {_MISSING[part]['reason']}"
+    return "built, but for another Python, or its file is gone"
 
 
 def remedy(part: str) -> str | None:
