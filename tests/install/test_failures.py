@@ -150,7 +150,7 @@ def test_a_full_disk(place, required):
     place.give_torch()
     build = place.sources / "build"
     build.mkdir()
-    command = f"mount -t tmpfs -o size=12m tmpfs {build} && {place.python} -m pip install -v --no-build-isolation "
+    command = f"mount -t tmpfs -o size=3m tmpfs {build} && {place.python} -m pip install -v --no-build-isolation "
     command += f"--no-deps --no-index {place.sources}"
     unshare = ["unshare", "--mount", "--map-root-user"] if os.getuid() else ["unshare", "--mount"]
     if "ok" not in run([*unshare, "sh", "-c", f"mount -t tmpfs none {build} && echo ok"], place.folder, ok=None):
