@@ -78,4 +78,4 @@ $(VENV)/installed: $(SOURCES)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info rlhf_kernels/*.so
+	rm -rf $(VENV) build dist *.egg-info rlhf_kernels/*.so rlhf_kernels/_build.json

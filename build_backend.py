@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import site
+import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,6 +58,11 @@ def _torch_folders() -> Iterator[Path]:
     # pip hides the environment's packages from an isolated build, but not the interpreter, which knows where they are.
     for folder in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()):
         yield Path(folder) / "torch"
+    settings = Path(sys.prefix) / "pyvenv.cfg"
+    if settings.exists() and re.search(r"include-system-site-packages\s*=\s*true", settings.read_text(), re.IGNORECASE):
+        base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
+        for name in ("purelib", "platlib"):
+            yield Path(sysconfig.get_path(name, vars=base)) / "torch"
 
 
 def find_torch() -> Path | None:

@@ -7,7 +7,8 @@ Environment:
     RLHF_KERNELS_REQUIRE: what the install shall fail without: ``cpu``, ``cuda`` or ``cpu,cuda``.
     RLHF_KERNELS_BUILD_CUDA: 1 builds the CUDA kernels, 0 does not; by default where nvcc is and torch has CUDA.
     TORCH_CUDA_ARCH_LIST: the GPUs to build for, as torch's own extensions take it: ``8.0;9.0a;12.0+PTX``.
-    CUDACXX, CUDA_HOME: where nvcc is, if not on the path.
+    CXX, CXXFLAGS, LDFLAGS: the C++ compiler, and what it is given, as CMake takes them.
+    CUDACXX, CUDA_HOME: nvcc, and the toolkit it is in; else the path's, else that of /usr/local/cuda.
     MAX_JOBS: compilers at a time; by default one per core, and no more than fit the memory.
 """
 
@@ -22,7 +23,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
+from typing import Any, NoReturn, TextIO
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -31,6 +32,9 @@ ROOT = Path(__file__).parent.resolve()
 sys.path.insert(0, str(ROOT))  # setuptools runs this file from anywhere
 
 from build_backend import OLDEST_TORCH, find_torch, is_new_enough, version_of  # noqa: E402
+
+# What tools say, in English and whatever bytes a path or a source holds.
+TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "replace", "env": os.environ | {"LC_ALL": "C.UTF-8"}}
 
 # Ampere, Ada, Hopper, Blackwell; PTX of the last is compiled on whatever comes after.
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0a", "10.0", "12.0+PTX")
@@ -42,6 +46,9 @@ PARTS = {
     "cuda": "ops on a GPU run on Triton",
 }
 RECORD = "_build.json"
+LONGEST_REASON = 600  # characters of what tools say
+# What CMake takes from the environment at its first run in a folder, and keeps.
+TAKEN_BY_CMAKE = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDAHOSTCXX", "CUDAFLAGS", "CMAKE_CXX_COMPILER_LAUNCHER", "PATH")
 
 BUILD_TOOLS = "pip install cmake ninja pybind11, or let pip do it: install without --no-build-isolation"
 TORCH = f"pip install 'torch>={OLDEST_TORCH}', or let pip do it: install without --no-build-isolation"
@@ -49,8 +56,10 @@ CUDA = "install CUDA 12 or newer with its nvcc (CUDACXX or CUDA_HOME say where i
 # Against what CMake and compilers say.
 REMEDIES = {
     r"No space left": "make room on the disk, then install again",
+    r"Killed": "the memory was not enough: MAX_JOBS=1 has one compiler at a time; then install again",
     r"nvcc|CUDA": CUDA,
-    r"CMAKE_CXX_COMPILER|CXX: |CXX20": "install a C++20 compiler (Debian, Ubuntu: apt install g++), then this again",
+    r"simple test program|variable CXX": "have CXX, CXXFLAGS and LDFLAGS name what works, then install again",
+    r"CMAKE_CXX_COMPILER|CXX20": "install a C++20 compiler (Debian, Ubuntu: apt install g++), then this again",
     r"Could NOT find Python": "install Python's headers (Debian, Ubuntu: apt install python3-dev), then this again",
     r"": "pip install -v shows all that the compilers say",
 }
@@ -60,20 +69,30 @@ class BuildError(Exception):
     """Why a part was not built, by the first complaint of the tool that failed at it, and what would help."""
 
     def __init__(self, reason: str, remedy: str = ""):
-        super().__init__(reason)
+        super().__init__(reason.rstrip("."))
         self.remedy = remedy or next(words for pattern, words in REMEDIES.items() if re.search(pattern, reason))
 
 
+NO_NVCC = BuildError("there is no nvcc on the path, nor where CUDACXX or CUDA_HOME say", CUDA)
+
+
+def refuse(part: str, failure: BuildError) -> NoReturn:
+    """Ends the install, which shall not do without this part."""
+    raise SystemExit(f"rlhf-kernels: RLHF_KERNELS_REQUIRE asks for {part}, but {failure}\n  {failure.remedy}")
+
+
 def first_error(output: str) -> str:
-    """The first complaint of CMake (a header, then an indented paragraph) and of a compiler, on one line."""
+    """What CMake complains of (a header, then indented paragraphs) and the first error of a compiler, on one line."""
     full = re.search(r"^.*\bNo space left on device\b.*$", output, re.MULTILINE)  # tools go on, and complain of more
     fatal = re.search(r"^.*\bnvcc fatal\b.*$", output, re.MULTILINE)  # CMake would quote all that went before it
     if full or fatal:
         return " ".join((full or fatal)[0].split())
-    paragraph = re.search(r"^CMake Error.*\n\s*\n?((?:[ \t]+\S.*\n)+)", output, re.MULTILINE)
-    line = re.search(r"^(?!CMake Error).*\berror\b.*:.*$", output, re.MULTILINE | re.IGNORECASE)
-    found = [match for match in (paragraph and paragraph[1], line and line[0]) if match] or [output]
-    return " ".join(" ".join(found).split())
+    complaint = re.search(r"^CMake Error.*\n((?:[ \t]+\S.*\n|\n)+)", output, re.MULTILINE)
+    line = re.search(r"^(?!CMake Error).*(?:\berror\b.*:|/ld(?:\.\w+)?: ).*$", output, re.MULTILINE | re.IGNORECASE)
+    # Then CMake quotes all that a tool has said, or gives advice.
+    said = re.split(r"It fails with the following output|Tell CMake where", complaint[1])[0] if complaint else ""
+    found = " ".join(f"{said} {line[0] if line else ''}".split()) or " ".join(output.split())
+    return found if len(found) <= LONGEST_REASON else f"{found[:LONGEST_REASON]} …"
 
 
 def tool(name: str) -> str:
@@ -94,9 +113,10 @@ def tool(name: str) -> str:
 
 
 def nvcc() -> str | None:
-    """The CUDA compiler, where there is one."""
-    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
-    return os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    """The CUDA compiler, where there is one: whoever sets a variable means it."""
+    home = os.environ.get("CUDA_HOME")
+    places = [f"{home}/bin", None] if home else [None, "/usr/local/cuda/bin"]
+    return os.environ.get("CUDACXX") or next(filter(None, (shutil.which("nvcc", path=path) for path in places)), None)
 
 
 def architectures(compiler: str) -> str:
@@ -107,7 +127,7 @@ def architectures(compiler: str) -> str:
     """
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     other = "set TORCH_CUDA_ARCH_LIST otherwise, or not at all, then install again"
-    done = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True, check=False)
+    done = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, check=False, **TEXT)
     known = done.stdout.split()
     if done.returncode or not known:
         said = first_error(done.stderr + done.stdout) or f"it ended with {done.returncode}"
@@ -152,30 +172,43 @@ def required() -> set[str]:
     return names
 
 
+def forget(build: Path) -> None:
+    """Has CMake look for compilers anew, which may be others or mended; what they have compiled stays."""
+    (build / "CMakeCache.txt").unlink(missing_ok=True)
+    for folder in (build / "CMakeFiles").glob("[0-9]*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 class CMakeBuild(build_ext):
     """Configures, builds and installs the libraries where setuptools wants them."""
 
     def run(self) -> None:
         """Builds each part, or leaves word of why not."""
         needed = required()
+        jobs()  # complains of MAX_JOBS before minutes have gone by
+        unwanted = self.unwanted()
+        if "cuda" in needed and (unwanted or nvcc() is None):
+            refuse("cuda", unwanted or NO_NVCC)
         self.destination.mkdir(parents=True, exist_ok=True)
         missing = {}
         for part, build in (("cpu", self.build_cpu), ("cuda", self.build_cuda)):
-            failure = self.attempt(part, build)
+            for path in self.files(part):  # what an earlier build has left would pass for this one's
+                path.unlink(missing_ok=True)
+            failure = unwanted if part == "cuda" and unwanted else self.attempt(part, build)
             if failure:
                 missing[part] = {"reason": str(failure), "remedy": failure.remedy}
+                self.keep(missing)
+                if part in needed:
+                    refuse(part, failure)
+        self.keep(missing)
+
+    def keep(self, missing: dict[str, dict[str, str]]) -> None:
+        """Leaves word of what was built with, and of what is missing."""
         torch = find_torch()
         record = {"torch": version_of(torch)[0] if torch else None, "missing": missing}
-        (self.destination / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        lacking = sorted(needed & set(missing))
-        if lacking:
-            raise SystemExit(
-                "\n".join(
-                    f"rlhf-kernels: RLHF_KERNELS_REQUIRE asks for {part}, but {missing[part]['reason']}\n"
-                    f"  {missing[part]['remedy']}"
-                    for part in lacking
-                )
-            )
+        unfinished = self.destination / f"{RECORD}.unfinished"
+        unfinished.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(self.destination / RECORD)
 
     @property
     def destination(self) -> Path:
@@ -188,12 +221,7 @@ class CMakeBuild(build_ext):
         return [self.destination / name for name in names]
 
     def attempt(self, part: str, build: Callable[[], None]) -> BuildError | None:
-        """Runs a part of the build that the install can do without; returns why it is missing, if it is."""
-        for path in self.files(part):  # what an earlier build has left would pass for this one's
-            path.unlink(missing_ok=True)
-        unwanted = self.unwanted() if part == "cuda" else None
-        if unwanted:
-            return unwanted
+        """Runs a part of the build that the install can do without; returns why it failed, if it did."""
         try:
             build()
             return None
@@ -244,7 +272,7 @@ class CMakeBuild(build_ext):
         """Raises BuildError or OSError likewise."""
         compiler = nvcc()
         if compiler is None:
-            raise BuildError("there is no nvcc on the path, nor where CUDACXX or CUDA_HOME say", CUDA)
+            raise NO_NVCC
         self.cmake(
             "cuda",
             "-DRLHF_KERNELS_CUDA=ON",
@@ -271,26 +299,30 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_INSTALL_PREFIX={self.destination}",
             f"-DTORCH_INCLUDE_DIR={torch / 'include'}",
         ]  # fmt: skip
-        with (build / "build.log").open("w") as log:
+        surroundings = build / "surroundings.json"
+        given = json.dumps({name: os.environ.get(name) for name in TAKEN_BY_CMAKE})
+        if not surroundings.exists() or surroundings.read_text(encoding="utf-8") != given:
+            forget(build)
+        surroundings.write_text(given, encoding="utf-8")
+        with (build / "build.log").open("w", encoding="utf-8") as log:
             try:
                 self.stream("configuring", configure, log)
+                self.stream("compiling", [cmake, "--build", str(build), "-j", str(jobs()), "--target", "install"], log)
             except BuildError:
-                # A compiler that was not found, or does not work, would be remembered.
-                (build / "CMakeCache.txt").unlink(missing_ok=True)
-                shutil.rmtree(build / "CMakeFiles", ignore_errors=True)
+                forget(build)
                 raise
-            self.stream("compiling", [cmake, "--build", str(build), "-j", str(jobs()), "--target", "install"], log)
 
     def stream(self, step: str, command: list[str], log: TextIO) -> None:
-        """Runs a tool and shows how far it is; pip does so with -v."""
+        """Runs a tool and shows how far it is, and all that it said if it fails; pip shows that with -v."""
         said = []
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **TEXT) as process:
             for line in process.stdout:
                 said.append(line)
                 log.write(line)
                 if line.startswith("["):
                     print(f"rlhf-kernels: {line}", end="", flush=True)
         if process.returncode:
+            print("".join(line for line in said if not line.startswith("[")), flush=True)
             raise BuildError(f"{step}: {first_error(''.join(said)) or f'{command[0]} ended with {process.returncode}'}")
 
     def get_output_mapping(self) -> dict[str, str]:

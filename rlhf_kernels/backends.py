@@ -43,7 +43,7 @@ ON_GPU = {
 OLDEST_GPU = (8, 0)
 
 
-# The library of csrc/cuda as built by tests/kernels/cuda_emulation, which runs on CPU tensors.
+# The library of csrc/cuda as built by tests/native, which runs on CPU tensors.
 _EMULATED_CUDA = os.environ.get("RLHF_KERNELS_EMULATED_CUDA")
 _INTERPRETED_TRITON = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -55,7 +55,7 @@ def _load(path: Path, absent: str) -> str | None:
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"{path.name} does not load ({error})"
+        return f"{path.name} does not load ({error.__cause__ or error})"  # torch says no more than that
     return None
 
 
@@ -136,8 +136,17 @@ if os.environ.get("RLHF_KERNELS_ISA") and _MISSING["cpu"] is None:
     isa()  # raises where it can't be had: an op could not say why
 
 _forced: str | None = None
+_refused: Exception | None = None
 if os.environ.get("RLHF_KERNELS_BACKEND"):
-    _forced = _checked(os.environ["RLHF_KERNELS_BACKEND"], "RLHF_KERNELS_BACKEND")
+    try:
+        _forced = _checked(os.environ["RLHF_KERNELS_BACKEND"], "RLHF_KERNELS_BACKEND")
+    except (ValueError, RuntimeError) as error:
+        _refused = error  # raised by the first op: `python -m rlhf_kernels` can say what is amiss
+
+
+def refused() -> Exception | None:
+    """Why the backend that RLHF_KERNELS_BACKEND names can't be had; None if it can, or none is named."""
+    return _refused
 
 
 @contextlib.contextmanager
@@ -161,7 +170,7 @@ def _warn(reason: str, remedy: str) -> None:
     """Says, once a process, that ops run on the reference where one would not think so."""
     warnings.warn(
         f"rlhf_kernels: ops run on the reference, slower than the kernels, which are missing here ({reason}). To have "
-        f"them: {remedy}. RLHF_KERNELS_BACKEND=reference says that this is meant; `python -m rlhf_kernels` tells more",
+        f"them: {remedy}; RLHF_KERNELS_BACKEND=reference says that this is meant; `python -m rlhf_kernels` tells more",
         stacklevel=5,  # the line that called the op
     )
 
@@ -171,7 +180,7 @@ def _on_cpu() -> str:
     if reason is None:
         return "cpu"
     if not torch.compiler.is_compiling():
-        _warn(reason, install.remedy("cpu") or "install torch 2.10 or newer, then rlhf-kernels again")
+        _warn(reason, install.remedy("cpu") or "install rlhf-kernels again, with torch 2.10 or newer")
     return "reference"
 
 
@@ -189,12 +198,15 @@ def choose(op: str, first: Tensor, *others: Tensor | None) -> str:
     """The backend for an op on these tensors, which are on one device: native kernels where there are any for them.
 
     Raises:
-        RuntimeError: the forced backend does not run on this device, does not have this op, or not with float64.
+        RuntimeError: the forced backend is not there, does not run on this device, or does not have this op or float64.
+        ValueError: RLHF_KERNELS_BACKEND names no backend.
     """
     double = first.dtype == torch.float64
     for x in others:
         double = double or (x is not None and x.dtype == torch.float64)
     if _forced is None:
+        if _refused is not None:
+            raise _refused
         if double:
             return "reference"
         if first.is_cpu:

@@ -19,8 +19,11 @@ def _read() -> dict[str, Any]:
         record: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8"))
     except FileNotFoundError:
         reason, remedy = _never_built()
-        return {"torch": None, "missing": {part: {"reason": reason, "remedy": remedy} for part in ("cpu", "cuda")}}
-    return record
+    except ValueError:
+        reason, remedy = f"unknown, as {RECORD} can't be read", "install again"
+    else:
+        return record
+    return {"torch": None, "missing": {part: {"reason": reason, "remedy": remedy} for part in ("cpu", "cuda")}}
 
 
 def _never_built() -> tuple[str, str]:
@@ -48,6 +51,10 @@ def absent(part: str) -> str:
 def remedy(part: str) -> str | None:
     """What would bring a part that was not built; None for one that was."""
     return _MISSING[part]["remedy"] if part in _MISSING else None
+
+
+# Installers keep what they have built from a repository or an index, and would bring it back.
+AGAIN = "pip install --force-reinstall --no-cache-dir, or uv pip install --reinstall --no-cache"
 
 
 def driver_complaint(path: Path) -> str | None:

@@ -7,6 +7,7 @@
 #include "cpu/kernels.h"
 
 #if defined(RLHF_X86) && defined(__linux__)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -29,7 +30,10 @@ namespace {
 bool matrix_unit() {
 #if defined(__linux__)
   constexpr int request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return __builtin_cpu_supports("amx-bf16") && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  // Compilers have no common name for this feature, so the processor is asked: leaf 7, bit 22 of EDX.
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  const bool there = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+  return there && syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
 #else
   return false;
 #endif

@@ -29,7 +29,8 @@ def main(command: list[str]) -> int:
     text = subprocess.run([*preprocess, "-E", "-P"], stdout=subprocess.PIPE, text=True, check=False)
     if text.returncode:  # the compiler shall say why
         return subprocess.run(command, check=False).returncode
-    flags = [word for word in command if word.startswith("-") and not word.startswith(WITH_PATHS)]
+    compiler = str(Path(shutil.which(command[0]) or command[0]).resolve())
+    flags = [compiler] + [word for word in command if word.startswith("-") and not word.startswith(WITH_PATHS)]
     known_by = re.sub(r'"/[^"\n]*/(site-packages|csrc)/', r'"\1/', text.stdout) + "\0".join(flags)
     kept = Path(os.environ["COMPILE_ONCE"]) / f"{hashlib.sha256(known_by.encode()).hexdigest()}.o"
     if not kept.exists():

@@ -12,7 +12,7 @@ import torch
 from environments import copy_sources, report, run
 
 TOOLS = ("pip", "setuptools", "_distutils_hack", "wheel", "cmake", "ninja", "pybind11", "packaging")
-NO_COMPILER = "configuring: No CMAKE_CXX_COMPILER could be found."
+NO_COMPILER = "configuring: No CMAKE_CXX_COMPILER could be found"
 FIRST_OPS = """
 import warnings, torch, rlhf_kernels
 x = torch.ones(1)
@@ -71,9 +71,11 @@ def both_say(reason, remedy, said, later, part):
     """The reason and the remedy, while installing and in the report."""
     assert f"rlhf-kernels: {part} was not built: {reason}" in said
     assert remedy in said
-    line = next(line for line in later.splitlines() if line.startswith(f"backend {part:>9}: "))
-    assert line.startswith(f"backend {part:>9}: not built: {reason}")
-    assert remedy in later
+    lines = later.splitlines()
+    at = next(at for at, line in enumerate(lines) if line.startswith(f"backend {part:>9}: "))
+    assert lines[at].startswith(f"backend {part:>9}: not built: {reason}")
+    assert lines[at + 1].startswith(f"       to have it: {remedy}")
+    assert "installing again: pip install --force-reinstall --no-cache-dir, or uv " in later
 
 
 def test_without_a_compiler_and_with_an_nvcc_that_is_broken(place):
@@ -108,7 +110,8 @@ def test_without_torch_or_nvcc(place):
     ("required", "variables", "reasons"),
     [
         ("cpu", {}, [f"asks for cpu, but {NO_COMPILER}"]),
-        ("cpu,cuda", {"CUDACXX": "/no/nvcc"}, ["asks for cpu, but", "asks for cuda, but [Errno 2]"]),
+        ("cpu,cuda", {"CUDACXX": "/no/nvcc"}, [f"asks for cpu, but {NO_COMPILER}"]),
+        ("cuda", {"CUDACXX": "/no/nvcc"}, ["asks for cuda, but [Errno 2]"]),
         ("cuda", {"RLHF_KERNELS_BUILD_CUDA": "0"}, ["asks for cuda, but RLHF_KERNELS_BUILD_CUDA was 0"]),
         ("gpu", {}, [": has 'gpu', must be of cpu, cuda"]),
     ],
@@ -161,6 +164,47 @@ def test_a_full_disk(place, required):
         assert "rlhf-kernels: RLHF_KERNELS_REQUIRE asks for cpu, but compiling: " in said
     else:
         both_say("compiling: ", "make room on the disk, then install again", said, place.report(), "cpu")
+
+
+def test_a_backend_that_is_forced_and_missing_is_reported_and_refused(place):
+    place.give_torch()
+    place.install(PATH=str(place.no_compiler))
+    said = run([place.python, "-m", "rlhf_kernels"], place.folder, ok=False, RLHF_KERNELS_BACKEND="cpu")
+    assert f"backend       cpu: not built: {NO_COMPILER}" in said
+    assert said.splitlines()[-1].startswith("RLHF_KERNELS_BACKEND asks for backend 'cpu', but not built: ")
+    said = run([place.python, "-c", FIRST_OPS], place.folder, ok=False, RLHF_KERNELS_BACKEND="cpu")
+    assert said.splitlines()[-1].startswith(
+        "RuntimeError: RLHF_KERNELS_BACKEND asks for backend 'cpu', but not built: "
+    )
+
+
+@pytest.mark.parametrize("record", ["", "{"])
+def test_a_record_that_cannot_be_read_is_said(place, record):
+    place.give_torch()
+    (place.sources / "rlhf_kernels" / "_build.json").write_text(record)
+    said = report(place.python, place.sources)
+    assert "backend       cpu: not built: unknown, as " in said
+    assert "_build.json can't be read" in said
+
+
+@pytest.mark.install
+def test_another_compiler_is_taken_the_next_time(place):
+    """One that compiles what CMake tries and nothing else; then none that works; then the usual one."""
+    place.give_torch()
+    picky = place.folder / "picky"
+    picky.write_text(
+        '#!/bin/sh\ncase "$*" in *csrc/*) echo "kernels: error: not for me" >&2; exit 1;; esac\nexec c++ "$@"\n'
+    )
+    picky.chmod(0o755)
+    said = place.install(CXX=str(picky))
+    both_say("compiling: kernels: error: not for me", "pip install -v shows all", said, place.report(), "cpu")
+    assert "\nkernels: error: not for me" in said.replace("\n  ", "\n")  # pip indents
+    said = place.install(CXX="/bin/false")
+    reason = 'configuring: The C++ compiler "/bin/false" is not able to compile a simple test program'
+    both_say(reason, "have CXX, CXXFLAGS and LDFLAGS name what works", said, place.report(), "cpu")
+    place.install(RLHF_KERNELS_REQUIRE="cpu")
+    assert "backend       cpu: available" in place.report()
+    place.install(ok=False, CXX="/bin/false", RLHF_KERNELS_REQUIRE="cpu")
 
 
 @pytest.mark.install

@@ -107,7 +107,8 @@ def test_what_failed_is_kept_with_its_reason_and_the_rest_is_left(setup, command
     monkeypatch.setattr(command, "build_cpu", built)
     monkeypatch.setenv("RLHF_KERNELS_BUILD_CUDA", "1")
     monkeypatch.setenv("CUDACXX", "/nowhere/nvcc")
-    monkeypatch.setattr(setup, "find_torch", lambda: make_torch(tmp_path / "torch", "2.13.0+cpu"))
+    torch = make_torch(tmp_path / "torch", "2.13.0+cpu")
+    monkeypatch.setattr(setup, "find_torch", lambda: torch)
     command.run()
     said = capsys.readouterr().err
     kept = json.loads((tmp_path / "lib" / "rlhf_kernels" / "_build.json").read_text())
@@ -125,10 +126,40 @@ def test_a_tool_that_fails_is_quoted(setup, command, tmp_path, capsys):
             "compiling", [sys.executable, "-c", "print('[1/2] Building'); print('x.cu: error: no'); exit(3)"], log
         )
     assert str(error.value) == "compiling: x.cu: error: no"
-    assert capsys.readouterr().out == "rlhf-kernels: [1/2] Building\n"
+    assert capsys.readouterr().out == "rlhf-kernels: [1/2] Building\nx.cu: error: no\n\n"
     assert (tmp_path / "log").read_text() == "[1/2] Building\nx.cu: error: no\n"
     with (tmp_path / "log").open("w") as log, pytest.raises(setup.BuildError, match=r"compiling: .* ended with 3"):
         command.stream("compiling", [sys.executable, "-c", "exit(3)"], log)
+    latin = "import sys; sys.stdout.buffer.write(b'x.cpp:1: error: na\\xefve\\n'); exit(1)"
+    with (tmp_path / "log").open("w") as log, pytest.raises(setup.BuildError, match=r"x.cpp:1: error: na.ve"):
+        command.stream("compiling", [sys.executable, "-c", latin], log)
+
+
+def test_what_is_asked_for_wrongly_is_said_before_anything_is_built(setup, command, monkeypatch):
+    monkeypatch.setattr(command, "build_cpu", lambda: pytest.fail("was built"))
+    wrong = {
+        "RLHF_KERNELS_BUILD_CUDA": ("yes", "RLHF_KERNELS_BUILD_CUDA: is 'yes', must be 0 or 1"),
+        "MAX_JOBS": ("0", "MAX_JOBS: is '0', must be a number from 1 on"),
+        "RLHF_KERNELS_REQUIRE": ("cuda", "RLHF_KERNELS_REQUIRE asks for cuda, but there is no nvcc on the path"),
+    }
+    monkeypatch.setattr(setup, "nvcc", lambda: None)
+    for name, (value, complaint) in wrong.items():
+        monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit, match=complaint):
+            command.run()
+        monkeypatch.delenv(name)
+
+
+def test_whoever_names_a_toolkit_gets_its_nvcc(setup, nvcc, monkeypatch, tmp_path):
+    (tmp_path / "toolkit" / "bin").mkdir(parents=True)
+    other = tmp_path / "toolkit" / "bin" / "nvcc"
+    other.symlink_to(nvcc)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert setup.nvcc() == nvcc
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    assert setup.nvcc() == str(other)
+    monkeypatch.setenv("CUDACXX", "/some/nvcc")
+    assert setup.nvcc() == "/some/nvcc"
 
 
 @pytest.mark.parametrize(
@@ -140,14 +171,28 @@ def test_a_tool_that_fails_is_quoted(setup, command, tmp_path, capsys):
             "install CUDA 12 or newer",
         ),
         (
-            "-- hm\nCMake Error at CMakeLists.txt:3 (project):\n  No CMAKE_CXX_COMPILER could be found.\n\n  Tell\n",
+            "-- hm\nCMake Error at CMakeLists.txt:3 (project):\n  No CMAKE_CXX_COMPILER could be found.\n\n"
+            "  Tell CMake where\n",
             "No CMAKE_CXX_COMPILER could be found.",
             "install a C++20 compiler",
         ),
         (
-            "CMake Error at x.cmake:1 (message):\n  The C++ compiler\n\n    c++\n\n    c++: error: no cc1plus\n",
-            "The C++ compiler c++: error: no cc1plus",
-            "pip install -v",
+            "CMake Error at x.cmake:1 (message):\n  The C++ compiler\n\n    c++\n\n"
+            "  is not able to compile a simple test program.\n\n  It fails with the following output:\n\n"
+            "    Dir\n    /usr/bin/ld: cannot find -lx\n    ld error: 1\n",
+            "The C++ compiler c++ is not able to compile a simple test program. /usr/bin/ld: cannot find -lx",
+            "have CXX, CXXFLAGS and LDFLAGS name what works",
+        ),
+        (
+            "CMake Error at x.cmake:1 (message):\n"
+            "  Could not find the compiler specified in the environment variable CXX:\n\n    gcc-99.\n",
+            "Could not find the compiler specified in the environment variable CXX: gcc-99.",
+            "have CXX, CXXFLAGS and LDFLAGS name what works",
+        ),
+        (
+            "c++: fatal error: Killed signal terminated program cc1plus\n",
+            "c++: fatal error: Killed signal terminated program cc1plus",
+            "the memory was not enough: MAX_JOBS=1",
         ),
         (
             "a.cpp:1: error: unclear\nfatal error: error writing to /tmp/a.s: No space left on device\n",
@@ -191,6 +236,19 @@ def test_an_isolated_build_brings_torch_only_where_there_is_none(backend, monkey
     assert backend.find_torch() == new
     assert backend.version_of(new) == ("2.13.0+cu130", True)
     assert backend.get_requires_for_build_wheel() == ["ninja"]
+
+
+def test_an_environment_that_sees_the_systems_packages_has_its_torch(backend, monkeypatch, tmp_path):
+    system = make_torch(tmp_path / "system" / "torch", "2.13.0")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(
+        backend.sysconfig, "get_path", lambda name, vars=None: str(tmp_path / ("system" if vars else "own"))
+    )
+    monkeypatch.setattr(backend.site, "getusersitepackages", lambda: str(tmp_path / "user"))
+    monkeypatch.setattr(backend.sys, "prefix", str(tmp_path))
+    for said, found in (("false", None), ("true", system)):
+        (tmp_path / "pyvenv.cfg").write_text(f"home = /usr\ninclude-system-site-packages = {said}\n")
+        assert backend.find_torch() == found
 
 
 def test_a_torch_that_is_too_old_is_named(setup, command, monkeypatch, tmp_path):
