@@ -149,6 +149,24 @@ def architectures(compiler: str) -> str:
     return ";".join(targets)
 
 
+def try_nvcc(compiler: str, folder: Path) -> None:
+    """Compiles next to nothing: CMake, which does so too, keeps what nvcc says of it to itself.
+
+    Raises:
+        BuildError: with what nvcc says.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "try.cu").write_text("int main() {}\n")
+    host = ["-ccbin", os.environ["CUDAHOSTCXX"]] if os.environ.get("CUDAHOSTCXX") else []
+    done = subprocess.run(
+        [compiler, *host, "-c", "try.cu", "-o", "try.o"],
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, **TEXT,
+    )  # fmt: skip
+    if done.returncode:
+        said = first_error(done.stdout) or f"it ended with {done.returncode}"
+        raise BuildError(f"trying nvcc ({compiler}): {said}", CUDA)
+
+
 def jobs() -> int:
     """How many compilers run at a time."""
     asked = os.environ.get("MAX_JOBS")
@@ -273,11 +291,13 @@ class CMakeBuild(build_ext):
         compiler = nvcc()
         if compiler is None:
             raise NO_NVCC
+        targets = architectures(compiler)
+        try_nvcc(compiler, Path(self.build_temp) / "cuda")
         self.cmake(
             "cuda",
             "-DRLHF_KERNELS_CUDA=ON",
             f"-DCMAKE_CUDA_COMPILER={compiler}",
-            f"-DCMAKE_CUDA_ARCHITECTURES={architectures(compiler)}",
+            f"-DCMAKE_CUDA_ARCHITECTURES={targets}",
         )
 
     def cmake(self, part: str, *options: str) -> None:
@@ -304,7 +324,7 @@ class CMakeBuild(build_ext):
         if not surroundings.exists() or surroundings.read_text(encoding="utf-8") != given:
             forget(build)
         surroundings.write_text(given, encoding="utf-8")
-        with (build / "build.log").open("w", encoding="utf-8") as log:
+        with (build / "build.log").open("w", encoding="utf-8", buffering=1) as log:
             try:
                 self.stream("configuring", configure, log)
                 self.stream("compiling", [cmake, "--build", str(build), "-j", str(jobs()), "--target", "install"], log)
@@ -315,12 +335,15 @@ class CMakeBuild(build_ext):
     def stream(self, step: str, command: list[str], log: TextIO) -> None:
         """Runs a tool and shows how far it is, and all that it said if it fails; pip shows that with -v."""
         said = []
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **TEXT) as process:
-            for line in process.stdout:
-                said.append(line)
-                log.write(line)
-                if line.startswith("["):
-                    print(f"rlhf-kernels: {line}", end="", flush=True)
+        try:
+            with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **TEXT) as process:
+                for line in process.stdout:
+                    said.append(line)
+                    log.write(line)
+                    if line.startswith("["):
+                        print(f"rlhf-kernels: {line}", end="", flush=True)
+        except OSError as error:  # the log is often the first to find a disk full
+            raise BuildError(f"{step}: {error}") from None
         if process.returncode:
             print("".join(line for line in said if not line.startswith("[")), flush=True)
             raise BuildError(f"{step}: {first_error(''.join(said)) or f'{command[0]} ended with {process.returncode}'}")

@@ -98,6 +98,19 @@ def test_without_a_compiler_and_with_an_nvcc_that_is_broken(place):
     assert run([place.python, "-c", FIRST_OPS], place.folder, RLHF_KERNELS_BACKEND="reference") == ""
 
 
+def test_an_nvcc_that_compiles_nothing_is_quoted(place):
+    place.give_torch()
+    broken = place.folder / "nvcc"
+    broken.write_text(
+        "#!/bin/sh\n[ $1 = --list-gpu-arch ] && echo compute_80 && exit 0\n"
+        "echo 'nvcc fatal   : no cicc here' >&2\nexit 1\n"
+    )
+    broken.chmod(0o755)
+    said = place.install(PATH=str(place.no_compiler), RLHF_KERNELS_BUILD_CUDA="1", CUDACXX=str(broken))
+    reason = f"trying nvcc ({broken}): nvcc fatal : no cicc here"
+    both_say(reason, "install CUDA 12 or newer with its nvcc", said, place.report(), "cuda")
+
+
 def test_without_torch_or_nvcc(place):
     said = place.install(RLHF_KERNELS_BUILD_CUDA="1", CUDA_HOME="/nowhere", PATH=str(place.no_compiler))
     place.give_torch()
@@ -214,18 +227,3 @@ def test_what_was_missing_is_found_by_the_next_install(place):
     said = place.install(RLHF_KERNELS_REQUIRE="cpu")
     assert "Successfully installed" in said
     assert "backend       cpu: available" in place.report()
-
-
-@pytest.mark.install
-def test_an_nvcc_that_compiles_nothing(place):
-    place.give_torch()
-    broken = place.folder / "nvcc"
-    broken.write_text(
-        "#!/bin/sh\n[ $1 = --list-gpu-arch ] && echo compute_80 && exit 0\n"
-        "echo 'nvcc fatal   : no cicc here' >&2\nexit 1\n"
-    )
-    broken.chmod(0o755)
-    said = place.install(RLHF_KERNELS_REQUIRE="cpu", RLHF_KERNELS_BUILD_CUDA="1", CUDACXX=str(broken))
-    later = place.report()
-    both_say("configuring: nvcc fatal : no cicc here", "install CUDA 12 or newer with its nvcc", said, later, "cuda")
-    assert "backend       cpu: available" in later
