@@ -341,7 +341,7 @@ def held_out_comparisons(output: Path, data: Data) -> list[tuple[Instruction, li
     """The held-out prompts with the completions that were ranked."""
     by_prompt = {instruction.prompt: instruction for instruction in data.ranked_held_out}
     records = read_comparisons([str(output / "data/held_out_rankings.jsonl")])
-    return [(by_prompt[str(record.prompt)], list(record.completions)) for record in records]
+    return [(by_prompt[str(record.prompt)], list(map(str, record.completions))) for record in records]
 
 
 def rm_accuracy(path: Path, comparisons: Path) -> float:
