@@ -103,7 +103,7 @@ BAD_PROMPTS = [
     ({"messages": [{"role": "user", "content": 1}]}, "field 'messages[0].content': is an integer, expected a string"),
     (
         {"messages": [{"role": "human", "content": "p"}]},
-        "field 'messages[0].role': is 'human', expected one of system, user, assistant",
+        "field 'messages[0].role': is 'human', expected 'user' or another of a template's",
     ),
     (
         {"messages": [{"role": "assistant", "content": "c"}]},
@@ -113,7 +113,10 @@ BAD_PROMPTS = [
 
 BAD_DEMONSTRATIONS = [
     ({"prompt": "p"}, "field 'completion': is missing; the record has 'prompt'"),
-    ({"prompt": "p", "completion": ["c"]}, "field 'completion': is an array, expected a string"),
+    (
+        {"prompt": "p", "completion": ["c"]},
+        "field 'completion[0]': is a string, expected an object with 'role' and 'content'",
+    ),
     ({"prompt": "p", "completion": True}, "field 'completion': is a boolean, expected a string"),
     ({"prompt": "p", "completion": " \n"}, "field 'completion': is empty"),
     (
@@ -137,14 +140,14 @@ BAD_COMPARISONS = [
     ({"prompt": "p", "chosen": "x"}, "field 'rejected': is missing; the record has 'prompt', 'chosen'"),
     ({"prompt": "p", "chosen": "x", "rejected": 2.5}, "field 'rejected': is a number, expected a string"),
     ({"prompt": "p", "chosen": "", "rejected": "y"}, "field 'chosen': is empty"),
-    (ranked(completions="xy"), "field 'completions': is a string, expected an array of strings"),
+    (ranked(completions="xy"), "field 'completions': is a string, expected an array of strings or messages"),
     (ranked(completions=["x", None]), "field 'completions[1]': is null, expected a string"),
     (ranked(completions=["x", "\t"]), "field 'completions[1]': is empty"),
     (ranked(["x"], [1]), "field 'completions': has 1 entry, but a comparison needs at least 2"),
     (ranked([], []), "field 'completions': has 0 entries, but a comparison needs at least 2"),
     (ranked(["x"] * 4, [1, 2, 3]), "field 'ranks': has 3 entries but 'completions' has 4"),
     (ranked(ranks={"x": 1}), "field 'ranks': is an object, expected an array of integers"),
-    (ranked(ranks=[1, 2.0]), "field 'ranks[1]': is a number, expected an integer of at least 1"),
+    (ranked(ranks=[1, 2.5]), "field 'ranks[1]': is 2.5, expected an integer of at least 1"),
     (ranked(ranks=[True, 2]), "field 'ranks[0]': is a boolean, expected an integer of at least 1"),
     (ranked(ranks=["1", 2]), "field 'ranks[0]': is a string, expected an integer of at least 1"),
     (ranked(ranks=[0, 1]), "field 'ranks[0]': is 0, expected an integer of at least 1"),
@@ -379,7 +382,10 @@ def test_data_set_by_name(monkeypatch):
             [WORDS.index("user"), A, WORDS.index("assistant")],
         ),
         (
-            words(bos=True, bos_token="<bos>", chat_template="<bos> a"),  # a template writes its own special tokens
+            # A template writes its own special tokens.
+            words(
+                bos=True, bos_token="<bos>", chat_template="<bos>{% for m in messages %} {{ m.content }}{% endfor %}"
+            ),
             [{"role": "user", "content": "a"}],
             [BOS, A],
         ),
