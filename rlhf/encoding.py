@@ -154,7 +154,7 @@ def encode_chats(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase) -> list[
             own = encode(tokenizer, [answer])[0]
         else:
             record = pairs[i][0]
-            reason = "the chat template writes the prompt in another way before such an answer than without one"
+            reason = "the chat template writes the prompt in another way before such an answer"
             raise field_error(record.where, record.fields[1 + len(answers[i])], reason)
         answers[i].append([] if own == end else ended(own, end))
     return list(zip(prompt_ids, answers, strict=True))
