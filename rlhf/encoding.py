@@ -106,7 +106,7 @@ def how_turns_end(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str]:
         return [eos_token_id(tokenizer)], ""
     going_on = after_answer(tokenizer, {"role": "user", "content": "q"})
     ids = encode(tokenizer, [final, final if going_on is None else going_on])
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    special = special_ids(tokenizer)
     shared = [token for token, _ in itertools.takewhile(lambda both: both[0] == both[1], zip(*ids, strict=False))]
     # What ends a turn stands there whether the conversation goes on or not; Phi-3's template writes EOS after the last
     # one as well. GPT-OSS's ends the last turn by a token of its own, and an answer is the last.
@@ -115,6 +115,11 @@ def how_turns_end(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str]:
         if ends:
             return written[: ends[-1] + 1], ""
     return [eos_token_id(tokenizer)], final
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that stand for no text: special ones, and what else was added to the vocabulary."""
+    return {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
 
 def after_answer(tokenizer: PreTrainedTokenizerBase, *later: dict[str, str]) -> str | None:
@@ -139,6 +144,7 @@ def encode_chats(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase) -> list[
         return []
     check_written(pairs, tokenizer)
     end, trailing = how_turns_end(tokenizer)
+    special = special_ids(tokenizer)
     prompts = [render(record, tokenizer) for record, _ in pairs]
     prompt_ids = encode(tokenizer, prompts)
     parts = [(i, answer) for i, (_, completions) in enumerate(pairs) for answer in completions]
@@ -156,7 +162,10 @@ def encode_chats(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase) -> list[
             record = pairs[i][0]
             reason = "the chat template writes the prompt in another way before such an answer"
             raise field_error(record.where, record.fields[1 + len(answers[i])], reason)
-        answers[i].append([] if own == end else ended(own, end))
+        if begun and end[-1] not in own and own[-1:] and own[-1] in special:
+            answers[i].append(own)  # GPT-OSS's template ends a call in another way than a text
+        else:
+            answers[i].append([] if own == end else ended(own, end))
     return list(zip(prompt_ids, answers, strict=True))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -126,18 +127,37 @@ def check_message(turn: Any, name: str, where: str) -> Message:
     """One turn. Its role may be any that is not misnamed: what roles there are is the chat template's to say."""
     if not isinstance(turn, Mapping):
         raise field_error(where, name, f"is {kind(turn)}, expected an object with 'role' and 'content'")
-    calls = turn.get("tool_calls")
+    has_calls = bool(turn.get("tool_calls"))
     for key in ("role", "content"):
-        if key not in turn and not (key == "content" and calls):
+        if key not in turn and not (key == "content" and has_calls):
             raise field_error(where, f"{name}.{key}", f"is missing; the message has {listed(turn)}")
     role = not_blank(check_string(turn["role"], f"{name}.role", where), f"{name}.role", where)
     if role in MISNAMED:
         raise field_error(where, f"{name}.role", f"is {role!r}, expected {MISNAMED[role]!r} or another of a template's")
-    if calls and not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):
-        raise field_error(where, f"{name}.tool_calls", f"is {kind(calls)}, expected an array of objects")
     content = turn.get("content")
-    content = "" if content is None and calls else check_content(content, f"{name}.content", where)
-    return {"role": role, "content": content, **{key: turn[key] for key in TURN_FIELDS if turn.get(key)}}
+    content = "" if content is None and has_calls else check_content(content, f"{name}.content", where)
+    message = {"role": role, "content": content, **{key: turn[key] for key in TURN_FIELDS if turn.get(key)}}
+    if has_calls:
+        message["tool_calls"] = check_calls(turn["tool_calls"], f"{name}.tool_calls", where)
+    return message
+
+
+def check_calls(calls: Any, name: str, where: str) -> list[dict[str, Any]]:
+    """What a turn calls. OpenAI's arguments are JSON in a string, which templates would quote once more."""
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise field_error(where, name, f"is {kind(calls)}, expected an array of objects")
+    found = []
+    for i, call in enumerate(calls):
+        function = call.get("function")
+        if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
+            try:
+                arguments = json.loads(function["arguments"])
+            except (ValueError, RecursionError) as error:
+                reason = f"is a string that holds no JSON: {first_line(error)}"
+                raise field_error(where, f"{name}[{i}].function.arguments", reason) from error
+            call = {**call, "function": {**function, "arguments": arguments}}
+        found.append(dict(call))
+    return found
 
 
 def check_content(content: Any, name: str, where: str) -> str:

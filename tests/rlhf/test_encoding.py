@@ -239,6 +239,18 @@ def test_tools_and_calls_are_written():
     assert decoded(tokenizer, example) == (turns, '<think>t</think>c<call>f{"a": 1}<|im_end|>')
 
 
+def test_a_call_ends_as_the_template_ends_it():
+    calling = template(
+        "[{{ m.role }}]{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}<call>"
+        "{% else %}{{ m.content }}{{ '<|return|>' if loop.last and m.role == 'assistant' else '<|end|>' }}{% endif %}",
+        "[assistant]",
+    )
+    tokenizer = bytes_tokenizer(calling)
+    prompt = "[user]u<|end|>[assistant]"
+    assert decoded(tokenizer, demonstrate(tokenizer, [user()], "c")) == (prompt, "c<|return|>")
+    assert decoded(tokenizer, demonstrate(tokenizer, [user()], said("", tool_calls=CALL))) == (prompt, "f<call>")
+
+
 DEAF = template(
     "{% if m.role in ('user', 'assistant') %}[{{ m.role }}]{{ m.content }}<|end|>{% endif %}", "[assistant]"
 )

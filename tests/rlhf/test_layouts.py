@@ -12,7 +12,13 @@ from rlhf.records import DataError, read_comparisons, read_demonstrations, read_
 
 USER = {"role": "user", "content": "u"}
 SYSTEM = {"role": "system", "content": "s"}
-CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {}}}]}
+
+
+def calling(arguments):
+    return {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": arguments}}]}
+
+
+CALL = calling({})
 RESULT = {"role": "tool", "content": "r", "tool_call_id": "1", "name": "f"}
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
 
@@ -45,6 +51,7 @@ DEMONSTRATIONS = [
     ),
     ({"messages": [USER, CALL | {"content": None}, RESULT | {"id": 7}, said("c")]}, [USER, CALL, RESULT], "c"),
     ({"messages": [USER, CALL]}, [USER], CALL),
+    ({"messages": [USER, calling('{"a": [1]}')]}, [USER], calling({"a": [1]})),
     ({"messages": [USER, said("c") | {"reasoning_content": "t"}]}, [USER], said("c") | {"reasoning_content": "t"}),
 ]
 
@@ -203,6 +210,9 @@ BROKEN_DEMONSTRATIONS = [
      "field 'prompt[0].content': is missing; the message has 'role'"),
     ({"prompt": [USER], "completion": said("c") | {"tool_calls": "f"}},
      "field 'completion.tool_calls': is a string, expected an array of objects"),
+    ({"prompt": [USER], "completion": calling("a: 1")},
+     "field 'completion.tool_calls[0].function.arguments': is a string that holds no JSON: Expecting value: line 1 "
+     "column 1 (char 0)"),
     # messages
     ({"messages": [USER, said("a"), said("b")]},
      "field 'messages': ends with two turns of the assistant in a row, but one is an answer"),
