@@ -162,7 +162,7 @@ def encode_chats(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase) -> list[
             record = pairs[i][0]
             reason = "the chat template writes the prompt in another way before such an answer"
             raise field_error(record.where, record.fields[1 + len(answers[i])], reason)
-        if begun and end[-1] not in own and own[-1:] and own[-1] in special:
+        if begun and own and end[-1] not in own and own[-1] in special:
             answers[i].append(own)  # GPT-OSS's template ends a call in another way than a text
         else:
             answers[i].append([] if own == end else ended(own, end))

@@ -92,7 +92,7 @@ def check_rank(value: Any, name: str, where: str) -> int:
     expected = "expected an integer of at least 1"
     if not is_number(value):
         raise field_error(where, name, f"is {kind(value)}, {expected}")
-    if not math.isfinite(value) or value != int(value) or value < 1:
+    if (isinstance(value, float) and not value.is_integer()) or value < 1:
         raise field_error(where, name, f"is {value}, {expected}")
     return int(value)
 
@@ -101,7 +101,7 @@ def check_score(value: Any, name: str, where: str) -> float:
     """A score: a higher one is better."""
     if not is_number(value):
         raise field_error(where, name, f"is {kind(value)}, expected a number")
-    if not math.isfinite(value):
+    if isinstance(value, float) and not math.isfinite(value):
         raise field_error(where, name, f"is {value}, expected a finite number")
     return value
 

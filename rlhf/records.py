@@ -226,7 +226,7 @@ def prompt_record(record: Record, where: str) -> PromptRecord:
     """Checks the prompt of a record of any kind: the same that training on the record would take."""
     asked: Prompt
     read: tuple[str, ...] = ("prompt",)
-    if "completions" in record or "completion" in record or "answers" in record:
+    if "prompt" in record and any(name in record for name in ("completion", "completions", "answers")):
         asked = prompt(record, where)
     elif "chosen" in record and "rejected" in record:
         pair = whole_pair(record, where)

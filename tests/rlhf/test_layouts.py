@@ -128,6 +128,7 @@ COMPARISONS = [
     ({"prompt": "p", "completions": ["x", "y"], "ranks": [3.0, 1.0]}, "p", ("x", "y"), (3, 1)),
     ({"prompt": "p", "completions": ["x", "y", "z"], "scores": [0.5, 7, 0.5]}, "p", ("x", "y", "z"), (2, 1, 2)),
     ({"prompt": "p", "completions": ["x", "y"], "scores": [-1e300, -2], "chosen": "x"}, "p", ("x", "y"), (2, 1)),
+    ({"prompt": "p", "completions": ["x", "y"], "scores": [10**400, 1.5]}, "p", ("x", "y"), (1, 2)),
     ({"prompt": "p", "completions": ["x", "y"], "ranks": [1, 2], "scores": [0, 1]}, "p", ("x", "y"), (1, 2)),
     ({"prompt": "u", "completions": [[said("x")], said("y")], "ranks": [1, 2]}, [USER], ("x", "y"), (1, 2)),
     ({"prompt": HH + " ", "answers": NECTAR}, HH + " ", ("x", "y"), (2, 1)),
@@ -150,6 +151,7 @@ def test_comparisons(record, prompt, completions, ranks):
         ({"prompt": "p", "chosen": "x", "rejected": "y"}, {"chosen": "x", "rejected": "y"}),
         ({"messages": [USER, said("c")], "solution": 4, "prompt": "u"}, {"solution": 4}),
         ({"chosen": [USER, said("x")], "rejected": [USER, said("y")], "score": 4.5}, {"score": 4.5}),
+        ({"messages": [USER], "answers": ["4"]}, {"answers": ["4"]}),
         ({"prompt": "p"}, {}),
     ],
 )
