@@ -192,6 +192,8 @@ def test_a_tokenizer_that_begins_a_text_with_a_space_does_not_begin_an_answer_so
     assert tokenizer.convert_ids_to_tokens(tokenizer("cd").input_ids) == ["▁", "c", "d"]
     assert tokenizer.convert_ids_to_tokens(example.prompt_ids) == ["▁", "a", "▁", "b", "<|end|>"]
     assert tokenizer.convert_ids_to_tokens(example.completion_ids) == ["c", "d", "<|end|>"]
+    with pytest.raises(DataError, match=r"^d:1: field 'completion': the tokenizer makes no token of it$"):
+        demonstrate(tokenizer, [user("a b")], "1")
 
 
 def test_texts_end_with_eos_whatever_the_template_says():

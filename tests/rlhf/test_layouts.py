@@ -120,6 +120,7 @@ COMPARISONS = [
     # other texts
     ({"chosen": "the sky is blue", "rejected": "the sky is black"}, "the sky is", (" blue", " black"), (1, 2)),
     ({"chosen": "Q yes", "rejected": "Q yes it is"}, "Q", (" yes", " yes it is"), (1, 2)),
+    ({"chosen": "Q yes it is", "rejected": "Q yes \n"}, "Q", (" yes it is", " yes \n"), (1, 2)),
     ({"chosen": "Q\nI'll", "rejected": "Q\nI'm"}, "Q", ("\nI'll", "\nI'm"), (1, 2)),
     # answers that repeat a prompt, but are no transcripts
     ({"prompt": "Hello", "chosen": "Hello!", "rejected": "Hello..."}, "Hello", ("Hello!", "Hello..."), (1, 2)),
@@ -170,7 +171,7 @@ def test_tools(tools):
     assert pair.tools == TOOLS
     # A text has no place for them.
     assert read_prompts([{"prompt": "p", "tools": "hammer"}])[0].tools is None
-    assert read_prompts([{"prompt": [USER], "tools": None}])[0].tools is None
+    assert [read_prompts([{"prompt": [USER], "tools": none}])[0].tools for none in (None, [], "[]")] == [None] * 3
 
 
 def test_comparisons_without_a_preference_are_skipped_and_counted(caplog):
@@ -183,7 +184,8 @@ def test_comparisons_without_a_preference_are_skipped_and_counted(caplog):
         "records: skipped 2 of 4 comparisons: an answer is blank",
         "records: skipped 1 of 4 comparisons: all tied",
     ]
-    for record in (same, {"prompt": "p", "chosen": "x", "rejected": "x"}):
+    alike = {"chosen": turns["chosen"], "rejected": turns["chosen"]}
+    for record in (same, alike, {"prompt": "p", "chosen": "x", "rejected": "x"}):
         with pytest.raises(DataError, match=r"^records: field 'ranks': every comparison is tied \(1 of 1\)$"):
             read_comparisons([record])
     with pytest.raises(DataError, match=r"^records: field 'ranks': every .* is tied or has a blank answer \(2 of 2\)$"):

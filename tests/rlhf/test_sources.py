@@ -188,7 +188,10 @@ def test_nulls_within_the_rows_of_a_table_count_as_not_there():
 
     turns = [
         {"role": "user", "content": "u"},
-        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]},
+        {
+            "role": "assistant",
+            "tool_calls": [{"function": {"name": name, "arguments": {name: 1}}} for name in ("f", "g")],
+        },
         {"role": "tool", "content": "r", "name": "f"},
         {"role": "assistant", "content": "c"},
     ]
