@@ -124,7 +124,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(logprobs, ref_logprobs)
 
 
-@autograd("kl_penalty", _save)
+@autograd("kl_penalty", _save, variables=(0, 1))
 def _backward(ctx: Any, saved: tuple[Tensor, ...], gradient: Tensor) -> tuple[Tensor | None, ...]:
     logprobs, ref_logprobs = saved
     slope = run(ctx.backend, "kl_penalty_backward", logprobs, ref_logprobs, ctx.estimator, gradient)

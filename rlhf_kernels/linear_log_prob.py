@@ -299,7 +299,7 @@ def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     ctx.mark_non_differentiable(maxima, log_sums, *(() if ctx.with_entropy else (entropies,)))
 
 
-@autograd("linear_selective_log_softmax", _save_rows)
+@autograd("linear_selective_log_softmax", _save_rows, variables=(0, 1, 4))
 def _backward_of_rows(
     ctx: Any, saved: tuple[Any, ...], grad_logprobs: Tensor, grad_entropies: Tensor, *_: Any
 ) -> tuple[Tensor | None, ...]:
@@ -317,37 +317,28 @@ def _backward_of_rows(
     )  # fmt: skip
 
 
-# The losses come with their gradients, which the derivative scales: hidden and weight are inputs 0 and 1.
+# The losses come with their gradients, which the derivative scales.
 
 
-def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...], bias_at: int) -> None:
-    hidden, weight, bias = inputs[0], inputs[1], inputs[bias_at]
-    ctx.save_for_backward(hidden, weight, bias, *output[-3:])
+def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*(inputs[at] for at in ctx.variables), *output[-3:])
     ctx.mark_non_differentiable(*output[1:])
     # Else autograd makes zeros to go with the gradient that is an output here, as large as that.
     ctx.set_materialize_grads(False)
-    ctx.count, ctx.bias_at, ctx.needs = len(inputs), bias_at, inputs[-2:]
+    ctx.count, ctx.needs = len(inputs), inputs[-2:]
 
 
-def _backward_of_loss(ctx: Any, saved: tuple[Any, ...], grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-    hidden, weight, bias, *gradients = saved
+def _backward_of_loss(ctx: Any, saved: tuple[Any, ...], grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    operands, gradients = saved[:3], saved[3:]
     needs_hidden, needs_weight = ctx.needs
     result: list[Tensor | None] = [None] * ctx.count
     for at, operand, gradient, needed in zip(
-        (0, 1, ctx.bias_at), (hidden, weight, bias), gradients, (needs_hidden, needs_weight, needs_weight), strict=True
+        ctx.variables, operands, gradients, (needs_hidden, needs_weight, needs_weight), strict=True
     ):
         if needed and operand is not None:
             result[at] = scaled(gradient, grad_loss, operand.dtype)
     return tuple(result)
 
 
-@autograd("linear_ppo_policy_loss", lambda ctx, inputs, output: _save_loss(ctx, inputs, output, bias_at=6))
-def _backward_of_policy_loss(ctx: Any, saved: tuple[Any, ...], grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    return _backward_of_loss(ctx, saved, grad_loss)
-
-
-@autograd("linear_cross_entropy", lambda ctx, inputs, output: _save_loss(ctx, inputs, output, bias_at=4))
-def _backward_of_cross_entropy(
-    ctx: Any, saved: tuple[Any, ...], grad_loss: Tensor, *_: Any
-) -> tuple[Tensor | None, ...]:
-    return _backward_of_loss(ctx, saved, grad_loss)
+autograd("linear_ppo_policy_loss", _save_loss, variables=(0, 1, 6))(_backward_of_loss)
+autograd("linear_cross_entropy", _save_loss, variables=(0, 1, 4))(_backward_of_loss)

@@ -166,7 +166,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.mark_non_differentiable(maxima, log_sums, *(() if ctx.with_entropy else (entropies,)))
 
 
-@autograd("selective_log_softmax", _save)
+@autograd("selective_log_softmax", _save, variables=(0,))
 def _backward(
     ctx: Any, saved: tuple[Tensor, ...], grad_logprobs: Tensor, grad_entropies: Tensor, *_: Any
 ) -> tuple[Tensor | None, ...]:

@@ -163,10 +163,10 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.others = (None,) * (len(inputs) - 1)
 
 
-@autograd("ppo_policy_loss", _save)
+@autograd("ppo_policy_loss", _save, variables=(0,))
 def _backward(ctx: Any, saved: tuple[Tensor, ...], grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     variable, gradient = saved
     return scaled(gradient, grad_loss, variable.dtype), *ctx.others
 
 
-autograd("ppo_value_loss", _save)(_backward)
+autograd("ppo_value_loss", _save, variables=(0,))(_backward)

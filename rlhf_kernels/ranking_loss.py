@@ -85,7 +85,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.set_materialize_grads(False)
 
 
-@autograd("pairwise_ranking_loss", _save)
+@autograd("pairwise_ranking_loss", _save, variables=(0,))
 def _backward(ctx: Any, saved: tuple[Tensor, ...], grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     scores, gradient = saved
     return scaled(gradient, grad_loss, scores.dtype), None, None, None, None, None

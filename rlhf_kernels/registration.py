@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,11 +36,19 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
-def autograd(name: str, save: Callable[..., None]) -> Callable[[Backward], Backward]:
-    """Registers the derivative of an op.
+class _Derivative(NamedTuple):
+    function: type[torch.autograd.Function]
+    variables: tuple[int, ...]
 
-    ``save(ctx, inputs, output)`` keeps what the derivative needs, the inputs that it is taken in among the saved
-    tensors; ``backward(ctx, saved, *gradients)`` returns one gradient per input. Differentiating twice raises.
+
+_DERIVATIVES: dict[str, _Derivative] = {}
+
+
+def autograd(name: str, save: Callable[..., None], variables: tuple[int, ...]) -> Callable[[Backward], Backward]:
+    """Registers the derivative of an op in its arguments at the positions ``variables``, which ``ctx`` has as well.
+
+    ``save(ctx, inputs, output)`` keeps what the derivative needs, the variables among the saved tensors;
+    ``backward(ctx, saved, *gradients)`` returns one gradient per input. Differentiating twice raises.
     """
 
     def register(backward: Backward) -> Backward:
@@ -55,12 +63,13 @@ def autograd(name: str, save: Callable[..., None]) -> Callable[[Backward], Backw
 
         def forward(ctx: Any, *arguments: Any) -> Any:
             *inputs, ctx.backend = arguments
+            ctx.variables = variables
             output = run(ctx.backend, name, *inputs)
             save(ctx, inputs, output)
             return output
 
         def traced(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.backend = None
+            ctx.backend, ctx.variables = None, variables
             save(ctx, inputs, output)
 
         def eager(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -68,15 +77,11 @@ def autograd(name: str, save: Callable[..., None]) -> Callable[[Backward], Backw
 
         if missing("cpu") is None:
             torch.library.register_autograd(f"rlhf_kernels::{name}", once, setup_context=traced)
-        _FUNCTIONS[name] = type(
-            name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(eager)}
-        )
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(eager)}
+        _DERIVATIVES[name] = _Derivative(type(name, (torch.autograd.Function,), methods), variables)
         return backward
 
     return register
-
-
-_FUNCTIONS: dict[str, Any] = {}
 
 
 @functools.cache
@@ -104,8 +109,11 @@ def call(backend: str, name: str, *inputs: Any) -> Any:
     A compiler sees the registered op. Eager code goes round torch.library's own wrapper, which takes longer than the
     small ops themselves, to the same derivative.
     """
+    derivative = _DERIVATIVES.get(name)
+    if derivative is not None and not needs_gradient(*[inputs[at] for at in derivative.variables]):
+        derivative = None  # whatever else requires a gradient: results don't, then
     if torch.compiler.is_compiling() and missing("cpu") is None:
-        if name in _FUNCTIONS:
+        if derivative is not None:
             return run(None, name, *inputs)
         with torch.no_grad():
             return run(None, name, *inputs)
@@ -115,8 +123,8 @@ def call(backend: str, name: str, *inputs: Any) -> Any:
             raise RuntimeError(
                 f"{name} has no forward-mode derivative on this backend; use_backend('reference') has one for most ops"
             )
-    if name in _FUNCTIONS and needs_gradient(*inputs):
-        return _FUNCTIONS[name].apply(*inputs, backend)
+    if derivative is not None:
+        return derivative.function.apply(*inputs, backend)
     return run(backend, name, *inputs)
 
 

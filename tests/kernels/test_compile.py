@@ -192,3 +192,29 @@ def test_a_bad_index_is_nan_where_values_cannot_be_looked_at(backend):
     got = compiled(logits, torch.tensor([3, 5, -1, -100]))
     want = k.selective_log_softmax(logits, torch.tensor([3, -100, -100, -100]))
     torch.testing.assert_close(got, want.index_fill(0, torch.tensor([1, 2]), torch.nan), equal_nan=True)
+
+
+# Results that have a derivative, the first ones; of the ops that have any, the others have one.
+DIFFERENTIABLE = {"selective_log_softmax_and_entropy": 2, "linear_selective_log_softmax_and_entropy": 2}
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_result_requires_grad_where_an_input_that_it_has_a_derivative_in_does(backend, name, is_compiled):
+    if backend == "cuda" and name.startswith("linear"):
+        pytest.skip("not in CUDA C++")
+    call = calls(3, 5)[name]
+    function = torch.compile(call.function, fullgraph=True, backend="aot_eager") if is_compiled else call.function
+    tensors = {n: x.float() if "mask" in n else x for n, x in call.tensors.items()}
+    floats = [n for n, x in tensors.items() if x.is_floating_point()]
+    count = DIFFERENTIABLE.get(name, 1) if call.variables else 0
+    for required in (*([n] for n in floats), floats):
+        inputs = {n: x.detach().requires_grad_(n in required) for n, x in tensors.items()}
+        results = function(**inputs, **call.options)
+        results = results if isinstance(results, tuple) else (results,)
+        flat = [y for x in results for y in (x.values() if isinstance(x, dict) else [x])]
+        expected = count if set(required) & set(call.variables) else 0
+        assert [x.requires_grad for x in flat] == [i < expected for i in range(len(flat))], required
+        if expected:
+            gradients = torch.autograd.grad(flat[0].sum(), [inputs[n] for n in required], allow_unused=True)
+            assert [x is not None for x in gradients] == [n in call.variables for n in required]
