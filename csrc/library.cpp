@@ -1,9 +1,10 @@
 // Every op for CPU tensors: the code that allocates results and splits the work over torch's threads.
-// Arguments come checked from the Python functions of the same families; what is checked here guards memory.
+// Arguments come checked from the Python functions of the same families, but for the values in tensors: checked here.
 
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <optional>
@@ -11,6 +12,7 @@
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "cpu/kernels.h"
 #include "schemas.h"
 #include "tensors.h"
@@ -33,6 +35,7 @@ using rlhf_kernels::OnlineSoftmax;
 using rlhf_kernels::PolicyClip;
 using rlhf_kernels::Sequences;
 using rlhf_kernels::View;
+namespace checks = rlhf_kernels::checks;
 namespace cpu = rlhf_kernels::cpu;
 
 template <class Function>
@@ -95,16 +98,73 @@ Tensor scalar(double value) {
   return result;
 }
 
-// (B, T); or (N,), which boundaries cut into sequences. Compiled code comes here with boundaries that nobody looked at.
-Sequences sequences_of(const Tensor& like, const OptionalTensor& boundaries) {
-  if (boundaries) {
-    const int64_t count = boundaries->size(0) - 1;
-    const int64_t* at = data<int64_t>(boundaries);
-    STD_TORCH_CHECK(at[0] == 0 && at[count] == like.size(0) && std::is_sorted(at, at + count + 1),
-                    "boundaries of packed sequences must rise from 0 to ", like.size(0));
-    return {count, like.size(0), at};
+cpu::MaskType mask_type_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Byte:
+    case ScalarType::Char:
+      return {1, 1, 0};
+    case ScalarType::Short:
+      return {2, 1, 0};
+    case ScalarType::Int:
+      return {4, 1, 0};
+    case ScalarType::Long:
+      return {8, 1, 0};
+    case ScalarType::BFloat16:
+      return {2, 0x3f80, 1};
+    case ScalarType::Half:
+      return {2, 0x3c00, 1};
+    case ScalarType::Float:
+      return {4, 0x3f800000, 1};
+    case ScalarType::Double:
+      return {8, 0x3ff0000000000000, 1};
+    default:
+      STD_TORCH_CHECK(false, "masks are bool, integers or floats");
   }
-  return {like.size(0), like.size(1), nullptr};
+}
+
+// A mask as the kernels read it: a byte for every entry, which counts unless that is 0.
+class Mask {
+ public:
+  Mask(const char* name, const Tensor& mask)
+      : bytes_(mask.scalar_type() == ScalarType::Bool ? dense(mask) : read(name, mask)) {}
+
+  const uint8_t* data() const { return static_cast<const uint8_t*>(bytes_.const_data_ptr()); }
+
+ private:
+  // Rows of a slice where they lie.
+  static Tensor read(const char* name, const Tensor& mask) {
+    const auto type = mask_type_of(mask.scalar_type());
+    const bool in_rows = !mask.is_contiguous() && mask.stride(mask.dim() - 1) == 1;
+    const Tensor source = in_rows ? mask : dense(mask), bytes = empty(sizes(mask), ScalarType::Byte);
+    const auto* values = static_cast<const char*>(source.const_data_ptr());
+    auto* wanted = mutable_data<uint8_t>(bytes);
+    std::atomic<bool> is_mask = true;
+    const auto read_some = [&](int64_t from, int64_t to, int64_t count) {
+      if (!cpu::kernels().read_mask(type, values + from * type.size, count, wanted + to)) is_mask = false;
+    };
+    if (in_rows) {
+      const auto rows = rows_of(source);
+      const int64_t length = mask.size(mask.dim() - 1);
+      parallel(mask.numel() / length, length, [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) read_some(rows.offset(row), row * length, length);
+      });
+    } else {
+      parallel(mask.numel(), 1, [&](int64_t begin, int64_t end) { read_some(begin, begin, end - begin); });
+    }
+    if (is_mask) return bytes;
+    if (type.sign_bits) checks::refuse_mask<double>(name, cast(mask, ScalarType::Double));
+    checks::refuse_mask<int64_t>(name, cast(mask, ScalarType::Long));
+  }
+
+  Tensor bytes_;
+};
+
+// (B, T); or (N,), which boundaries of this name cut into sequences.
+Sequences sequences_of(const Tensor& like, const char* name, const OptionalTensor& boundaries) {
+  if (!boundaries) return {like.size(0), like.size(1), nullptr};
+  const int64_t count = boundaries->size(0) - 1;
+  checks::check_boundaries(name, data<int64_t>(boundaries), count, like.size(0));
+  return {count, like.size(0), data<int64_t>(boundaries)};
 }
 
 // Of sequences that share a vector's lanes.
@@ -119,11 +179,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> selective_log_softmax(Tensor logits, 
                                                                  double temperature, bool with_entropy,
                                                                  bool /*inplace_backward: for autograd*/) {
   if (logits.stride(logits.dim() - 1) != 1) logits = torch::stable::contiguous(logits);
-  const Tensor dense_index = cast(index, ScalarType::Long), dense_wanted = dense(wanted);
+  const Tensor dense_index = cast(index, ScalarType::Long);
+  const Mask mask("row_mask", wanted);
+  const auto in = log_prob_arguments(logits, dense_index, mask.data(), temperature);
+  checks::check_index("index", dense_index, mask.data(), in.vocabulary);
   const auto shape = sizes(index);
   Tensor logprobs = empty(shape, ScalarType::Float), maxima = empty(shape, ScalarType::Float),
          log_sums = empty(shape, ScalarType::Float), entropies = with_entropy ? empty(shape, ScalarType::Float) : nothing();
-  const auto in = log_prob_arguments(logits, dense_index, dense_wanted, temperature);
   const LogProbResults out{mutable_data<float>(logprobs), with_entropy ? mutable_data<float>(entropies) : nullptr,
                                 mutable_data<float>(maxima), mutable_data<float>(log_sums)};
   parallel(index.numel(), in.vocabulary,
@@ -134,10 +196,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> selective_log_softmax(Tensor logits, 
 void log_prob_backward(const Tensor& logits, const Tensor& index, const Tensor& wanted, double temperature,
                        const Tensor& entropies, const Tensor& maxima, const Tensor& log_sums,
                        const Tensor& grad_logprobs, const OptionalTensor& grad_entropies, const Tensor& gradient) {
-  const Tensor dense_index = cast(index, ScalarType::Long), dense_wanted = dense(wanted);
+  const Tensor dense_index = cast(index, ScalarType::Long);
+  const Mask mask("row_mask", wanted);
+  const auto in = log_prob_arguments(logits, dense_index, mask.data(), temperature);
+  checks::check_index("index", dense_index, mask.data(), in.vocabulary);
   const Tensor slopes = cast(grad_logprobs, ScalarType::Float);
   const OptionalTensor entropy_slopes = as_float(grad_entropies);
-  const auto in = log_prob_arguments(logits, dense_index, dense_wanted, temperature);
   const LogProbGradient out{data<float>(entropies), data<float>(maxima), data<float>(log_sums),
                                  data<float>(slopes), data<float>(entropy_slopes), gradient.mutable_data_ptr(),
                                  rows_of(gradient)};
@@ -193,16 +257,17 @@ struct LinearInputs {
   std::vector<int64_t> index;
   cpu::Projection projection;
 
-  LinearInputs(const Tensor& all_hidden, const Tensor& all_weight, const Tensor& all_index, const Tensor& wanted,
-               const OptionalTensor& all_bias, double temperature, std::optional<double> softcap)
+  LinearInputs(const Tensor& all_hidden, const Tensor& all_weight, const char* index_name, const Tensor& all_index,
+               const Mask& mask, const OptionalTensor& all_bias, double temperature, std::optional<double> softcap)
       : hidden(all_hidden), weight(all_weight), bias(all_bias ? OptionalTensor(dense(*all_bias)) : std::nullopt) {
     STD_TORCH_CHECK(hidden.scalar_type() == weight.scalar_type() &&
                         (!bias || bias->scalar_type() == weight.scalar_type()),
                     "hidden, weight and bias differ in dtype");
-    const Tensor dense_index = cast(all_index, ScalarType::Long), dense_wanted = dense(wanted);
+    const Tensor dense_index = cast(all_index, ScalarType::Long);
+    checks::check_index(index_name, dense_index, mask.data(), weight.size(0));
     const int64_t count = all_index.numel(), depth = weight.size(1);
     for (int64_t row = 0; row < count; ++row) {
-      if (!data<uint8_t>(dense_wanted)[row]) continue;
+      if (!mask.data()[row]) continue;
       rows.push_back(row);
       index.push_back(data<int64_t>(dense_index)[row]);
     }
@@ -360,7 +425,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_selective_log_softmax(
     Tensor hidden, Tensor weight, Tensor index, Tensor wanted, OptionalTensor bias, double temperature,
     std::optional<double> softcap, bool with_entropy) {
   const auto& k = cpu::kernels();
-  const LinearInputs in(hidden, weight, index, wanted, bias, temperature, softcap);
+  const LinearInputs in(hidden, weight, "index", index, Mask("row_mask", wanted), bias, temperature, softcap);
   const std::vector<int64_t> shape{index.numel()};
   Tensor logprobs = zeros(shape, ScalarType::Float), maxima = zeros(shape, ScalarType::Float),
          log_sums = zeros(shape, ScalarType::Float), entropies = with_entropy ? zeros(shape, ScalarType::Float) : nothing();
@@ -371,7 +436,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_selective_log_softmax(
     const int64_t count = std::min(kForwardRows, in.count() - first);
     const auto part = in.from(first);
     const Tensor operand = packed_rows(part, count);
-    std::fill(chosen.begin(), chosen.end(), NAN);
     share_out(count, k.tile_rows(part), blocks, [&](int64_t row, int64_t last, int64_t begin, int64_t end) {
       k.linear_partials(part, data<char>(operand) + k.packed_rows_size(part, row), last - row,
                         in.index.data() + first + row, with_entropy, partials.data() + row, count, chosen.data() + row,
@@ -397,7 +461,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_selective_log_softmax_backward(
     std::optional<double> softcap, Tensor entropies, Tensor maxima, Tensor log_sums, Tensor grad_logprobs,
     OptionalTensor grad_entropies, bool needs_hidden, bool needs_weight) {
   const auto& k = cpu::kernels();
-  const LinearInputs in(hidden, weight, index, wanted, bias, temperature, softcap);
+  const LinearInputs in(hidden, weight, "index", index, Mask("row_mask", wanted), bias, temperature, softcap);
   const Tensor slopes = cast(grad_logprobs, ScalarType::Float);
   const OptionalTensor entropy_slopes = as_float(grad_entropies);
   std::vector<float> values[5];  // of the rows that count: maximum, log sum, entropy, both gradients
@@ -406,9 +470,6 @@ std::tuple<Tensor, Tensor, Tensor> linear_selective_log_softmax_backward(
   for (int i = 0; i < 5; ++i) {
     if (i == 2 && !grad_entropies) continue;
     for (const int64_t row : in.rows) values[i].push_back(sources[i] ? sources[i][row] : 0.0f);
-  }
-  for (int64_t i = 0; i < in.count(); ++i) {
-    if (in.index[i] < 0 || in.index[i] >= in.projection.vocabulary) values[3][i] = 0;  // its log-prob is NaN
   }
   // By blocks of the vocabulary, all rows at once: each entry of the weight's gradient is summed in float32 and rounded
   // once. The sums of the forward stand for the rest of the row.
@@ -481,7 +542,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(Tensor hidden, T
                                                                 Tensor wanted, OptionalTensor bias, double temperature,
                                                                 std::optional<double> softcap, bool mean,
                                                                 bool needs_hidden, bool needs_weight) {
-  const LinearInputs in(hidden, weight, labels, wanted, bias, temperature, softcap);
+  const LinearInputs in(hidden, weight, "labels", labels, Mask("wanted", wanted), bias, temperature, softcap);
   const double scale = mean && in.count() ? 1.0 / static_cast<double>(in.count()) : 1.0;
   const std::vector<double> weights(in.count(), scale);
   const auto [loss, gradients] =
@@ -554,13 +615,13 @@ std::tuple<Tensor, Tensor, Tensor> ppo_policy_loss(Tensor logprobs, Tensor old_l
                                                    Tensor wanted, double clip_low, double clip_high,
                                                    std::optional<double> dual_clip, std::string reduction,
                                                    bool with_gradient) {
-  const Tensor mask = dense(wanted);
+  const Mask mask("mask", wanted);
   const TokenRows rows(logprobs, old_logprobs, advantages, reduction);
-  const Weights weights(data<uint8_t>(mask), rows.count, rows.length, rows.positions, reduction);
+  const Weights weights(mask.data(), rows.count, rows.length, rows.positions, reduction);
   Tensor gradient = with_gradient ? empty(sizes(logprobs), ScalarType::Float) : nothing();
   std::vector<cpu::PolicySums> sums(rows.count);
   const cpu::PolicyArguments in{rows.view(logprobs), rows.view(old_logprobs), rows.view(advantages),
-                                data<uint8_t>(mask), rows.length, rows.positions, weights.rows.data(),
+                                mask.data(), rows.length, rows.positions, weights.rows.data(),
                                 policy_clip(clip_low, clip_high, dual_clip),
                                 with_gradient ? mutable_data<float>(gradient) : nullptr, sums.data()};
   parallel(rows.count, rows.length * 4,
@@ -583,12 +644,12 @@ std::tuple<Tensor, Tensor, Tensor> ppo_policy_loss(Tensor logprobs, Tensor old_l
 std::tuple<Tensor, Tensor, Tensor> ppo_value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor wanted,
                                                   std::optional<double> clip_range, std::string reduction,
                                                   bool with_gradient) {
-  const Tensor mask = dense(wanted);
+  const Mask mask("mask", wanted);
   const TokenRows rows(values, old_values, returns, reduction);
-  const Weights weights(data<uint8_t>(mask), rows.count, rows.length, rows.positions, reduction);
+  const Weights weights(mask.data(), rows.count, rows.length, rows.positions, reduction);
   Tensor gradient = with_gradient ? empty(sizes(values), ScalarType::Float) : nothing();
   std::vector<cpu::ValueSums> sums(rows.count);
-  const cpu::ValueArguments in{rows.view(values), rows.view(old_values), rows.view(returns), data<uint8_t>(mask),
+  const cpu::ValueArguments in{rows.view(values), rows.view(old_values), rows.view(returns), mask.data(),
                                rows.length, rows.positions, weights.rows.data(),
                                clip_range ? static_cast<float>(*clip_range) : -1.0f,
                                with_gradient ? mutable_data<float>(gradient) : nullptr, sums.data()};
@@ -611,12 +672,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_ppo_policy_loss(
     Tensor hidden, Tensor weight, Tensor index, Tensor old_logprobs, Tensor advantages, Tensor wanted,
     OptionalTensor bias, double temperature, std::optional<double> softcap, double clip_low, double clip_high,
     std::optional<double> dual_clip, std::string reduction, bool needs_hidden, bool needs_weight) {
-  const LinearInputs in(hidden, weight, index, wanted, bias, temperature, softcap);
-  const Tensor old = cast(old_logprobs, ScalarType::Float), gains = cast(advantages, ScalarType::Float),
-               mask = dense(wanted);
+  const Mask mask("mask", wanted);
+  const LinearInputs in(hidden, weight, "index", index, mask, bias, temperature, softcap);
+  const Tensor old = cast(old_logprobs, ScalarType::Float), gains = cast(advantages, ScalarType::Float);
   const int64_t length = wanted.dim() == 2 ? wanted.size(1) : std::max<int64_t>(1, wanted.numel());
   const int64_t count = wanted.dim() == 2 ? wanted.size(0) : 1;
-  const Weights weights(data<uint8_t>(mask), count, length, wanted.numel(), reduction);
+  const Weights weights(mask.data(), count, length, wanted.numel(), reduction);
   std::vector<double> row_weights;
   std::vector<float> row_old, row_gains;
   for (const int64_t row : in.rows) {
@@ -672,12 +733,13 @@ Tensor kl_penalty_backward(Tensor logprobs, Tensor ref_logprobs, std::string est
 
 std::tuple<Tensor, Tensor> kl_shaped_rewards(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor wanted,
                                              double beta, std::string estimator, std::optional<double> score_clip) {
-  const Tensor mask = dense(wanted), row_scores = cast(scores, ScalarType::Float);
+  const Mask mask("mask", wanted);
+  const Tensor row_scores = cast(scores, ScalarType::Float);
   Tensor rewards = empty(sizes(logprobs), ScalarType::Float), kl = empty(sizes(logprobs), ScalarType::Float);
   const auto shaping = shaping_of(row_scores, logprobs, ref_logprobs, beta, estimator, score_clip, rewards, kl);
-  const auto sequences = sequences_of(logprobs, std::nullopt);
+  const Sequences sequences{logprobs.size(0), logprobs.size(1), nullptr};
   parallel(sequences.count, sequences.length, [&](int64_t begin, int64_t end) {
-    cpu::kernels().kl_shaped_rewards(shaping, sequences, data<uint8_t>(mask), begin, end);
+    cpu::kernels().kl_shaped_rewards(shaping, sequences, mask.data(), begin, end);
   });
   return {rewards, kl};
 }
@@ -716,11 +778,12 @@ std::tuple<Tensor, Tensor> advantages_of(const Tensor& like, GaeArguments in, co
 
 std::tuple<Tensor, Tensor> masked_gae(Tensor rewards, Tensor values, Tensor wanted, double gamma, double lam,
                                       OptionalTensor bootstrap, bool whiten, OptionalTensor cu_seqlens) {
-  const Tensor mask = dense(wanted);
+  const Mask mask("mask", wanted);
   const OptionalTensor last = as_float(bootstrap), boundaries = as_int64(cu_seqlens);
   return advantages_of(rewards,
-                       {view_of(rewards), view_of(values), data<uint8_t>(mask), sequences_of(rewards, boundaries), gamma,
-                        lam, data<float>(last), nullptr, nullptr, nullptr},
+                       {view_of(rewards), view_of(values), mask.data(),
+                        sequences_of(rewards, "cu_seqlens", boundaries), gamma, lam, data<float>(last), nullptr, nullptr,
+                        nullptr},
                        nullptr, whiten);
 }
 
@@ -729,14 +792,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_advantages(Tensor scores, Tensor 
                                                           double lam, bool whiten, OptionalTensor bootstrap,
                                                           std::string estimator, std::optional<double> score_clip,
                                                           OptionalTensor cu_seqlens) {
-  const Tensor mask = dense(wanted), row_scores = cast(scores, ScalarType::Float);
+  const Mask mask("mask", wanted);
+  const Tensor row_scores = cast(scores, ScalarType::Float);
   const OptionalTensor last = as_float(bootstrap), boundaries = as_int64(cu_seqlens);
   Tensor rewards = empty(sizes(logprobs), ScalarType::Float), kl = empty(sizes(logprobs), ScalarType::Float);
   const auto shaping = shaping_of(row_scores, logprobs, ref_logprobs, beta, estimator, score_clip, rewards, kl);
   const auto [advantages, returns] = advantages_of(
       logprobs,
-      {{}, view_of(values), data<uint8_t>(mask), sequences_of(logprobs, boundaries), gamma, lam, data<float>(last),
-       nullptr, nullptr, nullptr},
+      {{}, view_of(values), mask.data(), sequences_of(logprobs, "cu_seqlens", boundaries), gamma, lam,
+       data<float>(last), nullptr, nullptr, nullptr},
       &shaping, whiten);
   return {advantages, returns, rewards, kl};
 }
@@ -747,15 +811,15 @@ std::tuple<Tensor, Tensor, Tensor> pairwise_ranking_loss(Tensor scores, Tensor r
                                                          OptionalTensor wanted, double margin, bool with_gradient) {
   const auto& k = cpu::kernels();
   const Tensor values = dense(scores), dense_ranks = cast(ranks, ScalarType::Long);
-  const OptionalTensor mask = dense(wanted);
+  const auto mask = wanted ? std::make_optional<Mask>("mask", *wanted) : std::nullopt;
   const OptionalTensor boundaries = as_int64(offsets);
-  const auto prompts = sequences_of(scores, boundaries);
+  const auto prompts = sequences_of(scores, "offsets", boundaries);
   Tensor gradient = with_gradient ? empty(sizes(scores), ScalarType::Float) : nothing();
   const int64_t groups = groups_of(prompts);
   std::vector<double> losses(groups), accuracies(groups);
   std::vector<int64_t> counts(groups);
   const cpu::RankingArguments in{values.const_data_ptr(), dtype_of(values), data<int64_t>(dense_ranks),
-                                 data<uint8_t>(mask), prompts, static_cast<float>(margin),
+                                 mask ? mask->data() : nullptr, prompts, static_cast<float>(margin),
                                  with_gradient ? mutable_data<float>(gradient) : nullptr,
                                  losses.data(), accuracies.data(), counts.data()};
   const int64_t width = prompts.count ? scores.numel() / prompts.count : 0;

@@ -1,4 +1,5 @@
-// Every op's schema.
+// Every op's schema. `wanted` is a mask: on the CPU bool or {0, 1} of any dtype, which the op checks, as it does index,
+// labels and boundaries; on a GPU bool, and nothing is looked at.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -106,11 +106,11 @@ inline KlEstimator estimator_of(const std::string& name) {
   return KlEstimator::abs;
 }
 
-// index and wanted dense, int64 and bool.
-inline LogProbArguments log_prob_arguments(const Tensor& logits, const Tensor& index, const Tensor& wanted,
+// index dense and int64.
+inline LogProbArguments log_prob_arguments(const Tensor& logits, const Tensor& index, const uint8_t* wanted,
                                            double temperature) {
   return {logits.const_data_ptr(),       dtype_of(logits),     rows_of(logits),
-          logits.size(logits.dim() - 1), data<int64_t>(index), data<uint8_t>(wanted), temperature};
+          logits.size(logits.dim() - 1), data<int64_t>(index), wanted, temperature};
 }
 
 inline PolicyClip policy_clip(double low, double high, std::optional<double> dual) {

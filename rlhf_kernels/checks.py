@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -85,58 +87,116 @@ def choice(name: str, value: Any, options: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: is {value!r}, must be one of {', '.join(map(repr, options))}")
 
 
-def values_can_be_read(value: Tensor) -> bool:
-    """Whether looking at a tensor's values costs no synchronisation and breaks no graph."""
-    return value.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def mask(name: str, value: Tensor | None, like: Tensor, expected: tuple[int, ...]) -> Tensor:
-    """A mask as bool: which positions count. None means all of them.
+    """A mask of which positions count, its values not looked at yet (:func:`read_mask`). None means all of them.
 
     Raises:
         TypeError: not a tensor of bool, integers or floats.
-        ValueError: another shape or device, or (looked at on the CPU only) a value besides 0 and 1.
+        ValueError: another shape or device.
     """
     if value is None:
         return torch.ones(expected, dtype=torch.bool, device=like.device)
     tensor(name, value, MASKS, like)
     shape(name, value, expected, "one entry per position")
-    if value.dtype == torch.bool:
-        return value
-    if values_can_be_read(value):
-        bad = (value != 0) & (value != 1)
-        if bad.any():
-            position = tuple(bad.nonzero()[0].tolist())
-            raise ValueError(f"{name}: is {value[position].item()} at position {position}, must be 0 or 1")
-    return value != 0
+    return value
 
 
-def index_range(name: str, index: Tensor, size: int, wanted: Tensor) -> None:
-    """Every wanted index is in [0, size). Looked at on the CPU only; a GPU kernel gives NaN for a bad one.
-
-    Raises:
-        IndexError: names the first bad index and its position.
-    """
-    if not values_can_be_read(index):
-        return
-    bad = wanted & ((index < 0) | (index >= size))
-    if bad.any():
-        position = tuple(bad.nonzero()[0].tolist())
-        raise IndexError(f"{name}: is {int(index[position])} at position {position}, must be in [0, {size})")
-
-
-def boundaries(name: str, value: Any, length: int, like: Tensor) -> None:
-    """Where packed sequences begin and end: (B+1,) from 0 up to ``length``.
+def boundaries(name: str, value: Any, like: Tensor) -> None:
+    """Where packed sequences begin and end: (B+1,), its values not looked at yet (:func:`read_boundaries`).
 
     Raises:
         TypeError: not a tensor of int32 or int64.
-        ValueError: another shape, or (looked at on the CPU only) boundaries out of order.
+        ValueError: another shape or device.
     """
     tensor(name, value, INDICES, like)
     if value.dim() != 1 or value.shape[0] < 1:
         raise ValueError(f"{name}: has shape {tuple(value.shape)}, must be (sequences + 1,)")
-    if values_can_be_read(value):
-        if int(value[0]) != 0 or int(value[-1]) != length:
-            raise ValueError(f"{name}: goes from {int(value[0])} to {int(value[-1])}, must go from 0 to {length}")
-        if (value.diff() < 0).any():
-            raise ValueError(f"{name}: decreases, must not")
+
+
+# What follows gives a backend the values it works on. The ops for CPUs look at them themselves, with the same errors
+# (csrc/checks.h); nobody looks at those on a GPU, since that would wait for it.
+
+
+def read_mask(backend: str, name: str, value: Tensor) -> Tensor:
+    """A mask as a backend takes it: of any dtype if that checks it itself, else bool.
+
+    Raises:
+        ValueError: on the CPU, a value besides 0 and 1; names the first one and its position.
+    """
+    if backend == "cpu" or value.dtype == torch.bool:
+        return value
+    value = value.detach()
+    if value.is_cpu:
+        value = _check_mask(value, name)
+    return value != 0
+
+
+def read_index(backend: str, name: str, value: Tensor, wanted: Tensor, size: int) -> Tensor:
+    """An index as a backend takes it: in [0, size) where wanted. A GPU kernel gives NaN for a bad one.
+
+    Raises:
+        IndexError: on the CPU, names the first bad index and its position.
+    """
+    return value if backend == "cpu" or not value.is_cpu else _check_index(value, wanted, size, name)
+
+
+def read_boundaries(backend: str, name: str, value: Tensor | None, length: int) -> Tensor | None:
+    """Boundaries as a backend takes them: from 0 up to ``length``.
+
+    Raises:
+        ValueError: on the CPU, other ends, or boundaries that decrease.
+    """
+    if value is None or backend == "cpu" or not value.is_cpu:
+        return value
+    return _check_boundaries(value, length, name)
+
+
+def _in_graphs(schema: str) -> Callable[[Callable[..., None]], Callable[..., Tensor]]:
+    """Makes a check of a tensor's values return that tensor, and compiled code check it as well, when it runs.
+
+    There, it is an op whose result is a copy: a check whose result nothing needs would be left out.
+    """
+
+    def make(check: Callable[..., None]) -> Callable[..., Tensor]:
+        def copy(value: Tensor, *others: Any) -> Tensor:
+            check(value, *others)
+            return value.clone()
+
+        name = f"rlhf_kernels::{check.__name__.lstrip('_')}"
+        op = torch.library.custom_op(name, copy, mutates_args=(), schema=schema)
+        op.register_fake(lambda value, *_: torch.empty_like(value))
+
+        @functools.wraps(check)
+        def checked(value: Tensor, *others: Any) -> Tensor:
+            if torch.compiler.is_compiling():
+                return op(value, *others)
+            check(value, *others)
+            return value
+
+        return checked
+
+    return make
+
+
+@_in_graphs("(Tensor value, str name) -> Tensor")
+def _check_mask(value: Tensor, name: str) -> None:
+    bad = (value != 0) & (value != 1)
+    if bad.any():
+        position = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(f"{name}: is {value[position].item()} at position {position}, must be 0 or 1")
+
+
+@_in_graphs("(Tensor value, Tensor wanted, SymInt size, str name) -> Tensor")
+def _check_index(value: Tensor, wanted: Tensor, size: int, name: str) -> None:
+    bad = wanted & ((value < 0) | (value >= size))
+    if bad.any():
+        position = tuple(bad.nonzero()[0].tolist())
+        raise IndexError(f"{name}: is {value[position].item()} at position {position}, must be in [0, {size})")
+
+
+@_in_graphs("(Tensor value, SymInt length, str name) -> Tensor")
+def _check_boundaries(value: Tensor, length: int, name: str) -> None:
+    if value[0] != 0 or value[-1] != length:
+        raise ValueError(f"{name}: goes from {value[0]} to {value[-1]}, must go from 0 to {length}")
+    if (value.diff() < 0).any():
+        raise ValueError(f"{name}: decreases, must not")

@@ -47,11 +47,13 @@ def masked_gae(
     Raises:
         TypeError: an argument is not a tensor of a dtype above.
         ValueError: shapes or devices differ, an option is out of range, or (looked at on the CPU only) a mask holds
-            something besides 0 and 1.
+            something besides 0 and 1, or ``cu_seqlens`` don't rise from 0 to N.
     """
-    wanted, _ = _check(rewards, values, mask, gamma, lam, bootstrap, whiten, cu_seqlens, "rewards")
-    arguments = (rewards, values, wanted, gamma, lam, bootstrap, whiten, cu_seqlens)
+    mask, _ = _check(rewards, values, mask, gamma, lam, bootstrap, whiten, cu_seqlens, "rewards")
     backend = choose("masked_gae", rewards, values, bootstrap)
+    wanted = checks.read_mask(backend, "mask", mask)
+    cu_seqlens = checks.read_boundaries(backend, "cu_seqlens", cu_seqlens, rewards.shape[0])
+    arguments = (rewards, values, wanted, gamma, lam, bootstrap, whiten, cu_seqlens)
     if backend == "reference":
         return reference.gae.masked_gae(*arguments)
     return call(backend, "masked_gae", *arguments)
@@ -97,18 +99,20 @@ def ppo_advantages(
     Raises:
         TypeError: an argument is not a tensor of a dtype above.
         ValueError: shapes or devices differ, an option is out of range, or (looked at on the CPU only) a mask holds
-            something besides 0 and 1.
+            something besides 0 and 1, or ``cu_seqlens`` don't rise from 0 to N.
     """
     checks.choice("estimator", estimator, ESTIMATORS)
-    wanted, count = _check(logprobs, values, mask, gamma, lam, bootstrap, whiten, cu_seqlens, "logprobs")
+    mask, count = _check(logprobs, values, mask, gamma, lam, bootstrap, whiten, cu_seqlens, "logprobs")
     checks.tensor("ref_logprobs", ref_logprobs, checks.FLOATS, logprobs)
     checks.shape("ref_logprobs", ref_logprobs, logprobs.shape, "the shape of logprobs")
     check_shaping(scores, logprobs, count, beta, score_clip)
+    backend = choose("ppo_advantages", scores, logprobs, ref_logprobs, values, bootstrap)
+    wanted = checks.read_mask(backend, "mask", mask)
+    cu_seqlens = checks.read_boundaries(backend, "cu_seqlens", cu_seqlens, logprobs.shape[0])
     arguments = (
         scores, logprobs, ref_logprobs, values, wanted, beta, gamma, lam, whiten, bootstrap, estimator, score_clip,
         cu_seqlens,
     )  # fmt: skip
-    backend = choose("ppo_advantages", scores, logprobs, ref_logprobs, values, bootstrap)
     if backend == "reference":
         return reference.gae.ppo_advantages(*arguments)
     return call(backend, "ppo_advantages", *arguments)
@@ -118,7 +122,7 @@ def _check(
     first: Tensor, values: Tensor, mask: Tensor | None, gamma: float, lam: float, bootstrap: Tensor | None,
     whiten: bool, cu_seqlens: Tensor | None, name: str,
 ) -> tuple[Tensor, int]:  # fmt: skip
-    """Checks what both functions share; returns which positions count, and the number of sequences."""
+    """Checks what both functions share; returns the mask and the number of sequences."""
     checks.tensor(name, first, checks.FLOATS)
     dims, form = (2, "(B, T)") if cu_seqlens is None else (1, "(N,), since cu_seqlens is given")
     if first.dim() != dims:
@@ -127,18 +131,18 @@ def _check(
     checks.tensor("values", values, checks.FLOATS, first)
     checks.shape("values", values, first.shape, f"the shape of {name}")
     if cu_seqlens is not None:
-        checks.boundaries("cu_seqlens", cu_seqlens, first.shape[0], first)
+        checks.boundaries("cu_seqlens", cu_seqlens, first)
         count = cu_seqlens.shape[0] - 1
     else:
         count = first.shape[0]
-    wanted = checks.mask("mask", mask, first, first.shape)
+    mask = checks.mask("mask", mask, first, first.shape)
     checks.number("gamma", gamma, 0.0, 1.0)
     checks.number("lam", lam, 0.0, 1.0)
     checks.boolean("whiten", whiten)
     if bootstrap is not None:
         checks.tensor("bootstrap", bootstrap, checks.FLOATS, first)
         checks.shape("bootstrap", bootstrap, (count,), "one per sequence")
-    return wanted, count
+    return mask, count
 
 
 @fake("masked_gae")

@@ -79,10 +79,11 @@ def kl_shaped_rewards(
     _check(logprobs, ref_logprobs, estimator)
     if logprobs.dim() != 2:
         raise ValueError(f"logprobs: has shape {tuple(logprobs.shape)}, must be (B, T)")
-    wanted = checks.mask("mask", mask, logprobs, logprobs.shape)
+    mask = checks.mask("mask", mask, logprobs, logprobs.shape)
     check_shaping(scores, logprobs, logprobs.shape[0], beta, score_clip)
-    arguments = (scores, logprobs, ref_logprobs, wanted, beta, estimator, score_clip)
     backend = choose("kl_shaped_rewards", scores, logprobs, ref_logprobs)
+    wanted = checks.read_mask(backend, "mask", mask)
+    arguments = (scores, logprobs, ref_logprobs, wanted, beta, estimator, score_clip)
     if backend == "reference":
         return reference.kl_reward.kl_shaped_rewards(*arguments)
     return call(backend, "kl_shaped_rewards", *arguments)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf_kernels import checks, reference
 from rlhf_kernels.backends import choose
-from rlhf_kernels.log_prob import wanted_rows
+from rlhf_kernels.log_prob import check_rows, read_rows
 from rlhf_kernels.ppo_loss import POLICY_STATISTICS, check_clipping, check_reduction
 from rlhf_kernels.registration import autograd, call, fake, needs_gradient, run, scaled
 
@@ -55,8 +55,8 @@ def linear_selective_log_softmax(
         IndexError: an index out of range (on the CPU; on a GPU its row gives NaN).
     """
     _check_linear(hidden, weight, bias, temperature, softcap)
-    wanted = wanted_rows(index, hidden, hidden.shape[:-1], weight.shape[0], row_mask, ignore_index)
-    return _run(hidden, weight, index, wanted, bias, temperature, softcap, with_entropy=False)[0]
+    check_rows(index, hidden, hidden.shape[:-1], row_mask, ignore_index)
+    return _run(hidden, weight, index, row_mask, ignore_index, bias, temperature, softcap, with_entropy=False)[0]
 
 
 def linear_selective_log_softmax_and_entropy(
@@ -78,8 +78,8 @@ def linear_selective_log_softmax_and_entropy(
         Two (...) float32 (float64 for float64 inputs) tensors: log-probabilities and entropies, in nats.
     """
     _check_linear(hidden, weight, bias, temperature, softcap)
-    wanted = wanted_rows(index, hidden, hidden.shape[:-1], weight.shape[0], row_mask, ignore_index)
-    return _run(hidden, weight, index, wanted, bias, temperature, softcap, with_entropy=True)
+    check_rows(index, hidden, hidden.shape[:-1], row_mask, ignore_index)
+    return _run(hidden, weight, index, row_mask, ignore_index, bias, temperature, softcap, with_entropy=True)
 
 
 def linear_ppo_policy_loss(
@@ -133,14 +133,15 @@ def linear_ppo_policy_loss(
     for name, value in (("old_logprobs", old_logprobs), ("advantages", advantages)):
         checks.tensor(name, value, checks.FLOATS, hidden)
         checks.shape(name, value, rows, "one entry per row of hidden")
-    wanted = checks.mask("mask", mask, hidden, rows)
+    mask = checks.mask("mask", mask, hidden, rows)
     checks.tensor("index", index, checks.INDICES, hidden)
     checks.shape("index", index, rows, "one entry per row of hidden")
-    checks.index_range("index", index, weight.shape[0], wanted)
     check_clipping(clip_range, clip_range_high, dual_clip)
     check_reduction(reduction, len(rows))
     clip = (clip_range, clip_range if clip_range_high is None else clip_range_high, dual_clip, reduction)
     backend = choose("linear_ppo_policy_loss", hidden, weight, bias)
+    wanted = checks.read_mask(backend, "mask", mask)
+    index = checks.read_index(backend, "index", index, wanted, weight.shape[0])
     if backend == "reference":
         return reference.linear_log_prob.linear_ppo_policy_loss(
             hidden, weight, index, old_logprobs, advantages, wanted, bias, temperature, softcap, *clip
@@ -192,9 +193,9 @@ def linear_cross_entropy(
     checks.tensor("labels", labels, checks.INDICES, hidden)
     checks.shape("labels", labels, hidden.shape[:-1], "one entry per row of hidden")
     checks.integer("ignore_index", ignore_index)
-    wanted = labels != ignore_index
-    checks.index_range("labels", labels, weight.shape[0], wanted)
     backend = choose("linear_cross_entropy", hidden, weight, bias)
+    wanted = labels != ignore_index
+    labels = checks.read_index(backend, "labels", labels, wanted, weight.shape[0])
     if backend == "reference":
         return reference.linear_log_prob.linear_cross_entropy(
             hidden, weight, labels, wanted, bias, temperature, softcap, reduction
@@ -225,10 +226,11 @@ def _check_linear(
 
 
 def _run(
-    hidden: Tensor, weight: Tensor, index: Tensor, wanted: Tensor, bias: Tensor | None, temperature: float,
-    softcap: float | None, *, with_entropy: bool,
+    hidden: Tensor, weight: Tensor, index: Tensor, row_mask: Tensor | None, ignore_index: int, bias: Tensor | None,
+    temperature: float, softcap: float | None, *, with_entropy: bool,
 ) -> tuple[Tensor, Any]:  # fmt: skip
     backend = choose("linear_selective_log_softmax", hidden, weight, bias)
+    index, wanted = read_rows(backend, index, row_mask, ignore_index, weight.shape[0])
     if backend == "reference":
         return reference.linear_log_prob.linear_selective_log_softmax_and_entropy(
             hidden, weight, index, wanted, bias, temperature, softcap, with_entropy=with_entropy

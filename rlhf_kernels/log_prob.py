@@ -46,8 +46,8 @@ def selective_log_softmax(
             that requires a gradient, or expanded, so that rows share memory.
         IndexError: an index out of range (on the CPU; on a GPU its row gives NaN).
     """
-    wanted = _check(logits, index, temperature, row_mask, ignore_index, inplace_backward)
-    return _run(logits, index, wanted, temperature, inplace_backward, with_entropy=False)[0]
+    _check(logits, index, temperature, row_mask, ignore_index, inplace_backward)
+    return _run(logits, index, row_mask, ignore_index, temperature, inplace_backward, with_entropy=False)[0]
 
 
 def selective_log_softmax_and_entropy(
@@ -66,14 +66,16 @@ def selective_log_softmax_and_entropy(
     Returns:
         Two (...) float32 (float64 for float64 logits) tensors: log-probabilities and entropies, in nats.
     """
-    wanted = _check(logits, index, temperature, row_mask, ignore_index, inplace_backward)
-    return _run(logits, index, wanted, temperature, inplace_backward, with_entropy=True)
+    _check(logits, index, temperature, row_mask, ignore_index, inplace_backward)
+    return _run(logits, index, row_mask, ignore_index, temperature, inplace_backward, with_entropy=True)
 
 
 def _run(
-    logits: Tensor, index: Tensor, wanted: Tensor, temperature: float, inplace_backward: bool, *, with_entropy: bool
-) -> tuple[Tensor, Any]:
+    logits: Tensor, index: Tensor, row_mask: Tensor | None, ignore_index: int, temperature: float,
+    inplace_backward: bool, *, with_entropy: bool,
+) -> tuple[Tensor, Any]:  # fmt: skip
     backend = choose("selective_log_softmax", logits)
+    index, wanted = read_rows(backend, index, row_mask, ignore_index, logits.shape[-1])
     if backend == "reference":
         return reference.log_prob.selective_log_softmax_and_entropy(
             logits, index, wanted, temperature, inplace_backward, with_entropy=with_entropy
@@ -91,8 +93,7 @@ def _check(
     row_mask: Tensor | None,
     ignore_index: int,
     inplace_backward: bool,
-) -> Tensor:
-    """Checks the arguments, and returns which rows count."""
+) -> None:
     checks.tensor("logits", logits, checks.FLOATS)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits: has shape {tuple(logits.shape)}, must be (..., V) with V at least 1")
@@ -107,7 +108,7 @@ def _check(
             raise ValueError(
                 f"logits: has strides {logits.stride()}, so that entries share memory, must not for inplace_backward"
             )
-    return wanted_rows(index, logits, logits.shape[:-1], logits.shape[-1], row_mask, ignore_index)
+    check_rows(index, logits, logits.shape[:-1], row_mask, ignore_index)
 
 
 def _share_memory(tensor: Tensor) -> bool:
@@ -123,16 +124,24 @@ def _share_memory(tensor: Tensor) -> bool:
     return False
 
 
-def wanted_rows(
-    index: Tensor, like: Tensor, rows: tuple[int, ...], size: int, row_mask: Tensor | None, ignore_index: int
-) -> Tensor:
-    """Checks ``index`` and ``row_mask``, and returns the bool mask of rows that count."""
+def check_rows(index: Tensor, like: Tensor, rows: tuple[int, ...], row_mask: Tensor | None, ignore_index: int) -> None:
+    """The arguments that say which token of which rows, but for their values."""
     checks.tensor("index", index, checks.INDICES, like)
     checks.shape("index", index, rows, "one entry per row")
     checks.integer("ignore_index", ignore_index)
-    wanted = (index != ignore_index) & checks.mask("row_mask", row_mask, like, rows)
-    checks.index_range("index", index, size, wanted)
-    return wanted
+    if row_mask is not None:
+        checks.mask("row_mask", row_mask, like, rows)
+
+
+def read_rows(
+    backend: str, index: Tensor, row_mask: Tensor | None, ignore_index: int, size: int
+) -> tuple[Tensor, Tensor]:
+    """The index, and the mask of rows that count, as a backend takes them."""
+    if row_mask is None:
+        wanted = index != ignore_index
+    else:
+        wanted = checks.read_mask(backend, "row_mask", row_mask.masked_fill(index == ignore_index, 0))
+    return checks.read_index(backend, "index", index, wanted, size), wanted
 
 
 # Saved for the derivative, besides the logits: their maximum and log Σ e^(l − max) apart, since their sum, the

@@ -55,12 +55,13 @@ def ppo_policy_loss(
         ValueError: shapes or devices differ, an option is out of range, or (looked at on the CPU only) a mask holds
             something besides 0 and 1.
     """
-    wanted = _check_tokens(("logprobs", logprobs), ("old_logprobs", old_logprobs), ("advantages", advantages), mask)
+    mask = _check_tokens(("logprobs", logprobs), ("old_logprobs", old_logprobs), ("advantages", advantages), mask)
     check_clipping(clip_range, clip_range_high, dual_clip)
     check_reduction(reduction, logprobs.dim())
     high = clip_range if clip_range_high is None else clip_range_high
-    arguments = (logprobs, old_logprobs, advantages, wanted, clip_range, high, dual_clip, reduction)
     backend = choose("ppo_policy_loss", logprobs, old_logprobs, advantages)
+    wanted = checks.read_mask(backend, "mask", mask)
+    arguments = (logprobs, old_logprobs, advantages, wanted, clip_range, high, dual_clip, reduction)
     if backend == "reference":
         return reference.ppo_loss.ppo_policy_loss(*arguments)
     loss, statistics, _ = call(backend, "ppo_policy_loss", *arguments, needs_gradient(logprobs))
@@ -97,12 +98,13 @@ def ppo_value_loss(
         ValueError: shapes or devices differ, an option is out of range, or (looked at on the CPU only) a mask holds
             something besides 0 and 1.
     """
-    wanted = _check_tokens(("values", values), ("old_values", old_values), ("returns", returns), mask)
+    mask = _check_tokens(("values", values), ("old_values", old_values), ("returns", returns), mask)
     if clip_range is not None:
         checks.number("clip_range", clip_range, 0.0, exclusive_low=True)
     check_reduction(reduction, values.dim())
-    arguments = (values, old_values, returns, wanted, clip_range, reduction)
     backend = choose("ppo_value_loss", values, old_values, returns)
+    wanted = checks.read_mask(backend, "mask", mask)
+    arguments = (values, old_values, returns, wanted, clip_range, reduction)
     if backend == "reference":
         return reference.ppo_loss.ppo_value_loss(*arguments)
     loss, statistics, _ = call(backend, "ppo_value_loss", *arguments, needs_gradient(values))

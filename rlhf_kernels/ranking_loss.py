@@ -41,7 +41,7 @@ def pairwise_ranking_loss(
     Raises:
         TypeError: an argument is not a tensor of a dtype above.
         ValueError: shapes or devices differ, an option is out of range, both ``offsets`` and ``mask`` are given, or
-            (looked at on the CPU only) ``mask`` holds something besides 0 and 1.
+            (looked at on the CPU only) ``mask`` holds something besides 0 and 1, or ``offsets`` don't rise from 0 to N.
 
     Example:
         >>> pairwise_ranking_loss(torch.tensor([[2.0, 0.5]]), torch.tensor([[1, 2]]))[0]
@@ -56,13 +56,15 @@ def pairwise_ranking_loss(
     if offsets is not None:
         if mask is not None:
             raise ValueError("mask: is given with offsets, must be None; flat scores have no padding to mask")
-        checks.boundaries("offsets", offsets, scores.shape[0], scores)
+        checks.boundaries("offsets", offsets, scores)
     # A mask of ones would take longer to make than the loss of small batches.
-    wanted = None if mask is None else checks.mask("mask", mask, scores, scores.shape)
+    mask = None if mask is None else checks.mask("mask", mask, scores, scores.shape)
     if margin is not None:
         checks.number("margin", margin, 0.0)
-    arguments = (scores, ranks, offsets, wanted, margin or 0.0)
     backend = choose("pairwise_ranking_loss", scores)
+    wanted = None if mask is None else checks.read_mask(backend, "mask", mask)
+    offsets = checks.read_boundaries(backend, "offsets", offsets, scores.shape[0])
+    arguments = (scores, ranks, offsets, wanted, margin or 0.0)
     if backend == "reference":
         return reference.ranking_loss.pairwise_ranking_loss(*arguments)
     loss, accuracy, _ = call(backend, "pairwise_ranking_loss", *arguments, needs_gradient(scores))

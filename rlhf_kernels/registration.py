@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from rlhf_kernels.backends import emulated, missing
-from rlhf_kernels.checks import values_can_be_read
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
@@ -155,11 +154,12 @@ def needs_gradient(*inputs: Any) -> bool:
 def scaled(gradient: Tensor, by: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The saved gradient of a scalar loss, times the gradient that came in.
 
-    Multiplying by 1 costs as much as reading twice what is multiplied, gigabytes for some ops. Where the value can't be
-    looked at (a compiler's tensors are of types of their own), it is done. None stands for 0, and stays.
+    Multiplying by 1 costs as much as reading twice what is multiplied, gigabytes for some ops. Where looking at the
+    value would wait for a GPU or break a graph (a compiler's tensors have types of their own), it is done. None stands
+    for 0, and stays.
     """
     if by is None:
         return None
-    if type(by) is Tensor and values_can_be_read(by) and by.item() == 1:
+    if type(by) is Tensor and by.is_cpu and not torch.compiler.is_compiling() and by.item() == 1:
         return gradient if gradient.dtype == dtype else gradient.to(dtype)
     return (gradient * by).to(dtype)

@@ -10,6 +10,13 @@
 
 namespace rlhf_kernels::cpu {
 
+// How a dtype writes a mask's entries. 0 has no bit but, in floats, the sign's.
+struct MaskType {
+  int size;  // in bytes
+  uint64_t one;
+  int sign_bits;  // 1 for floats, else 0
+};
+
 // ------------------------------------------------------------------------------------------------ linear_log_prob
 
 // hidden (rows, D) · weightᵀ (D, V): the operands of all matmuls of the family.
@@ -88,6 +95,9 @@ struct RankingArguments {
 // All kernels of one instruction set. Ranges are of rows, blocks, sequences or groups of prompts.
 struct Kernels {
   const char* isa;
+
+  // A byte per entry, 1 where the mask is 1; whether it is 0 everywhere else.
+  bool (*read_mask)(const MaskType&, const void* mask, int64_t count, uint8_t* wanted);
 
   void (*log_prob)(const LogProbArguments&, const LogProbResults&, int64_t begin, int64_t end);
   void (*log_prob_backward)(const LogProbArguments&, const LogProbGradient&, int64_t begin, int64_t end);

@@ -211,12 +211,6 @@ void linear_loss(const Projection& p, const RowLoss& in, const RowLossResults& o
   for (int64_t row = begin; row < end; ++row) {
     float* line = logits + row * p.vocabulary;
     const int64_t index = in.index[row];
-    if (index < 0 || index >= p.vocabulary) {
-      out.loss[row] = NAN;
-      for (int k = 0; out.statistics && k < 5; ++k) out.statistics[row * 5 + k] = NAN;
-      std::memset(line, 0, p.vocabulary * sizeof(float));
-      continue;
-    }
     const OnlineSoftmax sums = out.statistics ? reduce_row<float, true>(line, p.vocabulary, inverse_temperature)
                                               : reduce_row<float, false>(line, p.vocabulary, inverse_temperature);
     const double log_p = log_prob(sums, line[index], inverse_temperature);

@@ -18,11 +18,8 @@ void log_prob(const LogProbArguments& in, const LogProbResults& out, int64_t beg
       const T* logits = static_cast<const T*>(in.logits) + in.rows.offset(row);
       const OnlineSoftmax sums = out.entropies ? reduce_row<T, true>(logits, in.vocabulary, inverse_temperature)
                                                : reduce_row<T, false>(logits, in.vocabulary, inverse_temperature);
-      const int64_t index = in.index[row];
-      const bool valid = index >= 0 && index < in.vocabulary;
-      out.logprobs[row] = valid ? static_cast<float>(rlhf_kernels::log_prob(
-                                      sums, static_cast<float>(logits[index]), inverse_temperature))
-                                : NAN;
+      const float chosen = static_cast<float>(logits[in.index[row]]);
+      out.logprobs[row] = static_cast<float>(rlhf_kernels::log_prob(sums, chosen, inverse_temperature));
       if (out.entropies) out.entropies[row] = static_cast<float>(entropy(sums));
       out.maxima[row] = sums.maximum;
       out.log_sums[row] = static_cast<float>(std::log(sums.sum));
@@ -41,11 +38,10 @@ void log_prob_backward(const LogProbArguments& in, const LogProbGradient& out, i
       }
       const T* logits = static_cast<const T*>(in.logits) + in.rows.offset(row);
       const int64_t index = in.index[row];
-      const bool valid = index >= 0 && index < in.vocabulary;
-      const float grad_logprob = valid ? out.grad_logprobs[row] : 0.0f;
+      const float grad_logprob = out.grad_logprobs[row];
       const float grad_entropy = out.grad_entropies ? out.grad_entropies[row] : 0.0f;
       // Read before it is written over, and added in float32: one rounding, as for every other token.
-      const float chosen = valid ? static_cast<float>(logits[index]) : 0.0f;
+      const float chosen = static_cast<float>(logits[index]);
       const float entropy = grad_entropy != 0 ? out.entropies[row] : 0.0f;
       const LogitGradient<Vec> slopes(out.maxima[row], out.log_sums[row], entropy, grad_logprob, grad_entropy, in.temperature);
       if (grad_entropy != 0) {
@@ -53,7 +49,6 @@ void log_prob_backward(const LogProbArguments& in, const LogProbGradient& out, i
       } else {
         gradient_row<false>(slopes, logits, in.vocabulary, gradient);
       }
-      if (!valid) continue;
       gradient[index] = static_cast<T>(static_cast<float>(chosen_logit_gradient(
           chosen, out.maxima[row], out.log_sums[row], entropy, grad_logprob, grad_entropy, in.temperature)));
     }

@@ -14,6 +14,7 @@ namespace rlhf_kernels::cpu {
 extern const Kernels RLHF_TABLE(RLHF_ISA);
 const Kernels RLHF_TABLE(RLHF_ISA) = {
     .isa = RLHF_NAME(RLHF_ISA),
+    .read_mask = &RLHF_ISA::read_mask,
     .log_prob = &RLHF_ISA::log_prob,
     .log_prob_backward = &RLHF_ISA::log_prob_backward,
     .tile_rows = &RLHF_ISA::tile_rows,

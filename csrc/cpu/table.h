@@ -8,6 +8,7 @@
 namespace rlhf_kernels::cpu {
 inline namespace RLHF_ISA {
 
+std::remove_pointer_t<decltype(Kernels::read_mask)> read_mask;
 std::remove_pointer_t<decltype(Kernels::log_prob)> log_prob;
 std::remove_pointer_t<decltype(Kernels::log_prob_backward)> log_prob_backward;
 std::remove_pointer_t<decltype(Kernels::tile_rows)> tile_rows;

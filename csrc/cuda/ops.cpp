@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> selective_log_softmax(Tensor logits, 
   const Tensor dense_index = cast(index, ScalarType::Long), dense_wanted = dense(wanted);
   Tensor logprobs = launch.empty_like(index), maxima = launch.empty_like(index), log_sums = launch.empty_like(index),
          entropies = with_entropy ? launch.empty_like(index) : launch.nothing();
-  const auto in = log_prob_arguments(logits, dense_index, dense_wanted, temperature);
+  const auto in = log_prob_arguments(logits, dense_index, data<uint8_t>(dense_wanted), temperature);
   const LogProbResults out{mutable_data<float>(logprobs), with_entropy ? mutable_data<float>(entropies) : nullptr,
                            mutable_data<float>(maxima), mutable_data<float>(log_sums)};
   const int64_t rows = index.numel(), chunks = cuda::log_prob_chunks(in.vocabulary);
@@ -85,8 +85,8 @@ void log_prob_backward(const Launch& launch, const Tensor& logits, const Tensor&
   const LogProbGradient out{data<float>(entropies), data<float>(maxima), data<float>(log_sums),
                             data<float>(slopes), data<float>(entropy_slopes), gradient.mutable_data_ptr(),
                             rows_of(gradient)};
-  cuda::log_prob_backward(log_prob_arguments(logits, dense_index, dense_wanted, temperature), out, index.numel(),
-                          launch.stream);
+  cuda::log_prob_backward(log_prob_arguments(logits, dense_index, data<uint8_t>(dense_wanted), temperature), out,
+                          index.numel(), launch.stream);
 }
 
 Tensor selective_log_softmax_backward(Tensor logits, Tensor index, Tensor wanted, double temperature, Tensor entropies,

@@ -19,7 +19,7 @@ def selective_log_softmax_and_entropy(
     # Masked before anything is computed: whatever such a row holds, NaN included, it neither shows nor gets a gradient.
     scaled = torch.where(wanted[..., None], upcast(logits), 0.0) / temperature
     logprobs = scaled.log_softmax(-1)
-    # A bad index is an IndexError on the CPU already; where values can't be looked at, it gives NaN, and reads nothing.
+    # A bad index is an IndexError on the CPU already; on a GPU it gives NaN, and reads nothing.
     valid = (index >= 0) & (index < logits.shape[-1])
     chosen = logprobs.gather(-1, torch.where(wanted & valid, index, 0).long()[..., None]).squeeze(-1)
     chosen = torch.where(wanted, torch.where(valid, chosen, torch.nan), 0.0)

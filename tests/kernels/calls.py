@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -120,3 +121,53 @@ def calls(rows: int = 6, length: int = 9, dtype: torch.dtype = torch.float32) ->
 
 
 NAMES = tuple(calls())
+
+
+def packed_calls() -> dict[str, Call]:
+    """The ops that take sequences back to back, called so."""
+    device = torch.get_default_device()
+    boundaries = torch.tensor([0, 5, 5, 14])
+    scores, rewards, values, old = (torch.randn(n, device="cpu").to(device) for n in (3, 14, 14, 14))
+    gae = {"values": values, "mask": torch.arange(14) % 4 > 0, "cu_seqlens": boundaries}
+    return {
+        "masked_gae": Call(k.masked_gae, {"rewards": rewards} | gae),
+        "ppo_advantages": Call(
+            k.ppo_advantages, {"scores": scores, "logprobs": rewards, "ref_logprobs": old} | gae, (), {"beta": 0.1}
+        ),
+        "pairwise_ranking_loss": Call(
+            k.pairwise_ranking_loss, {"scores": rewards, "ranks": torch.arange(14) % 3, "offsets": boundaries},
+            ("scores",),
+        ),
+    }  # fmt: skip
+
+
+def bad_values(call: Call) -> Iterator[tuple[dict[str, Tensor], type[Exception], str]]:
+    """For each argument whose values are checked: values that do not fit, with the error that says so."""
+    for name, good in call.tensors.items():
+        if name in ("mask", "row_mask"):
+            at = tuple(size - 1 for size in good.shape)
+            for value, dtype in (
+                (0.7, torch.float64), (math.nan, torch.bfloat16), (-1.0, torch.float32), (2, torch.int64)
+            ):  # fmt: skip
+                bad = _put(good, at, value, dtype)
+                yield {name: bad}, ValueError, f"{name}: is {value} at position {at}, must be 0 or 1"
+        elif name in ("index", "labels"):
+            size = call.tensors["logits"].shape[-1] if "logits" in call.tensors else len(call.tensors["weight"])
+            counts = good != -100 if name == "labels" else call.tensors.get("row_mask", call.tensors.get("mask"))
+            at = tuple(counts.nonzero()[-1].tolist())
+            for value, dtype in ((size, torch.int64), (-1, torch.int32)):
+                bad = _put(good, at, value, dtype)
+                yield {name: bad}, IndexError, f"{name}: is {value} at position {at}, must be in [0, {size})"
+        elif name in ("cu_seqlens", "offsets"):
+            for at, value, dtype, message in (
+                (0, 1, torch.int64, "goes from 1 to 14, must go from 0 to 14"),
+                (-1, 3000, torch.int32, "goes from 0 to 3000, must go from 0 to 14"),
+                (1, 6, torch.int64, "decreases, must not"),
+            ):
+                yield {name: _put(good, (at,), value, dtype)}, ValueError, f"{name}: {message}"
+
+
+def _put(good: Tensor, at: tuple[int, ...], value: float, dtype: torch.dtype) -> Tensor:
+    bad = good.to(dtype, copy=True)
+    bad[at] = value
+    return bad

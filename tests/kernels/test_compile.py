@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from calls import NAMES, calls
+from calls import NAMES, bad_values, calls, packed_calls
 
 import rlhf_kernels as k
 from rlhf_kernels.reference import gae, ranking_loss
@@ -56,6 +56,21 @@ def packed_advantages(scores, logprobs, ref, values, cu_seqlens):
 def logits_loss(logits, index):
     a, h = k.selective_log_softmax_and_entropy(logits * 1, index, temperature=0.7, inplace_backward=True)
     return (k.kl_penalty(a, a.detach() - 1, estimator="k3") + h).sum()
+
+
+def inductor(function):
+    """A function as the default compiler compiles it."""
+    compiled = torch.compile(function, fullgraph=True)
+
+    def call(*arguments, **options):
+        try:
+            return compiled(*arguments, **options)
+        except torch._inductor.exc.InductorError as error:
+            if "compiler" in str(error).lower():
+                pytest.skip("Inductor needs a C++ compiler on CPU")
+            raise
+
+    return call
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -125,12 +140,7 @@ def test_inductor(backend, rollout):
 
     logits = torch.randn(B, T, V, requires_grad=True)
     inputs = (logits, rollout["index"], rollout["old"], rollout["mask"])
-    try:
-        compiled = torch.compile(loss, fullgraph=True)(*inputs)
-    except torch._inductor.exc.InductorError as error:
-        if "compiler" in str(error).lower():
-            pytest.skip("Inductor needs a C++ compiler on CPU")
-        raise
+    compiled = inductor(loss)(*inputs)
     torch.testing.assert_close(compiled, loss(*inputs))
     torch.testing.assert_close(torch.autograd.grad(compiled, logits), torch.autograd.grad(loss(*inputs), logits))
 
@@ -147,6 +157,9 @@ def test_the_opaque_ops_are_registered_correctly():
     ranks = torch.tensor([1, 2, 1, 3, 2, 2])
     torch.library.opcheck(ranking_loss._flat, (flat.requires_grad_(), ranks, offsets, 0.1))
     torch.library.opcheck(ranking_loss._flat_gradient, (flat.detach(), ranks, offsets, 0.1))
+    torch.library.opcheck(torch.ops.rlhf_kernels.check_mask, (mask.t().double(), "mask"))
+    torch.library.opcheck(torch.ops.rlhf_kernels.check_index, (ranks, ranks > 0, 4, "index"))
+    torch.library.opcheck(torch.ops.rlhf_kernels.check_boundaries, (offsets, 6, "offsets"))
 
 
 def test_flat_ranking_refuses_a_second_derivative(backend):
@@ -157,18 +170,40 @@ def test_flat_ranking_refuses_a_second_derivative(backend):
         gradient.sum().backward()
 
 
-@pytest.mark.parametrize("boundaries", [[0, 3, 3000], [0, 4, 2, 6], [1, 6]])
-def test_bad_boundaries_are_an_error_where_values_cannot_be_looked_at(boundaries):
-    if "cpu" not in k.available_backends():
-        pytest.skip("no native kernels in this install")
-    x, at = torch.randn(6), torch.tensor(boundaries)
-    for function in (
-        lambda x, at: k.pairwise_ranking_loss(x, torch.arange(6), offsets=at),
-        lambda x, at: k.masked_gae(x, x, None, cu_seqlens=at),
-        lambda x, at: k.ppo_advantages(x[: len(boundaries) - 1], x, x, x, None, beta=0.1, cu_seqlens=at),
-    ):
-        with torch.enable_grad(), pytest.raises(RuntimeError, match="boundaries"):
-            torch.compile(function, fullgraph=True, backend="aot_eager")(x, at)
+WITH_CHECKED_VALUES = [
+    pytest.param(make, name, id=f"{make.__name__}-{name}")
+    for make in (calls, packed_calls)
+    for name, call in make().items()
+    if any(bad_values(call))
+]
+
+
+@pytest.mark.parametrize(("make", "name"), WITH_CHECKED_VALUES)
+def test_values_that_do_not_fit_are_the_same_error_as_in_eager_code(backend, make, name):
+    if torch.get_default_device().type == "cuda":
+        pytest.skip("a GPU's values are not looked at")
+    if backend == "cuda" and name.startswith("linear"):
+        pytest.skip("not in CUDA C++")
+    call = make()[name]
+    compiled = call._replace(function=torch.compile(call.function, fullgraph=True, backend="aot_eager"))
+    for replaced, error, message in bad_values(call):
+        for how in (call, compiled):
+            with pytest.raises(error) as caught:
+                how.run(**replaced)
+            assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("name", ["selective_log_softmax", "masked_gae", "ppo_policy_loss"])
+def test_inductor_keeps_the_checks(backend, name):
+    """It leaves out what no result needs."""
+    if torch.get_default_device().type == "cuda":
+        pytest.skip("a GPU's values are not looked at")
+    call = calls()[name]
+    compiled = inductor(call.function)
+    for replaced, error, message in list(bad_values(call))[::2]:
+        with pytest.raises(error) as caught:
+            call._replace(function=compiled).run(**replaced)
+        assert str(caught.value) == message
 
 
 @pytest.mark.parametrize("double", ["scores", "logprobs", "ref_logprobs", "values", "bootstrap"])
@@ -183,15 +218,6 @@ def test_one_float64_among_the_inputs_has_the_dtypes_that_the_compiler_was_told(
     for got, want in zip(torch.compile(function, fullgraph=True)(x), function(x), strict=True):
         assert got.dtype == want.dtype == torch.float64
         torch.testing.assert_close(got, want)
-
-
-def test_a_bad_index_is_nan_where_values_cannot_be_looked_at(backend):
-    """As on a GPU: no error, no read out of bounds, and every other row as it was."""
-    logits = torch.randn(4, 5)
-    compiled = torch.compile(k.selective_log_softmax, fullgraph=True, backend="aot_eager")
-    got = compiled(logits, torch.tensor([3, 5, -1, -100]))
-    want = k.selective_log_softmax(logits, torch.tensor([3, -100, -100, -100]))
-    torch.testing.assert_close(got, want.index_fill(0, torch.tensor([1, 2]), torch.nan), equal_nan=True)
 
 
 # Results that have a derivative, the first ones; of the ops that have any, the others have one.

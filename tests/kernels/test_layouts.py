@@ -1,6 +1,7 @@
 """Strides, empty sizes and instruction sets change nothing."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from calls import NAMES, calls
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from rlhf_kernels import backends
+from rlhf_kernels import backends, checks, masked_gae, ppo_value_loss
 
 
 @st.composite
@@ -77,6 +78,49 @@ def test_an_expanded_mask_is_that_mask(backend, name):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
+def laid_out(mask):
+    """The same mask as it is, as a slice, spread out and transposed."""
+    padded = torch.nn.functional.pad(mask, (1, 2), value=1)
+    return mask, padded[:, 1:-2], mask.repeat_interleave(2, 1)[:, ::2], mask.t().contiguous().t()
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if calls()[n].tensors.keys() & {"mask", "row_mask"}])
+def test_masks_of_every_dtype_and_layout_are_that_mask(backend, name):
+    if backend == "cuda" and name.startswith("linear"):
+        pytest.skip("not in CUDA C++")
+    call = calls(*(5, 70) if backend == "cpu" else (2, 5))[name]
+    key = "mask" if "mask" in call.tensors else "row_mask"
+    want = call.run()
+    for dtype in checks.MASKS:
+        mask = call.tensors[key].to(dtype)
+        signed = torch.where(mask == 0, -0.0, mask).to(dtype) if dtype.is_floating_point else mask
+        for same in laid_out(signed):
+            got = call.run(**{key: same})
+            # The reference's sums take an order that goes by strides.
+            torch.testing.assert_close(got, want, **({} if backend == "reference" else {"rtol": 0, "atol": 0}))
+
+
+@pytest.mark.parametrize("layout", range(4))
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float16, torch.int64])
+def test_of_several_bad_entries_the_first_is_named(backend, layout, dtype):
+    """Whichever thread finds which first."""
+    if torch.get_default_device().type == "cuda":
+        pytest.skip("a GPU's values are not looked at")
+    size, length = (300, 1024) if backend == "cpu" else (3, 7)
+    x, mask = torch.zeros(size, length), torch.ones(size, length, dtype=dtype)
+    mask[size - 1, 2] = mask[size // 2, 3] = mask[size // 2, 5] = 2
+    with pytest.raises(ValueError, match=rf"mask: is 2(\.0)? at position \({size // 2}, 3\), must be 0 or 1"):
+        masked_gae(x, x, laid_out(mask)[layout])
+
+
+@given(st.floats() | st.integers(-(2**63), 2**63 - 1))
+def test_a_bad_value_is_written_as_python_writes_it(backend, value):
+    assume(value not in (0, 1) and torch.get_default_device().type == "cpu")
+    dtype = torch.float64 if isinstance(value, float) else torch.int64
+    with pytest.raises(ValueError, match=rf"^mask: is {re.escape(str(value))} at position \(0,\), must be 0 or 1$"):
+        ppo_value_loss(*torch.zeros(3, 1), torch.tensor([value], dtype=dtype))
+
+
 @pytest.mark.parametrize("shape", [(0, 4), (3, 0), (0, 0)])
 @pytest.mark.parametrize("name", NAMES)
 def test_empty_sizes(backend, name, shape):
@@ -113,8 +157,9 @@ for dtype in oracles.DTYPES:
             call = calls(rows, length, dtype)[name]
             with k.use_backend("reference"):
                 want = call.run()
+            masks = {{n: x.to(dtype) for n, x in call.tensors.items() if x.dtype == torch.bool}}
             with k.use_backend("cpu"):
-                got = call.run()
+                got = call.run(**masks)
             rough = {{torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}}
             for a, b in zip(got, want, strict=True):
                 loose = rough[dtype if "linear" in name else a.dtype]

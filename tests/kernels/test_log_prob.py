@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_kernels import selective_log_softmax, selective_log_softmax_and_entropy
+from rlhf_kernels import reference, registration, selective_log_softmax, selective_log_softmax_and_entropy
 
 LOGITS = st.one_of(
     st.floats(-10, 10, width=16), st.sampled_from([1e4, -1e4, 0.0, -math.inf]), st.floats(-1e4, 1e4, width=16)
@@ -188,6 +188,20 @@ def test_errors_name_the_argument(backend, arguments, error, message):
     call = {"logits": torch.zeros(2, 5), "index": torch.tensor([0, 1])} | oracles.here(arguments, message)
     with pytest.raises(error, match=message):
         selective_log_softmax(call.pop("logits"), call.pop("index"), **call)
+
+
+def test_a_bad_index_is_nan_where_values_are_not_looked_at(backend):
+    """No read out of bounds, and every other row as it was: what a GPU's kernels do, and the reference there."""
+    if backend == "cpu":
+        pytest.skip("looks at values")
+    logits, index = torch.randn(4, 5), torch.tensor([3, 5, -1, -100])
+    if backend == "reference":
+        function = reference.log_prob.selective_log_softmax_and_entropy
+        got, _ = function(logits, index, index != -100, 1.0, False, with_entropy=False)
+    else:
+        got, *_ = registration.run(backend, "selective_log_softmax", logits, index, index != -100, 1.0, False, False)
+    want = selective_log_softmax(logits, torch.tensor([3, -100, -100, -100]))
+    torch.testing.assert_close(got, want.index_fill(0, torch.tensor([1, 2]), torch.nan), equal_nan=True)
 
 
 def test_a_bad_index_in_a_masked_row_is_fine(backend):

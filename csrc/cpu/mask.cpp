@@ -1,0 +1,42 @@
+// Masks of any dtype.
+
+#include "cpu/table.h"
+
+namespace rlhf_kernels::cpu {
+inline namespace RLHF_ISA {
+
+namespace {
+
+// By bits, which no dtype has to be converted for.
+template <class Bits>
+bool read(const Bits* values, Bits one, int sign_bits, int64_t count, uint8_t* wanted) {
+  Bits others = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const bool is_one = values[i] == one, is_zero = static_cast<Bits>(values[i] << sign_bits) == 0;
+    wanted[i] = is_one;
+    others |= !(is_one | is_zero);
+  }
+  return others == 0;
+}
+
+}  // namespace
+
+bool read_mask(const MaskType& type, const void* values, int64_t count, uint8_t* wanted) {
+  const auto as = [&](auto bits) {
+    using Bits = decltype(bits);
+    return read(static_cast<const Bits*>(values), static_cast<Bits>(type.one), type.sign_bits, count, wanted);
+  };
+  switch (type.size) {
+    case 1:
+      return as(uint8_t{});
+    case 2:
+      return as(uint16_t{});
+    case 4:
+      return as(uint32_t{});
+    default:
+      return as(uint64_t{});
+  }
+}
+
+}  // namespace RLHF_ISA
+}  // namespace rlhf_kernels::cpu
