@@ -11,8 +11,9 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py build_backend.py p
 demo: $(VENV)/installed
 	$(BIN)/rlhf demo --seed $(SEED) --output_dir runs/demo --resume
 
+# A file's tests stay together: some share a model that takes seconds to make.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 # Every way of installing, in environments made for it: half an hour, and gigabytes of torch.
 test-install: $(VENV)/installed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import shutil
 import subprocess
 import sys
@@ -58,6 +59,14 @@ def cmake(folder: Path, *options: str, targets: tuple[str, ...] = ("all",)) -> N
     Raises:
         RuntimeError: with all that CMake and the compiler said.
     """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of pytest's processes one builds, and the others wait
+        run_cmake(folder, options, targets)
+
+
+def run_cmake(folder: Path, options: tuple[str, ...], targets: tuple[str, ...]) -> None:
+    """:func:`cmake`, while no other process is at it."""
     program = tool("cmake")
     configure = [
         program, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
