@@ -4,17 +4,25 @@ A row holds several sequences. Positions restart at 0 with every sequence, which
 apart: its SDPA mask and its flash-attn call both keep a token from seeing the sequence before its own. What a
 loss needs of a batch is flat as well: one entry per response token, in the order of the sequences, so there is
 nothing to mask anywhere downstream.
+
+Not every model keeps the sequences of a row apart: one with a state carries it on, and some attention takes no
+position ids. Such a model gets a row for each sequence, padded (:mod:`rlhf.probe` finds out which one needs it).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from rlhf_kernels import pack_sequences
+
+Layout: TypeAlias = Literal["packed", "one_row", "padded"]
+"""``packed``: several sequences a row; ``one_row``: all in a single row, from which flash-attn takes the boundaries;
+``padded``: a row each, padded on the right."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +31,10 @@ class Batch:
 
     input_ids: Tensor
     """(R, C) int64."""
-    position_ids: Tensor
-    """(R, C) int64, from 0 within each sequence."""
+    position_ids: Tensor | None
+    """(R, C) int64, from 0 within each sequence. None where rows are padded: then they are 0, 1, ... anyway."""
+    attention_mask: Tensor | None
+    """(R, C) int64, 0 where a row is padded. None where none is."""
     before: Tensor
     """(M,) int64: the flat position just before each response token, whose hidden state predicts it."""
     targets: Tensor
@@ -36,7 +46,11 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        return Batch(**{name: tensor.to(device, non_blocking=True) for name, tensor in vars(self).items()})
+        moved: dict[str, Any] = {
+            name: None if tensor is None else tensor.to(device, non_blocking=True)
+            for name, tensor in vars(self).items()
+        }
+        return Batch(**moved)
 
     @property
     def cu_seqlens(self) -> Tensor:
@@ -44,18 +58,18 @@ class Batch:
         return torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0))
 
 
-def lay_out(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, one_row: bool = False) -> Batch:
-    """Packs ``prompt + response`` for every pair, in rows as long as the longest of them.
+def lay_out(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], layout: Layout = "packed") -> Batch:
+    """``prompt + response`` for every pair, in rows as long as the longest of them (``one_row``: as long as all).
 
-    Rows that long waste little (best-fit-decreasing packing) and keep the attention mask small. flash-attn takes
-    its sequence boundaries from a single row instead: ``one_row``.
+    Rows that long waste little (best-fit-decreasing packing) and keep the attention mask small.
     """
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
-    capacity = sum(lengths) if one_row else max(lengths)
-    rows = pack_sequences(lengths, capacity)
+    capacity = sum(lengths) if layout == "one_row" else max(lengths)
+    rows = [[i] for i in range(len(lengths))] if layout == "padded" else pack_sequences(lengths, capacity)
     input_ids = torch.zeros(len(rows), capacity, dtype=torch.long)
     # Unused tail positions count on from 0 as well: a sequence of their own that nothing looks at.
     position_ids = torch.zeros(len(rows), capacity, dtype=torch.long)
+    attention_mask = torch.zeros(len(rows), capacity, dtype=torch.long)
     start = [0] * len(lengths)
     for row, members in enumerate(rows):
         column = 0
@@ -66,6 +80,7 @@ def lay_out(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
             start[sequence] = row * capacity + column
             column = end
         position_ids[row, column:] = torch.arange(capacity - column)
+        attention_mask[row, :column] = 1
 
     before = [
         torch.arange(begin + len(prompt) - 1, begin + length - 1)
@@ -73,7 +88,8 @@ def lay_out(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     ]
     return Batch(
         input_ids=input_ids,
-        position_ids=position_ids,
+        position_ids=None if layout == "padded" else position_ids,
+        attention_mask=attention_mask if layout == "padded" else None,
         before=torch.cat(before),
         targets=torch.tensor([token for response in responses for token in response], dtype=torch.long),
         last=torch.tensor([begin + length - 1 for begin, length in zip(start, lengths, strict=True)]),
@@ -81,18 +97,21 @@ def lay_out(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
     )
 
 
-def split(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
-    """Parts of a batch small enough for one forward pass: indices whose sequences hold ``tokens`` tokens at most.
+def split(groups: Sequence[Sequence[int]], tokens: int, layout: Layout = "packed") -> Iterator[list[int]]:
+    """Parts of a batch small enough for one forward pass: indices of groups that take ``tokens`` positions at most.
 
-    Sequences keep their order. One that is longer than ``tokens`` by itself is a part of its own.
+    A group is the lengths of sequences that stay together. Groups keep their order; one that is larger than ``tokens``
+    by itself is a part of its own.
     """
     part: list[int] = []
-    size = 0
-    for index, length in enumerate(lengths):
-        if part and size + length > tokens:
+    rows = longest = size = 0
+    for index, lengths in enumerate(groups):
+        padded = (rows + len(lengths)) * max(longest, *lengths)
+        if part and (padded if layout == "padded" else size + sum(lengths)) > tokens:
             yield part
-            part, size = [], 0
+            part = []
+            rows = longest = size = 0
         part.append(index)
-        size += length
+        rows, longest, size = rows + len(lengths), max(longest, *lengths), size + sum(lengths)
     if part:
         yield part

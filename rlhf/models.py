@@ -7,100 +7,38 @@ states that predict response tokens, with the output projection, to an op of ``r
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.batch import Batch, lay_out
+from rlhf import probe
+from rlhf.batch import Batch, Layout, lay_out, split
+from rlhf.decoding import Decoding
+from rlhf.loading import (
+    ModelError,
+    ModelSource,
+    classifier_class,
+    first_line,
+    is_classifier,
+    load,
+    load_config,
+    loading_lines,
+    name_of,
+)
 
 logger = logging.getLogger(__name__)
 
-# The names under which architectures keep the dropout on a block's output (the residual dropout of the paper) and the
-# dropouts that the paper does not use.
+# The names under which architectures keep the dropout on a block's output (the residual dropout of the paper), the cap
+# on their logits, and the dropouts that the paper does not use.
 RESIDUAL_DROPOUT = ("resid_pdrop", "hidden_dropout", "residual_dropout", "dropout")
+SOFTCAP = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 OTHER_DROPOUT = ("embd_pdrop", "attn_pdrop", "attention_dropout", "embedding_dropout", "activation_dropout")
-
-
-class ModelError(ValueError):
-    """A model or tokenizer that cannot play the part it was given."""
-
-
-def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model; it must have an end-of-sequence token, since that is how a response ends."""
-    check_directory(path)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: no tokenizer could be loaded from there: {first_line(error)}") from error
-    if tokenizer.eos_token_id is None:
-        raise ModelError(f"{path}: the tokenizer has no eos_token, so no response could end; set one and save it again")
-    return tokenizer
-
-
-def check_directory(path: str) -> None:
-    """Whatever cannot be a hub name (owner/name) must be a directory: no use in asking the hub for it."""
-    if (path.startswith((".", "/", "~")) or path.count("/") > 1) and not Path(path).is_dir():
-        raise ModelError(f"{path}: no such directory")
-
-
-def load_config(path: str) -> Any:
-    """A model's configuration alone, so that data can be checked before any weights are read."""
-    check_directory(path)
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: no model could be loaded from there: {first_line(error)}") from error
-
-
-def context_length(config: Any) -> int:
-    """How many tokens the model can see."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
-
-
-def check_same_tokenizer(first: PreTrainedTokenizerBase, first_path: str, other_path: str) -> None:
-    """A reward model reads the policy's tokens as they are, so both must mean the same by them."""
-    other = load_tokenizer(other_path)
-    if first.get_vocab() == other.get_vocab() and first.eos_token_id == other.eos_token_id:
-        return
-    differing = set(first.get_vocab().items()) ^ set(other.get_vocab().items())
-    example = (
-        f", for example {min(differing)[0]!r}" if differing else f": eos is {first.eos_token!r} / {other.eos_token!r}"
-    )
-    raise ModelError(
-        f"the tokenizers of {first_path} and {other_path} differ ({len(first)} and {len(other)} tokens{example}); "
-        "policy, reference, reward and value model must share one"
-    )
-
-
-def check_reward_config(path: str) -> Any:
-    """The configuration of a reward model, which must have one label."""
-    config = load_config(path)
-    architectures = config.architectures or []
-    if not any("SequenceClassification" in name for name in architectures):
-        raise ModelError(
-            f"{path}: {architectures or 'an unnamed model'} is not a reward model; train one with `rlhf reward`"
-        )
-    if config.num_labels != 1:
-        raise ModelError(f"{path}: has {config.num_labels} labels, but a reward model has one")
-    return config
-
-
-def first_line(error: BaseException) -> str:
-    """An error's first line: libraries add paragraphs that would bury it."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class Backbone(nn.Module):
@@ -109,6 +47,8 @@ class Backbone(nn.Module):
     def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
+        with self.probing():
+            self.layout = self._find_layout()
 
     @property
     def device(self) -> torch.device:
@@ -116,18 +56,67 @@ class Backbone(nn.Module):
         return self.model.device
 
     @property
-    def one_row(self) -> bool:
-        """Whether attention takes sequence boundaries from a single packed row (flash-attn) or from a mask (SDPA)."""
+    def inner(self) -> nn.Module:
+        """The part that gives hidden states, without a head."""
+        base = self.model.base_model
+        return base if base is not self.model else base.get_submodule("model")  # a type that misnames its own
+
+    @property
+    def name(self) -> str:
+        """The model's type, for messages."""
+        return str(self.model.config.model_type)
+
+    @property
+    def flash(self) -> bool:
+        """Whether attention is flash-attn's, which runs on a GPU and in 16 bits alone."""
         return "flash" in (self.model.config._attn_implementation or "")
 
+    @contextlib.contextmanager
+    def probing(self) -> Iterator[None]:
+        """Evaluation mode, in the precision that the model can run in."""
+        mode = self.model.training
+        self.model.eval()
+        try:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.flash):
+                yield
+        finally:
+            self.model.train(mode)
+
+    @property
+    def tolerance(self) -> float:
+        """How far apart two ways to compute the same may be while probing."""
+        return probe.TOLERANCE[torch.bfloat16 if self.flash else self.model.dtype]
+
+    def _find_layout(self) -> Layout:
+        """The fastest layout in which sequences do not see each other."""
+        layouts: tuple[Layout, ...] = ("one_row" if self.flash else "packed", "padded")
+        layout, reasons = first_that_holds(layouts, lambda it: probe.layout_error(self, it), self.tolerance)
+        if layout is None:
+            raise ModelError(
+                f"{type(self.model).__name__}: hidden states of sequences in a batch are not those of each alone "
+                f"({'; '.join(reasons)}); this architecture is not supported"
+            )
+        if layout == "padded":
+            say_once(
+                self.name,
+                f"models let sequences laid end to end see each other ({reasons[0]}): each gets a padded row of its "
+                "own, which is slower",
+            )
+        return layout
+
     def lay_out(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Batch:
-        """Prompts and responses as a batch on the model's device, in the layout its attention wants."""
-        return lay_out(prompts, responses, one_row=self.one_row).to(self.device)
+        """Prompts and responses as a batch on the model's device, in the layout that is right for it."""
+        return lay_out(prompts, responses, self.layout).to(self.device)
+
+    def parts(self, groups: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
+        """Indices of groups of sequences, given their lengths, in parts that fit a batch of ``tokens`` positions."""
+        return list(split(groups, tokens, self.layout))
 
     def hidden(self, batch: Batch, positions: Tensor) -> Tensor:
         """(len(positions), D) last hidden states at flat positions of the batch."""
-        states = self.model.base_model(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+        where = {"position_ids": batch.position_ids, "attention_mask": batch.attention_mask}
+        states = self.inner(
+            input_ids=batch.input_ids, use_cache=False, **{name: t for name, t in where.items() if t is not None}
         ).last_hidden_state
         return states.flatten(0, 1)[positions]
 
@@ -135,6 +124,33 @@ class Backbone(nn.Module):
         """Writes weights (safetensors), configuration and tokenizer, as ``from_pretrained`` reads them."""
         self.model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+
+
+def first_that_holds(
+    options: Sequence[Any], error: Callable[[Any], float], tolerance: float
+) -> tuple[Any | None, list[str]]:
+    """The first option whose error is within the tolerance, and why those before it were not taken."""
+    reasons = []
+    for option in options:
+        try:
+            found = error(option)
+        except Exception as problem:  # whatever a model's own code does with what it does not expect
+            reasons.append(f"{option}: {type(problem).__name__}: {first_line(problem)}")
+            continue
+        if found <= tolerance:
+            return option, reasons
+        reasons.append(f"{option}: they differ by {found:.2g} of their size")
+    return None, reasons
+
+
+def say_once(model_type: str, message: str) -> None:
+    """A warning about a type of model, of which a run may load several."""
+    if (key := (model_type, message.partition(" (")[0])) not in _said:
+        _said.add(key)
+        logger.warning("%s %s", model_type, message)
+
+
+_said: set[tuple[str, str]] = set()
 
 
 def unwrap(model: Any) -> Any:
@@ -148,28 +164,50 @@ class LanguageModel(Backbone):
     def __init__(self, model: PreTrainedModel):
         super().__init__(model)
         config = model.config.get_text_config()
-        self.softcap: float | None = getattr(config, "final_logit_softcapping", None)
+        self.softcap: float | None = next((getattr(config, name) for name in SOFTCAP if hasattr(config, name)), None)
         # Cohere multiplies its logits by a constant, Granite divides: either way a temperature of the model's own.
         self.own_temperature: float = getattr(config, "logits_scaling", 1.0) / (
             getattr(config, "logit_scale", None) or 1.0
         )
-        self._check_projection()
+        with self.probing():
+            self._check_projection()
+            self.decoding = self._find_decoding()
 
     @classmethod
     def load(
-        cls, path: str, *, residual_dropout: float = 0.0, attention: str = "sdpa", **options: Any
+        cls,
+        source: ModelSource,
+        *,
+        residual_dropout: float = 0.0,
+        attention: str | None = None,
+        device: torch.device | str = "cpu",
     ) -> LanguageModel:
-        """Loads ``path`` (a directory or a hub name) in float32 with every dropout at zero but the residual one."""
-        config = load_config(path)
-        for name in OTHER_DROPOUT:
-            if hasattr(config, name):
-                setattr(config, name, 0.0)
-        residual = next((name for name in RESIDUAL_DROPOUT if hasattr(config, name)), None)
-        if residual:
-            setattr(config, residual, residual_dropout)
-        elif residual_dropout:
-            logger.warning("%s: %s models have no residual dropout; trained without", path, config.model_type)
-        return cls(load(AutoModelForCausalLM, path, config, attention, **options))
+        """The model in float32 on ``device``, with every dropout at zero but the residual one."""
+        config = load_config(source)
+        set_dropout(config, OTHER_DROPOUT, 0.0)
+        residual = [name for name in RESIDUAL_DROPOUT if hasattr(config, name)][:1]
+        set_dropout(config, residual, residual_dropout)
+        if residual_dropout and not residual:
+            logger.warning(
+                "%s: %s models have no residual dropout; trained without", name_of(source), config.model_type
+            )
+        auto = AutoModelForCausalLM if isinstance(source, (str, Path)) else type(source)
+        return cls(load(auto, source, config, attention, device))
+
+    @torch.no_grad()
+    def project(self, states: Tensor) -> Tensor:
+        """(..., V) float32 logits of (..., D) last hidden states, as the model's own head makes them."""
+        head = self.model.get_output_embeddings()
+        logits = nn.functional.linear(states, head.weight, getattr(head, "bias", None)).float()
+        if self.softcap:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits / self.own_temperature
+
+    @torch.no_grad()
+    def next_logits(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """(len(sequences), V) float32 logits of the token after each sequence, by a whole pass over all of them."""
+        batch = self.lay_out(sequences, [[] for _ in sequences])
+        return self.project(self.hidden(batch, batch.last))
 
     def forward(
         self, batch: Batch, op: Callable[..., Any], *args: Any, temperature: float = 1.0, **options: Any
@@ -187,85 +225,118 @@ class LanguageModel(Backbone):
             **options,
         )
 
-    @torch.no_grad()
     def _check_projection(self) -> None:
         """Fails for an architecture whose logits are not the projection this class takes them for."""
-        head = self.model.get_output_embeddings()
-        if head is None:
-            raise ModelError(f"{type(self.model).__name__} has no output embeddings; it is no causal language model")
-        mode, _ = self.model.training, self.model.eval()
-        ids = torch.arange(4, device=self.device)[None] % head.weight.shape[0]
-        everything = torch.ones_like(ids)
-        states = self.model.base_model(ids, attention_mask=everything).last_hidden_state
-        logits = nn.functional.linear(states, head.weight, getattr(head, "bias", None))
-        if self.softcap:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        expected = self.model(ids, attention_mask=everything).logits.float()
-        self.model.train(mode)
-        difference = (logits.float() / self.own_temperature - expected).abs().max().item()
-        if difference > 0.05 * expected.abs().max().item() + 1e-6:
+        name = type(self.model).__name__
+        if self.model.get_output_embeddings() is None:
+            raise ModelError(f"{name} has no output embeddings; it is no causal language model")
+        held, reasons = first_that_holds(["logits"], lambda _: probe.projection_error(self), self.tolerance)
+        if not held:
             raise ModelError(
-                f"{type(self.model).__name__}: its logits are not its last hidden state times its output embeddings "
-                f"(they differ by {difference:.2g}); this architecture is not supported"
+                f"{name}: its logits are not its last hidden state times its output embeddings "
+                f"({reasons[0]}); this architecture is not supported"
             )
+
+    def _find_decoding(self) -> Decoding:
+        """The fastest way to sample whose logits are those of a whole pass."""
+        ways: tuple[Decoding, ...] = ("padded", "aligned", "whole")
+        decoding, reasons = first_that_holds(ways, lambda it: probe.decoding_error(self, it), self.tolerance)
+        if decoding is None:
+            raise ModelError(
+                f"{type(self.model).__name__}: its logits in a growing sequence are not those of the whole sequence "
+                f"({'; '.join(reasons)}); this architecture is not supported"
+            )
+        if decoding != "padded":
+            how = {
+                "aligned": "only prompts of one length are sampled together",
+                "whole": "sampled without a cache, every sequence whole for every token",
+            }[decoding]
+            say_once(
+                self.name,
+                f"models give other logits with a cache than without ({reasons[-1]}): {how}, which is slower",
+            )
+        return decoding
 
 
 class ScalarModel(Backbone):
-    """A reward or value model: ``AutoModelForSequenceClassification`` with one label.
+    """A reward or value model: a sequence classifier of transformers with one label.
 
-    The shift that makes demonstrations score 0 on average (the paper, section 3.5) is kept in the configuration as
-    ``reward_bias``, because the heads of these models have no bias: other tools load the model as it is, and see
-    scores that differ from ours by that constant.
+    The shift that makes demonstrations score 0 on average (the paper, section 3.5) goes into the head's bias where it
+    has one. Most have none: then it is kept in the configuration as ``reward_bias``. Other tools load such a model as
+    it is, and see scores that differ from ours by that constant; the saved model's README.md says so.
     """
 
     @classmethod
-    def load(cls, path: str, *, attention: str = "sdpa", **options: Any) -> ScalarModel:
+    def load(
+        cls, source: ModelSource, *, attention: str | None = None, device: torch.device | str = "cpu"
+    ) -> ScalarModel:
         """Loads a reward model, or puts a new head of one label on a language model's backbone.
 
         The new head starts at zero, so that the first scores carry no arbitrary preference.
         """
-        config = load_config(path)
-        fresh = not any("SequenceClassification" in name for name in config.architectures or [])
+        config = load_config(source)
+        fresh = not is_classifier(config)
         if fresh:
             config.num_labels = 1
             config.reward_bias = 0.0
-        for name in (*OTHER_DROPOUT, *RESIDUAL_DROPOUT):
-            if hasattr(config, name):
-                setattr(config, name, 0.0)
-        scalar = cls(load(AutoModelForSequenceClassification, path, config, attention, **options))
+        set_dropout(config, (*OTHER_DROPOUT, *RESIDUAL_DROPOUT), 0.0)
+        scalar = cls(load(classifier_class(config), source, config, attention, device, new_head=fresh))
         if fresh:
             for parameter in scalar.head.parameters():
                 nn.init.zeros_(parameter)
         return scalar
 
     @property
-    def head(self) -> nn.Module:
+    def head(self) -> nn.Linear:
         """The projection to one label: GPT-2, Llama and most others call it `score`, a few `classifier`."""
-        return self.model.get_submodule("score" if hasattr(self.model, "score") else "classifier")
+        head: Any = self.model.get_submodule("score" if hasattr(self.model, "score") else "classifier")
+        return head
 
     @property
     def bias(self) -> float:
-        """The constant added to the head's output, in reward units."""
+        """The constant added to the head's product, in reward units."""
+        if self.head.bias is not None:
+            return self.head.bias.item()
         return getattr(self.model.config, "reward_bias", 0.0)
 
     @bias.setter
     def bias(self, value: float) -> None:
-        self.model.config.reward_bias = value
+        if self.head.bias is not None:
+            nn.init.constant_(self.head.bias, value)
+        else:
+            self.model.config.reward_bias = value
 
     def forward(self, batch: Batch, positions: Tensor) -> Tensor:
         """(len(positions),) float32 scores at flat positions: ``batch.last`` for rewards, ``before`` for values."""
-        return self.head(self.hidden(batch, positions)).squeeze(-1).float() + self.bias
+        scores = self.head(self.hidden(batch, positions)).squeeze(-1).float()
+        return scores if self.head.bias is not None else scores + self.bias
 
     def save(self, directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Also tells other tools which token is padding: they read the score at the last token that is none."""
+        """Also says which token is padding, since other tools read the score at the last token that is none."""
         distinct = tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id
         self.model.config.pad_token_id = tokenizer.pad_token_id if distinct else None
         super().save(directory, tokenizer)
+        (directory / "README.md").write_text(self.card())
+
+    def card(self) -> str:
+        """What someone who finds the saved model should know, in Markdown."""
+        name = type(self.model).__name__
+        head = "score" if hasattr(self.model, "score") else "classifier"
+        reading = f"scores = model.{head}(model.base_model(input_ids).last_hidden_state)[..., 0]  # one for every token"
+        lines = ["# A reward or value model", "", "A completion's score is that of its last token:", ""]
+        lines += ["```python", *loading_lines(self.model), reading, "```", ""]
+        if self.head.bias is None and self.bias:
+            lines += [
+                f"`{name}` has no bias in its head, so `reward_bias` in `config.json` holds the constant that makes "
+                f"demonstrations score 0 on average: rlhf adds {self.bias:+.6g} to what the lines above give. "
+                "Differences between scores, and so rankings, are the same with and without it.",
+                "",
+            ]
+        return "\n".join(lines)
 
 
-def load(auto: Any, path: str, config: Any, attention: str, **options: Any) -> PreTrainedModel:
-    """``auto.from_pretrained`` with one-line errors."""
-    try:
-        return auto.from_pretrained(path, config=config, dtype=torch.float32, attn_implementation=attention, **options)
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{path}: could not be loaded as {auto.__name__}: {first_line(error)}") from error
+def set_dropout(config: Any, names: Sequence[str], value: float) -> None:
+    """Sets those of the dropouts that the configuration has."""
+    for name in names:
+        if hasattr(config, name):
+            setattr(config, name, value)

@@ -6,14 +6,13 @@ again over its own samples. Completions that have ended leave the batch, so none
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from rlhf.decoding import Decoder
 from rlhf.models import LanguageModel, unwrap
 from rlhf_kernels import selective_log_softmax
 
@@ -23,16 +22,20 @@ class Completion:
     """What was sampled after one prompt."""
 
     tokens: list[int]
-    """With the end-of-sequence token, unless the limit cut it off."""
+    """With the token that ended it, unless the limit cut it off."""
     logprobs: Tensor
     """(len(tokens),) float32, on the CPU: log π(token) at the sampling temperature."""
+
+
+class NotFiniteError(ArithmeticError):
+    """A model whose logits are NaN or infinite has no next token."""
 
 
 def sample(
     model: LanguageModel,
     prompts: Sequence[Sequence[int]],
     *,
-    eos_token_id: int,
+    end_token_ids: Collection[int],
     max_new_tokens: int,
     temperature: float = 1.0,
     batch_size: int = 512,
@@ -41,66 +44,71 @@ def sample(
 
     Prompts of like length are sampled together, so that little of a batch is padding. Temperature 0 takes the
     likeliest token (its log-probs are those at temperature 1).
+
+    Raises:
+        NotFiniteError: the model's logits are NaN or infinite.
     """
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     completions: dict[int, Completion] = {}
-    for start in range(0, len(order), batch_size):
-        members = order[start : start + batch_size]
-        sampled = sample_batch(model, [prompts[i] for i in members], eos_token_id, max_new_tokens, temperature)
+    for members in sampling_batches(unwrap(model), prompts, batch_size):
+        sampled = sample_batch(model, [prompts[i] for i in members], end_token_ids, max_new_tokens, temperature)
         completions.update(zip(members, sampled, strict=True))
     return [completions[i] for i in range(len(prompts))]
 
 
+def sampling_batches(model: LanguageModel, prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+    """Indices of prompts to sample together: of like length, or of one length where the model needs that."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    members: list[int] = []
+    for i in order:
+        other_length = members and len(prompts[members[0]]) != len(prompts[i]) and model.decoding == "aligned"
+        if len(members) == size or other_length:
+            yield members
+            members = []
+        members.append(i)
+    if members:
+        yield members
+
+
 @torch.no_grad()
 def sample_batch(
-    model: LanguageModel, prompts: list[Sequence[int]], eos_token_id: int, max_new_tokens: int, temperature: float
+    model: LanguageModel,
+    prompts: list[Sequence[int]],
+    end_token_ids: Collection[int],
+    max_new_tokens: int,
+    temperature: float,
 ) -> list[Completion]:
-    """One batch: prefill over left-padded prompts, then a token at a time."""
-    inner = unwrap(model).model
-    was_training = inner.training
-    inner.eval()
-    device, width = inner.device, max(map(len, prompts))
-    # The padding's token does not matter (the mask hides it); left, so that all prompts end at the same column.
-    ids = torch.tensor([[eos_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    """One batch: prefill over the prompts, then a token at a time."""
+    module = unwrap(model)
+    was_training = module.training
+    module.eval()
+    device = module.device
+    ends = torch.tensor(sorted(end_token_ids), device=device)
 
     rows = torch.arange(len(prompts), device=device)  # which completion each row of the batch is
-    tokens = torch.full((len(prompts), max_new_tokens), eos_token_id, device=device)
+    tokens = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(len(prompts), max_new_tokens, device=device)
     count = torch.full((len(prompts),), max_new_tokens, device=device)
-    cache = DynamicCache(config=inner.config)
-    # transformers had it as past_key_values, and models that bring their own code still do.
-    cache_name = "cache" if "cache" in inspect.signature(inner.forward).parameters else "past_key_values"
+    decoder = Decoder(module, prompts, module.decoding)
     for step in range(max_new_tokens):
-        logits = inner(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            use_cache=True,
-            logits_to_keep=1,
-            **{cache_name: cache},
-        ).logits[:, -1]
-        if temperature == 0:
-            drawn = logits.argmax(-1)
-        else:
-            drawn = torch.multinomial((logits.float() / temperature).softmax(-1), 1).squeeze(1)
+        logits = decoder.logits()
+        probabilities = (logits.float() / (temperature or 1.0)).softmax(-1)
+        # One NaN makes a whole row NaN, and torch.multinomial's way to say so is a traceback, or a dead GPU.
+        if probabilities[:, 0].isnan().any():
+            raise NotFiniteError("the model's logits are not finite")
+        drawn = logits.argmax(-1) if temperature == 0 else torch.multinomial(probabilities, 1).squeeze(1)
         tokens[rows, step] = drawn
         logprobs[rows, step] = selective_log_softmax(logits, drawn, temperature=temperature or 1.0)
 
-        ended = drawn == eos_token_id
+        ended = torch.isin(drawn, ends)
         count[rows[ended]] = step + 1
         going = (~ended).nonzero().squeeze(1)
         if len(going) == 0 or step + 1 == max_new_tokens:
             break
         if len(going) < len(rows):
-            cache.batch_select_indices(going)
-            rows, drawn, mask, positions = rows[going], drawn[going], mask[going], positions[going]
-        ids = drawn[:, None]
-        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-        positions = positions[:, -1:] + 1
-    inner.train(was_training)
+            decoder.keep(going)
+            rows, drawn = rows[going], drawn[going]
+        decoder.append(drawn)
+    module.train(was_training)
     return [
         Completion(tokens=row[:n].tolist(), logprobs=row_logprobs[:n].clone())
         for row, row_logprobs, n in zip(tokens.cpu(), logprobs.cpu(), count.tolist(), strict=True)

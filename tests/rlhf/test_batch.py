@@ -42,7 +42,7 @@ def segments(batch):
 
 @given(PAIRS, st.booleans())
 def test_every_sequence_is_laid_out_once_and_positions_restart(pairs, one_row):
-    batch = lay_out(*unzip(pairs), one_row=one_row)
+    batch = lay_out(*unzip(pairs), "one_row" if one_row else "packed")
     assert batch.input_ids.dtype == batch.position_ids.dtype == torch.int64
     assert batch.input_ids.shape == batch.position_ids.shape
     real = [tokens for _, tokens in segments(batch) if any(tokens)]
@@ -54,12 +54,12 @@ def test_every_sequence_is_laid_out_once_and_positions_restart(pairs, one_row):
 def test_row_length(pairs):
     lengths = [len(prompt) + len(response) for prompt, response in pairs]
     assert lay_out(*unzip(pairs)).input_ids.shape[1] == max(lengths)
-    assert lay_out(*unzip(pairs), one_row=True).input_ids.shape == (1, sum(lengths))
+    assert lay_out(*unzip(pairs), "one_row").input_ids.shape == (1, sum(lengths))
 
 
 @given(PAIRS, st.booleans())
 def test_flat_indices_agree_with_a_recomputation(pairs, one_row):
-    batch = lay_out(*unzip(pairs), one_row=one_row)
+    batch = lay_out(*unzip(pairs), "one_row" if one_row else "packed")
     # Where each sequence went: `last` is checked against the segments, which know nothing of it.
     ends = {start + len(tokens) - 1: tokens for start, tokens in segments(batch) if any(tokens)}
     last = batch.last.tolist()
@@ -97,10 +97,12 @@ def test_prompts_and_responses_must_pair_up():
 
 
 def test_to_moves_every_tensor():
-    batch = lay_out([[1, 2]], [[3]])
-    moved = batch.to(torch.device("meta"))
-    assert {tensor.device.type for tensor in vars(moved).values()} == {"meta"}
-    assert {name: t.shape for name, t in vars(moved).items()} == {name: t.shape for name, t in vars(batch).items()}
+    for layout in ("packed", "padded"):
+        batch = lay_out([[1, 2]], [[3]], layout)
+        moved = batch.to(torch.device("meta"))
+        for name, tensor in vars(batch).items():
+            there = getattr(moved, name)
+            assert there is None if tensor is None else (there.device.type, there.shape) == ("meta", tensor.shape)
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +133,7 @@ def alone(model, prompt, response):
 
 @torch.no_grad()
 def check_same_as_alone(model, pairs, one_row):
-    batch = lay_out(*unzip(pairs), one_row=one_row)
+    batch = lay_out(*unzip(pairs), "one_row" if one_row else "packed")
     packed = model(batch, log_probs)
     expected = torch.cat([alone(model, prompt, response) for prompt, response in pairs])
     torch.testing.assert_close(packed, expected, rtol=1e-5, atol=1e-5)
@@ -158,7 +160,7 @@ def test_model_sees_any_sequence_alone(gpt2, pairs, one_row):
 def test_the_comparison_notices_a_leak(gpt2):
     """Without restarting positions the same row gives other log-probs, so the tests above can fail."""
     pairs = [([3, 4, 5], [6, 7]), ([8, 9], [10, 11])]
-    batch = lay_out(*unzip(pairs), one_row=True)
+    batch = lay_out(*unzip(pairs), "one_row")
     good = gpt2(batch, log_probs)
     batch.position_ids.copy_(torch.arange(batch.position_ids.numel())[None])
     assert not torch.allclose(gpt2(batch, log_probs), good, atol=1e-2)
@@ -166,7 +168,7 @@ def test_the_comparison_notices_a_leak(gpt2):
 
 @given(st.lists(st.integers(1, 20), max_size=30), st.integers(1, 40))
 def test_split(lengths, tokens):
-    parts = list(split(lengths, tokens))
+    parts = list(split([[length] for length in lengths], tokens))
     assert [index for part in parts for index in part] == list(range(len(lengths)))
     assert all(parts)
     for part in parts:
@@ -187,4 +189,4 @@ def test_split(lengths, tokens):
     ],
 )
 def test_split_examples(lengths, tokens, parts):
-    assert list(split(lengths, tokens)) == parts
+    assert list(split([[length] for length in lengths], tokens)) == parts

@@ -26,16 +26,15 @@ from transformers import (
 
 from rlhf import ppo
 from rlhf.demo.pretrain import make_tokenizer
-from rlhf.models import (
-    LanguageModel,
+from rlhf.loading import (
     ModelError,
-    ScalarModel,
     check_reward_config,
     check_same_tokenizer,
     context_length,
     load_config,
     load_tokenizer,
 )
+from rlhf.models import LanguageModel, ScalarModel
 from rlhf.reward import score
 from rlhf.rollout import sample
 from rlhf_kernels import linear_cross_entropy, linear_selective_log_softmax
@@ -108,7 +107,7 @@ def test_gradients_are_those_of_the_logits(architecture):
 def test_samples_of_every_architecture(architecture):
     """The cache and left padding: log-probs kept while sampling are those of the packed pass."""
     torch.manual_seed(0)
-    completions = sample(architecture, PROMPTS, eos_token_id=1, max_new_tokens=12)
+    completions = sample(architecture, PROMPTS, end_token_ids={1}, max_new_tokens=12)
     with torch.no_grad():
         batch = architecture.lay_out(PROMPTS, [completion.tokens for completion in completions])
         expected = architecture(batch, linear_selective_log_softmax)

@@ -16,7 +16,7 @@ PROMPTS = [[5, 6, 7, 8], [9], [10, 11], [12] * 9, [13, 14, 15], [16, 17], [18]]
 
 def draw(model, prompts, seed=0, **options):
     torch.manual_seed(seed)
-    return sample(model, prompts, **{"eos_token_id": EOS, "max_new_tokens": 10} | options)
+    return sample(model, prompts, **{"end_token_ids": {EOS}, "max_new_tokens": 10} | options)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])

@@ -1,0 +1,272 @@
+"""Reading models, configurations and tokenizers, with an error of one line for each way that can go wrong.
+
+Where a model is asked for, a directory, the name of a model on the hub, the directory of a finished run (its
+``model/`` is meant) or, from Python, a model object will do.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_layers import GenericForSequenceClassification
+
+from rlhf.data import turn_end
+
+ModelSource: TypeAlias = str | Path | PreTrainedModel
+"""A directory or hub name, or a model."""
+TokenizerSource: TypeAlias = ModelSource | PreTrainedTokenizerBase
+"""A tokenizer, or where one is: a directory or hub name, or a model that came from one."""
+
+
+class ModelError(ValueError):
+    """A model or tokenizer that cannot play the part it was given."""
+
+
+def first_line(error: BaseException) -> str:
+    """An error's first line: libraries add paragraphs that would bury it."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def name_of(source: Any) -> str:
+    """What to call a model in messages."""
+    return str(source) if isinstance(source, (str, Path)) else type(source).__name__
+
+
+def directory_of(path: str | Path) -> str:
+    """The directory of a model, given that or the directory of a run; a hub name as it is.
+
+    Whatever cannot be a hub name (owner/name) must be a directory: no use in asking the hub for it.
+    """
+    path = str(path)
+    directory = Path(path).expanduser()
+    if not directory.is_dir():
+        if path.startswith((".", "/", "~")) or path.count("/") > 1:
+            raise ModelError(f"{path}: no such directory")
+        return path
+    if (directory / "config.json").exists() or not (directory / "config.yaml").exists():
+        return str(directory)
+    if not (directory / "model").is_dir():
+        raise ModelError(f"{path}: the run there has no model yet; go on with --resume {path}")
+    return str(directory / "model")
+
+
+# Tokenizers ------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(source: TokenizerSource) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model; it must have an end-of-sequence token, since that is how a response ends."""
+    if isinstance(source, PreTrainedTokenizerBase):
+        tokenizer, name = source, name_of(source)
+    else:
+        name = str(source) if isinstance(source, (str, Path)) else source.name_or_path or ""
+        if not name:
+            raise ModelError(
+                f"{name_of(source)}: was made in memory, with no tokenizer beside it; give one as tokenizer"
+            )
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(directory_of(name))
+        except (OSError, ValueError) as error:
+            if isinstance(error, ModelError):
+                raise
+            raise ModelError(f"{name}: no tokenizer could be loaded from there: {first_line(error)}") from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{name}: the tokenizer has no eos_token, so no response could end; set one and save it again")
+    return tokenizer
+
+
+def check_same_tokenizer(first: PreTrainedTokenizerBase, first_name: str, other: TokenizerSource) -> None:
+    """A reward model reads the policy's tokens as they are, so both must mean the same by them.
+
+    A model made in memory has no tokenizer beside it: whoever gives one answers for that.
+    """
+    if not isinstance(other, (str, Path, PreTrainedTokenizerBase)) and not other.name_or_path:
+        return
+    second, other_name = load_tokenizer(other), name_of(other)
+    if first.get_vocab() == second.get_vocab() and first.eos_token_id == second.eos_token_id:
+        return
+    differing = set(first.get_vocab().items()) ^ set(second.get_vocab().items())
+    example = (
+        f", for example {min(differing)[0]!r}" if differing else f": eos is {first.eos_token!r} / {second.eos_token!r}"
+    )
+    raise ModelError(
+        f"the tokenizers of {first_name} and {other_name} differ ({len(first)} and {len(second)} tokens{example}); "
+        "policy, reference, reward and value model must share one"
+    )
+
+
+def end_token_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every token that ends a completion.
+
+    The tokenizer's EOS, those of the model's ``generation_config`` (Llama 3 lists three), and the one with which the
+    chat template ends an assistant's turn.
+    """
+    found = {tokenizer.eos_token_id, turn_end(tokenizer)[-1]}
+    if isinstance(source, (str, Path)):
+        try:
+            generation: Any = GenerationConfig.from_pretrained(directory_of(source))
+        except OSError:  # a model need not have one
+            generation = load_config(source)
+    else:
+        generation = source.generation_config or source.config
+    named = getattr(generation, "eos_token_id", None)
+    return frozenset(found | set(named if isinstance(named, list) else [] if named is None else [named]))
+
+
+# Models ----------------------------------------------------------------------------------------------------------
+
+
+def load_config(source: ModelSource) -> Any:
+    """A model's configuration alone, so that data can be checked before any weights are read."""
+    if not isinstance(source, (str, Path)):
+        return copy.deepcopy(source.config)
+    try:
+        return AutoConfig.from_pretrained(directory_of(source))
+    except (OSError, ValueError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{source}: no model could be loaded from there: {first_line(error)}") from error
+
+
+def context_length(config: Any) -> int:
+    """How many tokens the model can see."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
+
+
+def is_classifier(config: Any) -> bool:
+    """Whether a configuration is that of a model with labels, not of a language model."""
+    return any("SequenceClassification" in name for name in config.architectures or [])
+
+
+def check_reward_config(source: ModelSource) -> Any:
+    """The configuration of a reward model, which must have one label."""
+    config, name = load_config(source), name_of(source)
+    if not is_classifier(config):
+        raise ModelError(
+            f"{name}: {config.architectures or 'an unnamed model'} is not a reward model; train one with `rlhf reward`"
+        )
+    if config.num_labels != 1:
+        raise ModelError(f"{name}: has {config.num_labels} labels, but a reward model has one")
+    return config
+
+
+def classifier_class(config: Any) -> Any:
+    """What loads the sequence classifier of a model type.
+
+    Where transformers has none, its generic head on the type's own backbone is made into one.
+
+    Raises:
+        ModelError: the type is no causal language model either.
+    """
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise ModelError(f"{config.model_type}: transformers has neither a classifier nor a causal LM of this type")
+        language_model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        base = shared_base(language_model)
+        members = {
+            "base_model_prefix": backbone_name(language_model, config),
+            # The code of other modules counts as custom, whose computed buffers (Falcon-H1 has some) stay empty.
+            "__module__": base.__module__,
+            "config_class": type(config),
+            "made_by_rlhf": True,
+        }
+        made = type(classifier_name(base), (GenericForSequenceClassification, base), members)
+        AutoModelForSequenceClassification.register(type(config), made, exist_ok=True)
+    return AutoModelForSequenceClassification
+
+
+def shared_base(model_class: type) -> Any:
+    """What all classes of one model type inherit from, for example ``GranitePreTrainedModel``."""
+    ancestors = (c for c in model_class.__mro__ if c.__name__.endswith("PreTrainedModel") and c is not PreTrainedModel)
+    return next(ancestors)
+
+
+def backbone_name(language_model: Any, config: Any) -> str:
+    """Under which name a type's language model keeps its backbone; the class names another one in Llama 4."""
+    with torch.device("meta"):
+        built = language_model(config)
+    return built.base_model_prefix if hasattr(built, built.base_model_prefix) else "model"
+
+
+def classifier_name(base: type) -> str:
+    """How transformers would name a type's sequence classifier."""
+    return base.__name__.removesuffix("PreTrainedModel") + "ForSequenceClassification"
+
+
+def loading_lines(model: PreTrainedModel) -> list[str]:
+    """The lines of Python that load a saved classifier with transformers alone."""
+    if not hasattr(model, "made_by_rlhf"):
+        return [
+            "from transformers import AutoModelForSequenceClassification",
+            'model = AutoModelForSequenceClassification.from_pretrained("path/to/this/directory")',
+        ]
+    base, name, config = shared_base(type(model)), type(model).__name__, type(model.config)
+    own = f'"base_model_prefix": "{model.base_model_prefix}", "__module__": {base.__name__}.__module__'
+    lines = [
+        "from transformers.modeling_layers import GenericForSequenceClassification",
+        f"from {base.__module__} import {base.__name__}",
+    ]
+    if base.config_class is not config:  # Llama 4's names the configuration with a vision part
+        lines.append(f"from {config.__module__} import {config.__name__}")
+        own += f', "config_class": {config.__name__}'
+    return [
+        *lines,
+        f'{name} = type("{name}", (GenericForSequenceClassification, {base.__name__}), {{{own}}})',
+        f'model = {name}.from_pretrained("path/to/this/directory")',
+    ]
+
+
+def load(
+    auto: Any,
+    source: ModelSource,
+    config: Any,
+    attention: str | None,
+    device: torch.device | str,
+    *,
+    new_head: bool = False,
+) -> PreTrainedModel:
+    """The weights at ``source`` in float32 on ``device``, in a model of ``config``; those of an object are copied.
+
+    Raises:
+        ModelError: whatever goes wrong, in one line. Also weights that are not there, but for those of a ``new_head``:
+            a model with random parts would train as if nothing were.
+    """
+    options: dict[str, Any] = {"config": config, "dtype": torch.float32, "output_loading_info": True}
+    if attention:
+        options["attn_implementation"] = attention
+    if hasattr(config, "rescale_every"):
+        config.rescale_every = 0  # RWKV halves its weights for evaluation, and would save them so
+    name = name_of(source)
+    model: Any
+    try:
+        if isinstance(source, (str, Path)):
+            model, info = auto.from_pretrained(directory_of(source), **options)
+        else:
+            if auto is AutoModelForSequenceClassification:
+                auto = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+            copied = {key: tensor.clone() for key, tensor in source.state_dict().items()}
+            model, info = auto.from_pretrained(None, state_dict=copied, **options)
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{name}: could not be loaded as {auto.__name__}: {first_line(error)}") from error
+    missing = sorted(
+        key for key in info["missing_keys"] if not (new_head and key.startswith(("score.", "classifier.")))
+    )
+    if missing:
+        listed = f"{', '.join(missing[:3])} ({len(missing)} in all)"
+        raise ModelError(f"{name}: lacks weights of {type(model).__name__}: {listed}")
+    return model.to(device)

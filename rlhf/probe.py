@@ -1,0 +1,100 @@
+"""What the trainer takes for granted of a model, tried on the model itself when it is loaded.
+
+Three things, each on a few random tokens, in milliseconds on the device where the model will run:
+
+* its logits are its last hidden states times its output embeddings (:func:`projection_error`);
+* sequences laid out in a batch do not see each other (:func:`layout_error`);
+* a cache gives the logits that a whole pass gives (:func:`decoding_error`).
+
+Each function returns by how much it does not hold, relative to the size of what is compared. Float32 rounds to 1e-6 or
+so; a leak through weights that were never trained shows as 3e-4 or more, through trained ones as much more.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rlhf.batch import Layout, lay_out
+from rlhf.decoding import Decoder, Decoding
+from rlhf.loading import context_length
+
+if TYPE_CHECKING:
+    from rlhf.models import Backbone, LanguageModel
+
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+"""What rounding may do, by the precision that activations have."""
+
+LONGEST = 12
+"""Tokens of the longest sequence tried, if the context has room for as many."""
+
+
+def probe_sequences(model: Backbone, lengths: tuple[int, ...]) -> list[list[int]]:
+    """Random tokens, always the same; none that a configuration gives a meaning (padding, BOS, an image, ...)."""
+    config = model.model.config.get_text_config()
+    special = {value for name, value in config.to_dict().items() if name.endswith("token_id")}
+    embeddings: Any = model.model.get_input_embeddings()
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(embeddings.weight), (8 * sum(lengths) + 64,), generator=generator).tolist()
+    plain = iter([token for token in drawn if token not in special] or drawn)
+    return [[next(plain) for _ in range(length)] for length in lengths]
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """|actual − expected| / |expected|; infinite where anything is not finite."""
+    error = ((actual - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+    return error if error == error else float("inf")
+
+
+@torch.no_grad()
+def projection_error(model: LanguageModel) -> float:
+    """How far the logits are from the last hidden state times the output embeddings, with softcap and scale."""
+    ids = torch.tensor(probe_sequences(model, (4,)), device=model.device)
+    everything = torch.ones_like(ids)
+    states = model.inner(ids, attention_mask=everything, use_cache=False).last_hidden_state
+    expected = model.model(ids, attention_mask=everything, use_cache=False).logits.float()
+    return relative_error(model.project(states), expected)
+
+
+@torch.no_grad()
+def layout_error(model: Backbone, layout: Layout) -> float:
+    """How far hidden states of sequences laid out together are from those of each sequence alone."""
+    room = min(LONGEST, context_length(model.model.config))
+    # The second and the third share a row, whose last position is unused.
+    sequences = probe_sequences(model, (room, room // 2, room // 2 - 1))
+    batch = lay_out([ids[:1] for ids in sequences], [ids[1:] for ids in sequences], layout).to(model.device)
+    together = model.hidden(batch, batch.before).split(batch.lengths.tolist())
+    alone = [
+        model.inner(torch.tensor([ids], device=model.device), use_cache=False).last_hidden_state[0, :-1]
+        for ids in sequences
+    ]
+    return max(relative_error(ours.float(), expected.float()) for ours, expected in zip(together, alone, strict=True))
+
+
+@torch.no_grad()
+def decoding_error(model: LanguageModel, decoding: Decoding) -> float:
+    """How far the logits after each token of a growing batch are from those of a whole pass over each sequence.
+
+    Two prompts grow by three tokens, the first of them leaves, and the other grows on.
+    """
+    steps = 5
+    longer = min(LONGEST, context_length(model.model.config)) - steps
+    prompts = (longer, longer if decoding == "aligned" else max(1, longer - 2))
+    sequences = probe_sequences(model, (prompts[0] + steps, prompts[1] + steps))
+    grown = [[ids[: n + step] for step in range(steps)] for ids, n in zip(sequences, prompts, strict=True)]
+    whole = [model.next_logits(prefixes) for prefixes in grown]
+    decoder = Decoder(model, [prefixes[0] for prefixes in grown], decoding)
+    rows, worst = [0, 1], 0.0
+    for step in range(steps):
+        logits = decoder.logits().float()
+        for row, ours in zip(rows, logits, strict=True):
+            expected = whole[row][step]
+            # What is added to every logit of a row changes no probability.
+            worst = max(worst, relative_error(ours - ours.mean(), expected - expected.mean()))
+        if step == 2:
+            rows = [1]
+            decoder.keep(torch.tensor(rows, device=model.device))
+        decoder.append(torch.tensor([sequences[row][prompts[row] + step] for row in rows], device=model.device))
+    return worst
