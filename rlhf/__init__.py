@@ -1,5 +1,58 @@
 """The InstructGPT recipe (Ouyang et al. 2022) on top of ``rlhf_kernels``: SFT, reward model, PPO and PPO-ptx.
 
 Each stage is a module that reads top to bottom: :mod:`rlhf.sft`, :mod:`rlhf.reward`, :mod:`rlhf.ppo`,
-:mod:`rlhf.evaluate`. Each has a ``train(config)`` (or ``evaluate(config)``) that the command ``rlhf`` calls.
+:mod:`rlhf.evaluate`. Each has a ``train(config)`` (or ``evaluate(config)``) that the command ``rlhf`` calls, and that
+can be called from Python::
+
+    import rlhf
+
+    rlhf.sft.train(rlhf.SFTConfig(model="gpt2", data=records, output_dir="runs/sft", adam={"learning_rate": 1e-5}))
+
+Where the command line takes a path, a setting takes a ``Path`` as well; ``data`` and ``prompts`` take a list of
+records (dicts) or a ``datasets.Dataset``, ``model`` and the like a model of transformers (a copy is trained, the object
+stays as it is), ``tokenizer`` a tokenizer, ``reward`` and ``judge`` a function, and a group of settings a dict.
 """
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from rlhf.config import (
+    Adam,
+    EvaluateConfig,
+    GenerateConfig,
+    LengthConfig,
+    PPOConfig,
+    RewardConfig,
+    SFTConfig,
+)
+from rlhf.settings import ConfigError
+
+if TYPE_CHECKING:
+    from rlhf import evaluate, ppo, reward, sft
+
+STAGES = ("evaluate", "ppo", "reward", "sft")
+
+
+def __getattr__(name: str) -> Any:
+    """A stage, imported when it is asked for: that takes torch and transformers, which settings and --help do not."""
+    if name in STAGES:
+        return importlib.import_module(f"rlhf.{name}")
+    raise AttributeError(f"module 'rlhf' has no attribute {name!r}")
+
+
+__all__ = [
+    "Adam",
+    "ConfigError",
+    "EvaluateConfig",
+    "GenerateConfig",
+    "LengthConfig",
+    "PPOConfig",
+    "RewardConfig",
+    "SFTConfig",
+    "evaluate",
+    "ppo",
+    "reward",
+    "sft",
+]

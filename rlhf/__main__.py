@@ -20,6 +20,9 @@ def main() -> int:
             raise
         print(f"rlhf: error: {package} is not installed: pip install 'rlhf-kernels[train]'", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # while libraries are still being imported; a stage says more
+        print("rlhf: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

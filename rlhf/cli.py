@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
+import argparse
+import itertools
 import logging
 import re
 import sys
@@ -12,10 +13,12 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar, get_type_hints
 
+import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from rlhf.config import ConfigError, EvaluateConfig, GenerateConfig, PPOConfig, RewardConfig, SFTConfig
+from rlhf.config import EvaluateConfig, GenerateConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf.demo.config import DemoConfig
+from rlhf.settings import ConfigError, no_such_setting
 
 DESCRIPTION = """The InstructGPT recipe: supervised fine-tuning, a reward model, PPO and PPO-ptx.
 
@@ -33,12 +36,13 @@ STAGES = {
     "demo": (DemoConfig, "the whole experiment in miniature, on two CPU cores"),
 }
 RESUMABLE = {"sft", "reward", "ppo", "demo"}
+RESUME_HELP = "go on from the last checkpoint in output_dir; --resume DIRECTORY alone takes the settings from there too"
 
 
 # What jsonargparse says of a setting that does not exist, from the command line or from a file.
 UNKNOWN = re.compile(
-    r"does not accept option '([\w.]+)'|[Oo]ption '([\w.]+)' is not accepted|[Kk]ey '([\w.]+)' (?:is )?not expected"
-    r"|[Uu]nrecognized arguments: --([\w.]+)"
+    r"does not accept option '([\w.-]+)'|[Oo]ption '([\w.-]+)' is not accepted|[Kk]ey '([\w.-]+)' (?:is )?not expected"
+    r"|[Uu]nrecognized arguments: --([\w.-]+)"
 )
 
 
@@ -69,10 +73,7 @@ def one_line(message: str, stage: str) -> str:
     if not unknown:
         return " ".join(message.split())
     name = next(group for group in unknown.groups() if group)
-    known = setting_names(STAGES[stage][0]) if stage in STAGES else []
-    nearest = difflib.get_close_matches(name, [*known, *(k.rpartition(".")[2] for k in known)], n=1, cutoff=0.4)
-    full = next((k for k in known if nearest and k.rpartition(".")[2] == nearest[0].rpartition(".")[2]), "")
-    return f"{name}: no such setting" + (f"; did you mean {full}?" if full else "")
+    return no_such_setting(name, setting_names(STAGES[stage][0]) if stage in STAGES else [])
 
 
 def make_parser() -> Parser:
@@ -85,7 +86,9 @@ def make_parser() -> Parser:
         sub.add_argument("--config", action="config", help="a YAML file of settings, or the name of a shipped recipe")
         sub.add_class_arguments(config)
         if name in RESUMABLE:
-            sub.add_argument("--resume", action="store_true", help="go on from the last checkpoint in output_dir")
+            sub.add_argument("--resume", action="store_true", help=RESUME_HELP)
+            # A run's config.yaml says which stage it is of, and is a --config file as well.
+            sub.add_argument("--stage", default=name, help=argparse.SUPPRESS)
         subcommands.add_subcommand(name, sub, help=summary)
     return parser
 
@@ -110,14 +113,13 @@ def recipe(name: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns 0, 2 for bad input or settings, 1 for a run that could not go on, 130 when interrupted."""
-    argv = list(sys.argv[1:] if arguments is None else arguments)
-    for i, word in enumerate(argv):
-        if word == "--config" and i + 1 < len(argv):
-            argv[i + 1] = recipe(argv[i + 1])
-        elif word.startswith("--config="):
-            argv[i] = "--config=" + recipe(word.removeprefix("--config="))
+    argv = expand(list(sys.argv[1:] if arguments is None else arguments))
     Parser.command_line = argv
     parser = make_parser()
+    for word, value in itertools.pairwise(argv):
+        if word == "--config" and (other := stage_of_run(value)) not in (None, argv[0]):
+            print(f"rlhf {argv[0]}: error: config: is that of a run of `rlhf {other}`", file=sys.stderr)
+            return 2
     parsed = parser.parse_args(argv)
     stage = parsed.subcommand
     try:
@@ -126,8 +128,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"rlhf {stage}: error: {error}", file=sys.stderr)
         return 2
     resume = settings.pop("resume", False)
-    settings.pop("config", None)
+    for name in ("config", "stage"):
+        settings.pop(name, None)
     return run(stage, settings, resume)
+
+
+def stage_of_run(path: str) -> str | None:
+    """The stage of the run whose config.yaml a file is; None for other files, which the parser reads."""
+    try:
+        settings = yaml.safe_load(Path(path).read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return settings.get("stage") if isinstance(settings, dict) else None
+
+
+def expand(argv: list[str]) -> list[str]:
+    """The command line with shipped recipes as paths, and ``--resume DIRECTORY`` as the settings that it stands for."""
+    expanded: list[str] = []
+    words = iter(argv)
+    for word in words:
+        if word == "--config":
+            expanded += [word, recipe(next(words, ""))]
+        elif word.startswith("--config="):
+            expanded.append("--config=" + recipe(word.removeprefix("--config=")))
+        else:
+            expanded.append(word)
+    at = next((i for i, word in enumerate(expanded) if word.split("=")[0] == "--resume"), None)
+    if at is None:
+        return expanded
+    _, given, directory = expanded[at].partition("=")
+    end = at + 1
+    if not given and end < len(expanded) and not expanded[end].startswith("-"):
+        directory, end = expanded[end], end + 1
+    if directory:
+        own = ["--config", str(Path(directory) / "config.yaml"), "--output_dir", directory]
+        return [*expanded[:1], *own, *expanded[1:at], "--resume", *expanded[end:]]
+    return expanded
 
 
 def run(stage: str, settings: dict[str, Any], resume: bool) -> int:
@@ -135,7 +171,7 @@ def run(stage: str, settings: dict[str, Any], resume: bool) -> int:
     try:
         config = STAGES[stage][0](**settings)
         # Imported here, so that --help and bad settings do not wait for torch and transformers.
-        from rlhf import data, models, training
+        from rlhf import data, loading, training
 
         logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
         logging.getLogger("rlhf").setLevel(logging.INFO)
@@ -155,7 +191,7 @@ def run(stage: str, settings: dict[str, Any], resume: bool) -> int:
             from rlhf import evaluate
 
             getattr(evaluate, stage)(config)
-    except (ConfigError, data.DataError, models.ModelError) as error:
+    except (ConfigError, data.DataError, loading.ModelError) as error:
         print(f"rlhf {stage}: error: {error}", file=sys.stderr)
         return 2
     except training.RunError as error:

@@ -7,27 +7,14 @@ paper's words; ``rlhf/recipes`` holds them per model size.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
-
-class ConfigError(ValueError):
-    """A setting out of range; the message names it."""
-
-
-def as_list(paths: list[str] | str) -> list[str]:
-    """One path or several."""
-    return [paths] if isinstance(paths, str) else paths
-
-
-def check(condition: bool, name: str, value: Any, fits: str) -> None:
-    """Raises unless ``condition`` holds."""
-    if not condition:
-        raise ConfigError(f"{name}: is {value!r}, must be {fits}")
+from rlhf.settings import Data, Function, Functions, Model, Settings, Tokenizer, check
 
 
 @dataclass
-class Adam:
+class Adam(Settings):
     """The optimizer. The paper (appendix C) gives the betas and, per stage, the learning rate."""
 
     learning_rate: float = 1e-5
@@ -42,6 +29,7 @@ class Adam:
     """Gradients are scaled down to this norm. Not in the paper's appendix on fine-tuning; GPT-3's value."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
         check(0 <= self.beta1 < 1, "beta1", self.beta1, "in [0, 1)")
         check(0 <= self.beta2 < 1, "beta2", self.beta2, "in [0, 1)")
@@ -50,7 +38,7 @@ class Adam:
 
 
 @dataclass
-class RunConfig:
+class RunConfig(Settings):
     """What every training stage shares."""
 
     output_dir: str
@@ -63,18 +51,22 @@ class RunConfig:
     """Tokens in one forward pass: bounds memory. Larger batches accumulate gradients, with the same result."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Precision of activations; weights stay in float32 (the paper, C: fp16 with fp32 master copies)."""
-    attention: str = "sdpa"
-    """Attention implementation of transformers: sdpa, or flash_attention_2 where flash-attn is installed."""
+    attention: str | None = None
+    """Attention implementation of transformers, for example flash_attention_2 where flash-attn is installed; by default
+    sdpa for models that have it, eager for the others."""
+    tokenizer: Tokenizer | None = None
+    """The tokenizer, by default the one beside the model."""
     device: str | None = None
     """cpu, cuda, ...; by default the best there is."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(self.checkpoint_every > 0, "checkpoint_every", self.checkpoint_every, "at least 1")
         check(self.tokens_per_forward > 0, "tokens_per_forward", self.tokens_per_forward, "at least 1")
 
 
 @dataclass
-class LengthConfig:
+class LengthConfig(Settings):
     """Limits on tokens (C): prompts over 1k are dropped, answers capped at 1k."""
 
     max_prompt_tokens: int = 1024
@@ -83,6 +75,7 @@ class LengthConfig:
     """Longer answers are cut."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(self.max_prompt_tokens > 0, "max_prompt_tokens", self.max_prompt_tokens, "at least 1")
         check(self.max_response_tokens > 0, "max_response_tokens", self.max_response_tokens, "at least 1")
 
@@ -91,9 +84,9 @@ class LengthConfig:
 class SFTConfig(RunConfig):
     """Supervised fine-tuning on demonstrations (section 3.5, appendix C.1)."""
 
-    model: str = ""
+    model: Model = ""
     """The pretrained causal LM to start from: a directory or a hub name."""
-    data: list[str] | str = field(default_factory=list)
+    data: Data = field(default_factory=list)
     """Demonstrations: JSONL, Parquet or hub data sets with {"prompt", "completion"} or {"messages"}."""
     held_out_fraction: float = 0.0
     """Share of the demonstrations kept for the validation loss."""
@@ -107,7 +100,7 @@ class SFTConfig(RunConfig):
     """The optimizer (C.1: learning rate 9.65e-6 for 1.3B and 6B, 5.03e-6 for 175B); cosine decay to 10 %."""
     lengths: LengthConfig = field(default_factory=LengthConfig)
     """Limits on tokens."""
-    pretraining_data: list[str] | str = field(default_factory=list)
+    pretraining_data: Data = field(default_factory=list)
     """Pretraining text to mix in: {"text"} records or plain text files."""
     pretraining_fraction: float = 0.0
     """Share of each batch that is pretraining text (C.3: 0.1 for the model that PPO starts from)."""
@@ -135,13 +128,13 @@ class SFTConfig(RunConfig):
 class RewardConfig(RunConfig):
     """Reward modelling from ranked completions (section 3.5, equation 1, appendix C.2)."""
 
-    model: str = ""
+    model: Model = ""
     """The model to start from, the SFT model in the paper: a new head of one label replaces its unembedding."""
-    data: list[str] | str = field(default_factory=list)
+    data: Data = field(default_factory=list)
     """Comparisons: {"prompt", "completions", "ranks"} or {"prompt", "chosen", "rejected"}."""
     held_out_fraction: float = 0.0
     """Share of the prompts kept for the accuracy on held-out rankings."""
-    demonstrations: list[str] | str = field(default_factory=list)
+    demonstrations: Data = field(default_factory=list)
     """Demonstrations whose mean score becomes 0 after training (3.5). Without them the bias stays as trained."""
     epochs: int = 1
     """Passes over the comparisons (C.2; more overfit)."""
@@ -165,11 +158,19 @@ class RewardConfig(RunConfig):
 class PPOConfig(RunConfig):
     """Reinforcement learning from the reward model: PPO, and PPO-ptx with gamma_ptx > 0 (equation 2, C.4)."""
 
-    policy: str = ""
+    policy: Model = ""
     """The SFT model: the policy starts from it, and the KL penalty is measured against it."""
-    reward_model: str = ""
+    reward_model: Model | None = None
     """The reward model. The value model starts from it as well (C.4)."""
-    prompts: list[str] | str = field(default_factory=list)
+    reward: Functions = field(default_factory=list)
+    """Rewards in Python, `module:function`: called with the lists prompts and completions and one list for each further
+    field of the records, all by name; returns a number for every completion. Not in the paper."""
+    reward_weights: list[float] | None = None
+    """What each reward is multiplied by before they add up: the reward model's first, then the functions'. By default
+    1. Not in the paper."""
+    value_model: Model | None = None
+    """What the value model starts from instead, for example output_dir/value of an earlier run."""
+    prompts: Data = field(default_factory=list)
     """Prompts: {"prompt"} records."""
     episodes: int = 256_000
     """Completions sampled in the whole run (C.4)."""
@@ -195,6 +196,8 @@ class PPOConfig(RunConfig):
     """The same for the value model's move. Not in the paper; as in Ziegler et al. 2019. null: no clipping."""
     temperature: float = 1.0
     """Sampling temperature (C.4)."""
+    missing_eos_penalty: float = 0.0
+    """Taken off the reward of a completion that max_response_tokens cut off. Not in the paper."""
     warmup_iterations: int = 10
     """Iterations over which both learning rates rise from a tenth of the peak; constant after (C.4)."""
     adam: Adam = field(default_factory=lambda: Adam(learning_rate=5e-6, eps=1e-5))
@@ -205,7 +208,7 @@ class PPOConfig(RunConfig):
     """Decay of the moving average of the policy's weights, per optimizer step; the average is what is kept (C.4)."""
     gamma_ptx: float = 0.0
     """γ of equation 2: weight of the language-modelling loss on pretraining text (C.4: 27.8). 0: plain PPO."""
-    pretraining_data: list[str] | str = field(default_factory=list)
+    pretraining_data: Data = field(default_factory=list)
     """Pretraining text for gamma_ptx > 0: {"text"} records or plain text files."""
     pretraining_per_episode: int = 8
     """Pretraining sequences per episode (C.4)."""
@@ -221,7 +224,12 @@ class PPOConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(bool(self.policy), "policy", self.policy, "a directory or a hub name")
-        check(bool(self.reward_model), "reward_model", self.reward_model, "a directory or a hub name")
+        self.reward = self.reward if isinstance(self.reward, list) else [self.reward]
+        check(bool(self.reward_model or self.reward), "reward_model", self.reward_model, "given, or reward")
+        rewards = (self.reward_model is not None) + len(self.reward)
+        weights = self.reward_weights
+        check(weights is None or len(weights) == rewards, "reward_weights", weights, f"{rewards} weights, one a reward")
+        check(self.missing_eos_penalty >= 0, "missing_eos_penalty", self.missing_eos_penalty, "at least 0")
         check(bool(self.prompts), "prompts", self.prompts, "at least one file or data set")
         for name in ("batch_size", "minibatch_size", "inner_epochs", "pretraining_per_episode", "rollout_batch_size"):
             check(getattr(self, name) > 0, name, getattr(self, name), "at least 1")
@@ -245,12 +253,12 @@ class PPOConfig(RunConfig):
 
 
 @dataclass
-class GenerateConfig:
+class GenerateConfig(Settings):
     """Sample completions from a model."""
 
-    model: str
+    model: Model
     """The causal LM: a directory or a hub name."""
-    prompts: list[str] | str
+    prompts: Data
     """{"prompt"} records."""
     output: str
     """The JSONL file to write: {"prompt", "completions"} records, ready to be ranked."""
@@ -262,33 +270,36 @@ class GenerateConfig:
     """Limits on tokens."""
     seed: int = 0
     """Seeds sampling."""
+    tokenizer: Tokenizer | None = None
+    """The tokenizer, by default the one beside the model."""
     batch_size: int = 512
     """Completions sampled at a time."""
     device: str | None = None
     """cpu, cuda, ...; by default the best there is."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(self.samples > 0, "samples", self.samples, "at least 1")
         check(self.batch_size > 0, "batch_size", self.batch_size, "at least 1")
         check(self.temperature >= 0, "temperature", self.temperature, "at least 0")
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(Settings):
     """Compare a model with a baseline: win rate under a judge, reward, KL and the alignment tax (section 4)."""
 
-    model: str
+    model: Model
     """The model under test."""
-    baseline: str
+    baseline: Model
     """The model it is compared with, the SFT model in the paper's Figure 1."""
     output_dir: str
     """Where the report, the figures and every completion judged go."""
-    prompts: list[str] | str = field(default_factory=list)
+    prompts: Data = field(default_factory=list)
     """{"prompt"} records that no stage has trained on."""
-    judge: str | None = None
+    judge: Model | Function | None = None
     """Who prefers what: a reward model, or a Python function `module:function` of (prompt, a, b) that returns 1 when a
     is better, 0 when b is and 0.5 when neither is. Without one there is no win rate."""
-    pretraining_data: list[str] | str = field(default_factory=list)
+    pretraining_data: Data = field(default_factory=list)
     """Held-out pretraining text for the alignment tax: the rise of the model's loss over the baseline's."""
     pretraining_tokens: int = 1024
     """Length of the chunks that pretraining text is cut into."""
@@ -298,6 +309,8 @@ class EvaluateConfig:
     """Limits on tokens."""
     seed: int = 0
     """Seeds sampling."""
+    tokenizer: Tokenizer | None = None
+    """The tokenizer, by default the one beside the model."""
     batch_size: int = 512
     """Completions sampled at a time."""
     tokens_per_forward: int = 16384
@@ -306,28 +319,17 @@ class EvaluateConfig:
     """cpu, cuda, ...; by default the best there is."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(bool(self.prompts or self.pretraining_data), "prompts", self.prompts, "given, or pretraining_data")
         check(self.batch_size > 0, "batch_size", self.batch_size, "at least 1")
         check(self.temperature > 0, "temperature", self.temperature, "above 0")
 
 
-def check_pretraining(weight: float, name: str, data: list[str] | str, tokens: int) -> None:
+def check_pretraining(weight: float, name: str, data: Data, tokens: int) -> None:
     """A pretraining mix needs text, in chunks with something to predict."""
     if weight > 0:
         check(bool(data), "pretraining_data", data, f"at least one file or data set when {name} is {weight}")
     check(tokens > 1, "pretraining_tokens", tokens, "at least 2")
-
-
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """``{"adam.beta1": 0.9, ...}``: a config's settings under the names of the command line's overrides."""
-    flat: dict[str, Any] = {}
-    for item in fields(config):
-        value = getattr(config, item.name)
-        if is_dataclass(value):
-            flat |= flatten(value, f"{prefix}{item.name}.")
-        else:
-            flat[prefix + item.name] = value
-    return flat
 
 
 def cosine_to_tenth(step: int, steps: int) -> float:

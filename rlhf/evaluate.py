@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -21,23 +20,26 @@ from typing import Any
 
 import torch
 
-from rlhf.batch import split
-from rlhf.config import ConfigError, EvaluateConfig, GenerateConfig, as_list
+from rlhf.config import EvaluateConfig, GenerateConfig
 from rlhf.data import Limits, PromptExample, read_prompts, read_texts, tokenize_prompts, tokenize_texts
-from rlhf.models import (
-    LanguageModel,
+from rlhf.functions import load_function
+from rlhf.loading import (
     ModelError,
-    ScalarModel,
     check_reward_config,
     check_same_tokenizer,
     context_length,
+    end_token_ids,
     load_config,
     load_tokenizer,
+    name_of,
 )
+from rlhf.models import LanguageModel, ScalarModel
 from rlhf.report import markdown_table, number
 from rlhf.reward import score
-from rlhf.rollout import sample
-from rlhf.training import console, describing
+from rlhf.rewards import decode
+from rlhf.rollout import NotFiniteError, sample
+from rlhf.settings import ConfigError, described
+from rlhf.training import console, describing, find_device
 from rlhf_kernels import linear_cross_entropy, linear_selective_log_softmax
 
 Judge = Callable[[str, str, str], float]
@@ -68,19 +70,19 @@ def win_rate(outcomes: Sequence[float]) -> Rate:
 
 def evaluate(config: EvaluateConfig) -> dict:
     """Runs the comparison, writes it to ``config.output_dir`` and returns the figures."""
-    tokenizer = load_tokenizer(config.model)
-    check_same_tokenizer(tokenizer, config.model, config.baseline)
+    device = find_device(config.device)
+    tokenizer = load_tokenizer(config.tokenizer or config.model)
+    check_same_tokenizer(tokenizer, name_of(config.model), config.baseline)
     prompts = load_prompts(config, tokenizer)
-    texts = read_texts(as_list(config.pretraining_data)) if config.pretraining_data else []
+    texts = read_texts(config.pretraining_data) if config.pretraining_data else []
     chunks = tokenize_texts(texts, tokenizer, length=config.pretraining_tokens) if texts else None
     reward_model, judge = load_judge(config, tokenizer)
     output = Path(config.output_dir)
     with describing(f"{output}: cannot be used for output"):
         output.mkdir(parents=True, exist_ok=True)
 
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    models = {name: LanguageModel.load(path).eval().to(device) for name, path in sides(config)}
-    figures: dict = {"model": config.model, "baseline": config.baseline, "judge": config.judge, "seed": config.seed}
+    models = {name: LanguageModel.load(source, device=device).eval() for name, source in sides(config)}
+    figures: dict = {name: described(getattr(config, name)) for name in ("model", "baseline", "judge", "seed")}
     figures["prompts"] = len(prompts)
     records: list[dict[str, Any]] = [{"prompt": example.text} for example in prompts]
     if prompts:
@@ -88,9 +90,10 @@ def evaluate(config: EvaluateConfig) -> dict:
         samples = {}
         for name, model in models.items():
             torch.manual_seed(config.seed)
-            samples[name] = sample_all(model, ids, tokenizer.eos_token_id, config)
+            ends = end_token_ids(getattr(config, name), tokenizer)
+            samples[name] = sample_all(model, ids, ends, config)
             for record, response in zip(records, samples[name], strict=True):
-                record[name] = tokenizer.decode(response, skip_special_tokens=True)
+                record[name] = decode(tokenizer, response, ends)
         figures["kl"] = kl_between(models["model"], models["baseline"], ids, samples["model"], config)
         if reward_model:
             scores = {
@@ -122,7 +125,7 @@ def evaluate(config: EvaluateConfig) -> dict:
     return figures
 
 
-def sides(config: EvaluateConfig) -> list[tuple[str, str]]:
+def sides(config: EvaluateConfig) -> list[tuple[str, Any]]:
     """The two models compared, by the names their figures carry."""
     return [("model", config.model), ("baseline", config.baseline)]
 
@@ -132,34 +135,35 @@ def load_prompts(config: EvaluateConfig | GenerateConfig, tokenizer) -> list[Pro
     if not config.prompts:
         return []
     limits = Limits(**asdict(config.lengths), context_length=context_length(load_config(config.model)))
-    return tokenize_prompts(read_prompts(as_list(config.prompts)), tokenizer, limits)
+    return tokenize_prompts(read_prompts(config.prompts), tokenizer, limits)
 
 
 def load_judge(config: EvaluateConfig, tokenizer) -> tuple[ScalarModel | None, Judge | None]:  # noqa: ANN001
     """The reward model or the Python function that ``config.judge`` names."""
-    if config.judge is None:
+    judge: Any = config.judge
+    named = isinstance(judge, str)
+    if judge is None:
         return None, None
-    module, colon, function = config.judge.partition(":")
-    if colon and not Path(config.judge).exists():
-        try:
-            return None, getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError) as error:
-            raise ConfigError(f"judge: {config.judge!r} names no Python function: {error}") from error
-    check_reward_config(config.judge)
-    check_same_tokenizer(tokenizer, config.model, config.judge)
-    return ScalarModel.load(config.judge).eval(), None
+    if (callable(judge) and not hasattr(judge, "config")) or (named and ":" in judge and not Path(judge).exists()):
+        return None, load_function("judge", judge)
+    check_reward_config(judge)
+    check_same_tokenizer(tokenizer, name_of(config.model), judge)
+    return ScalarModel.load(judge).eval(), None
 
 
-def sample_all(model: LanguageModel, ids: list[list[int]], eos_token_id: int, config) -> list[list[int]]:  # noqa: ANN001
+def sample_all(model: LanguageModel, ids: list[list[int]], ends: frozenset[int], config) -> list[list[int]]:  # noqa: ANN001
     """One completion per prompt, as token ids."""
-    completions = sample(
-        model,
-        ids,
-        eos_token_id=eos_token_id,
-        max_new_tokens=config.lengths.max_response_tokens,
-        temperature=config.temperature,
-        batch_size=config.batch_size,
-    )
+    try:
+        completions = sample(
+            model,
+            ids,
+            end_token_ids=ends,
+            max_new_tokens=config.lengths.max_response_tokens,
+            temperature=config.temperature,
+            batch_size=config.batch_size,
+        )
+    except NotFiniteError as error:
+        raise ModelError(f"{model.name}: {error}; was its training run stopped at a NaN?") from error
     return [completion.tokens for completion in completions]
 
 
@@ -173,11 +177,12 @@ def kl_between(
 ) -> float:
     """Mean over the model's own completions of log π_model − log π_baseline, in nats per completion."""
     difference = 0.0
-    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
-    for part in split(lengths, config.tokens_per_forward):
-        batch = model.lay_out([prompts[i] for i in part], [responses[i] for i in part])
-        logprobs = [m(batch, linear_selective_log_softmax, temperature=config.temperature) for m in (model, baseline)]
-        difference += (logprobs[0] - logprobs[1]).sum().item()
+    lengths = [[len(prompt) + len(response)] for prompt, response in zip(prompts, responses, strict=True)]
+    for sign, each in ((1, model), (-1, baseline)):
+        for part in each.parts(lengths, config.tokens_per_forward):
+            batch = each.lay_out([prompts[i] for i in part], [responses[i] for i in part])
+            logprobs = each(batch, linear_selective_log_softmax, temperature=config.temperature)
+            difference += sign * logprobs.double().sum().item()
     return difference / len(prompts)
 
 
@@ -194,19 +199,17 @@ def pretraining_loss(model: LanguageModel, chunks: torch.Tensor, tokens_per_forw
 
 def generate(config: GenerateConfig) -> Path:
     """Samples ``config.samples`` completions of every prompt, and writes them to ``config.output``."""
-    tokenizer = load_tokenizer(config.model)
+    device = find_device(config.device)
+    tokenizer = load_tokenizer(config.tokenizer or config.model)
     prompts = load_prompts(config, tokenizer)
     output = Path(config.output)
     if output.exists():
         raise ConfigError(f"output: {output} exists; choose another name, or remove it first")
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model = LanguageModel.load(config.model).eval().to(device)
+    model = LanguageModel.load(config.model, device=device).eval()
+    ends = end_token_ids(config.model, tokenizer)
     torch.manual_seed(config.seed)
     repeated = [example.prompt_ids for example in prompts for _ in range(config.samples)]
-    responses = [
-        tokenizer.decode(ids, skip_special_tokens=True)
-        for ids in sample_all(model, repeated, tokenizer.eos_token_id, config)
-    ]
+    responses = [decode(tokenizer, ids, ends) for ids in sample_all(model, repeated, ends, config)]
     temporary = output.with_name(output.name + ".tmp")
     with describing(f"{output}: could not be written"):
         output.parent.mkdir(parents=True, exist_ok=True)

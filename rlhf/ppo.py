@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,22 +23,23 @@ import torch
 from torch import Tensor
 
 from rlhf import report
-from rlhf.batch import split
-from rlhf.config import PPOConfig, as_list, warmup_from_tenth
-from rlhf.data import Limits, read_prompts, read_texts, tokenize_prompts
-from rlhf.models import (
-    LanguageModel,
-    ScalarModel,
+from rlhf.batch import Batch
+from rlhf.config import PPOConfig, warmup_from_tenth
+from rlhf.data import Limits, PromptExample, read_prompts, read_texts, tokenize_prompts
+from rlhf.loading import (
     check_reward_config,
     check_same_tokenizer,
     context_length,
+    end_token_ids,
     load_config,
     load_tokenizer,
-    unwrap,
+    name_of,
 )
-from rlhf.rollout import sample
+from rlhf.models import LanguageModel, ScalarModel, unwrap
+from rlhf.rewards import RewardError, Rewards, load_functions, make_rewards
+from rlhf.rollout import NotFiniteError, sample
 from rlhf.sft import language_model_step, pretraining_examples
-from rlhf.training import Run, accumulate, batch_indices, make_optimizer, mine, optimizer_step, total
+from rlhf.training import Run, RunError, accumulate, batch_indices, make_optimizer, mine, optimizer_step, total
 from rlhf_kernels import linear_ppo_policy_loss, linear_selective_log_softmax, ppo_advantages, ppo_value_loss
 
 logger = logging.getLogger(__name__)
@@ -61,37 +63,39 @@ class Episode:
 
 @dataclass(frozen=True)
 class Actors:
-    """The four models of PPO."""
+    """The models of PPO, and what rewards it."""
 
     policy: LanguageModel
     value: ScalarModel
     reference: LanguageModel
-    reward: ScalarModel
+    rewards: Rewards
 
 
 def train(config: PPOConfig, *, resume: bool = False) -> Path:
-    """Optimises ``config.policy`` against ``config.reward_model`` and returns the directory of the result."""
-    records = read_prompts(as_list(config.prompts))
-    texts = read_texts(as_list(config.pretraining_data)) if config.gamma_ptx else []
-    tokenizer = load_tokenizer(config.policy)
-    check_reward_config(config.reward_model)
-    check_same_tokenizer(tokenizer, config.policy, config.reward_model)
+    """Optimises ``config.policy`` against its rewards and returns the directory of the result."""
+    functions = load_functions(config)
+    records = read_prompts(config.prompts)
+    texts = read_texts(config.pretraining_data) if config.gamma_ptx else []
+    tokenizer = load_tokenizer(config.tokenizer or config.policy)
+    for scalar in (config.reward_model, config.value_model):
+        if scalar is not None:
+            check_reward_config(scalar)
+            check_same_tokenizer(tokenizer, name_of(config.policy), scalar)
     limits = Limits(**asdict(config.lengths), context_length=context_length(load_config(config.policy)))
-    prompts = [example.prompt_ids for example in tokenize_prompts(records, tokenizer, limits)]
+    prompts = tokenize_prompts(records, tokenizer, limits)
     pretraining = pretraining_examples(texts, tokenizer, config.pretraining_tokens) if texts else []
 
     run = Run("ppo", config, resume=resume)
     if run.finished:
         return run.directory / "model"
-    policy = LanguageModel.load(config.policy, attention=config.attention).eval()  # no dropout: ratios start at 1
-    value = ScalarModel.load(config.reward_model, attention=config.attention).eval()
-    reference = (
-        LanguageModel.load(config.policy, attention=config.attention).eval().requires_grad_(False).to(run.device)
-    )
-    reward = (
-        ScalarModel.load(config.reward_model, attention=config.attention).eval().requires_grad_(False).to(run.device)
-    )
-    average = copy.deepcopy(policy).requires_grad_(False).to(run.device)
+    options: Any = {"attention": config.attention, "device": run.device}
+    policy = LanguageModel.load(config.policy, **options).eval()  # no dropout: ratios start at 1
+    reference, average = frozen_copy(policy), frozen_copy(policy)
+    reward_model = ScalarModel.load(config.reward_model, **options).eval() if config.reward_model else None
+    # Without a reward model to start from, the value model is the policy's backbone under a head of zeros.
+    value = ScalarModel.load(config.value_model or config.reward_model or config.policy, **options).eval()
+    ends = end_token_ids(config.policy, tokenizer)
+    rewards = make_rewards(config, reward_model and reward_model.requires_grad_(False), functions, tokenizer, ends)
     policy, value, policy_optimizer, value_optimizer = run.prepare(
         policy,
         value,
@@ -99,12 +103,12 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
         make_optimizer(value, config.value_adam),
         extra={"average": average},
     )
-    actors = Actors(policy, value, reference, reward)
+    actors = Actors(policy, value, reference, rewards)
 
     iterations = config.episodes // config.batch_size
     for iteration in run.steps(iterations, unit="iterations"):
         chosen = batch_indices(len(prompts), config.batch_size, iteration, seed=config.seed)
-        episodes, metrics = collect(run, actors, [prompts[i] for i in mine(run, chosen)], tokenizer.eos_token_id)
+        episodes, metrics = collect(run, actors, [prompts[i] for i in mine(run, chosen)])
         factor = warmup_from_tenth(iteration, config.warmup_iterations)
 
         minibatches = config.batch_size // config.minibatch_size * config.inner_epochs
@@ -127,10 +131,12 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
                 stats["pretraining_loss"] = language_model_step(
                     run, policy, mine(run, [pretraining[i] for i in chunks]), weight=config.gamma_ptx
                 )
+            run.require_finite(**{name: stats[name] for name in ("policy_loss", "pretraining_loss") if name in stats})
             stats["gradient_norm"] = optimizer_step(run, policy, policy_optimizer, config.adam, factor)
             update_average(average, run.accelerator.unwrap_model(policy), config.ema_decay)
 
             stats["value_loss"] = value_step(run, value, minibatch)
+            run.require_finite(value_loss=stats["value_loss"])
             optimizer_step(run, value, value_optimizer, config.value_adam, factor)
             for name in stats.keys() - {"ratio_max_deviation"}:
                 metrics[name] = metrics.get(name, 0.0) + stats[name] / minibatches
@@ -156,44 +162,65 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
         }
     curves = [["reward"], ["kl"], ["entropy"], ["value_loss"], ["response_tokens"], ["pretraining_loss"]]
     report.write(run, "PPO-ptx" if config.gamma_ptx else "PPO", rows, curves)
+    run.save_model(run.accelerator.unwrap_model(value), tokenizer, "value")
     path = run.save_model(average, tokenizer)
     run.close()
     return path
 
 
 @torch.no_grad()
-def collect(
-    run: Run, actors: Actors, prompts: list[list[int]], eos_token_id: int
-) -> tuple[list[Episode], dict[str, float]]:
+def collect(run: Run, actors: Actors, examples: list[PromptExample]) -> tuple[list[Episode], dict[str, float]]:
     """Samples a completion for every prompt and works out its rewards and advantages. Each model runs once."""
     config: PPOConfig = run.config
-    with run.accelerator.autocast():
-        completions = sample(
-            actors.policy,
-            prompts,
-            eos_token_id=eos_token_id,
-            max_new_tokens=config.lengths.max_response_tokens,
-            temperature=config.temperature,
-            batch_size=config.rollout_batch_size,
-        )
-    responses = [completion.tokens for completion in completions]
-    ref_logprobs, values, scores = [], [], []
-    for part in split(token_counts(prompts, responses), config.tokens_per_forward):
-        batch = actors.reference.lay_out([prompts[i] for i in part], [responses[i] for i in part])
+    prompts = [example.prompt_ids for example in examples]
+    ends = actors.rewards.end_token_ids
+    try:
         with run.accelerator.autocast():
-            ref_logprobs.append(actors.reference(batch, linear_selective_log_softmax, temperature=config.temperature))
-            values.append(actors.value(batch, batch.before))
-            scores.append(actors.reward(batch, batch.last))
+            completions = sample(
+                actors.policy,
+                prompts,
+                end_token_ids=ends,
+                max_new_tokens=config.lengths.max_response_tokens,
+                temperature=config.temperature,
+                batch_size=config.rollout_batch_size,
+            )
+    except NotFiniteError:
+        run.require_finite(logit_of_the_policy=float("nan"))
+    responses = [completion.tokens for completion in completions]
+
+    def each(model: Any, read: Callable[[Batch], Tensor]) -> Tensor:
+        """What ``read`` gives of every batch that the completions are laid out in for ``model``."""
+        found = []
+        for part in unwrap(model).parts(token_counts(prompts, responses), config.tokens_per_forward):
+            batch = unwrap(model).lay_out([prompts[i] for i in part], [responses[i] for i in part])
+            with run.accelerator.autocast():
+                found.append(read(batch))
+        return torch.cat(found)
+
+    reference, value_model, reward_model = actors.reference, actors.value, actors.rewards.model
+    ref_logprobs = each(
+        reference, lambda batch: reference(batch, linear_selective_log_softmax, temperature=config.temperature)
+    )
+    value = each(value_model, lambda batch: value_model(batch, batch.before))
+    scores = each(reward_model, lambda batch: reward_model(batch, batch.last)) if reward_model else None
+    ended = [response[-1] in ends for response in responses]
+    try:
+        score = actors.rewards.total(scores, examples, responses).to(run.device)
+    except RewardError as error:
+        raise RunError(f"step {run.step}: {error}") from error
+    score = score - config.missing_eos_penalty * ~torch.tensor(ended, device=run.device)
+    run.require_finite(
+        log_probability_of_the_reference=ref_logprobs.sum().item(), value_of_the_value_model=value.sum().item()
+    )
 
     # One flat entry per response token, completion after completion; cu_seqlens says where each begins.
     lengths = torch.tensor([len(response) for response in responses])
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(run.device)
     logprobs = torch.cat([completion.logprobs for completion in completions]).to(run.device)
-    score, value = torch.cat(scores), torch.cat(values)
     advantages, returns, _, kl = ppo_advantages(
         score,
         logprobs,
-        torch.cat(ref_logprobs),
+        ref_logprobs,
         value,
         None,
         beta=config.kl_coefficient,
@@ -207,8 +234,12 @@ def collect(
     episodes = [Episode(*parts) for parts in zip(prompts, responses, *per_token, strict=True)]
 
     count = total(run, len(prompts))
-    ended = sum(response[-1] == eos_token_id for response in responses)
-    sums: dict[str, Any] = {"reward": score.sum(), "kl": kl.sum(), "response_tokens": lengths.sum(), "ended": ended}
+    sums: dict[str, Any] = {
+        "reward": score.sum(),
+        "kl": kl.sum(),
+        "response_tokens": lengths.sum(),
+        "ended": sum(ended),
+    }
     return episodes, {name: (total(run, value) / count).item() for name, value in sums.items()}
 
 
@@ -218,7 +249,7 @@ def policy_step(run: Run, policy: LanguageModel, episodes: list[Episode]) -> dic
     tokens = total(run, sum(len(episode.response) for episode in episodes)).item()
     sums: dict[str, float] = {}
     deviation = 0.0
-    for part in accumulate(run, policy, forward_parts(run, episodes)):
+    for part in accumulate(run, policy, forward_parts(run, policy, episodes)):
         batch = unwrap(policy).lay_out([e.prompt for e in part], [e.response for e in part])
         with run.accelerator.autocast():
             loss, stats = policy(
@@ -244,7 +275,7 @@ def value_step(run: Run, value_model: ScalarModel, episodes: list[Episode]) -> f
     config: PPOConfig = run.config
     tokens = total(run, sum(len(episode.response) for episode in episodes)).item()
     loss_sum = 0.0
-    for part in accumulate(run, value_model, forward_parts(run, episodes)):
+    for part in accumulate(run, value_model, forward_parts(run, value_model, episodes)):
         batch = unwrap(value_model).lay_out([e.prompt for e in part], [e.response for e in part])
         with run.accelerator.autocast():
             values = value_model(batch, batch.before)
@@ -273,18 +304,23 @@ def check_ratio(iteration: int, deviation: float, mixed_precision: str) -> None:
         )
 
 
+def frozen_copy(policy: LanguageModel) -> LanguageModel:
+    """The policy as it is now, out of the optimizer's reach."""
+    return copy.deepcopy(policy).requires_grad_(False)
+
+
 @torch.no_grad()
 def update_average(average: LanguageModel, policy: LanguageModel, decay: float) -> None:
     """Average ← decay · average + (1 − decay) · policy."""
     torch._foreach_lerp_(list(average.parameters()), list(policy.parameters()), 1 - decay)
 
 
-def token_counts(prompts: list[list[int]], responses: list[list[int]]) -> list[int]:
+def token_counts(prompts: list[list[int]], responses: list[list[int]]) -> list[list[int]]:
     """Tokens of each prompt and response together."""
-    return [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+    return [[len(prompt) + len(response)] for prompt, response in zip(prompts, responses, strict=True)]
 
 
-def forward_parts(run: Run, episodes: list[Episode]) -> list[list[Episode]]:
-    """The episodes in groups of ``tokens_per_forward``."""
-    lengths = token_counts([e.prompt for e in episodes], [e.response for e in episodes])
-    return [[episodes[i] for i in part] for part in split(lengths, run.config.tokens_per_forward)]
+def forward_parts(run: Run, model: Any, episodes: list[Episode]) -> list[list[Episode]]:
+    """The episodes in parts of ``tokens_per_forward``."""
+    counts = token_counts([e.prompt for e in episodes], [e.response for e in episodes])
+    return [[episodes[i] for i in part] for part in unwrap(model).parts(counts, run.config.tokens_per_forward)]

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor
 
 from rlhf import report
-from rlhf.batch import split
-from rlhf.config import RewardConfig, as_list, cosine_to_tenth
+from rlhf.config import RewardConfig, cosine_to_tenth
 from rlhf.data import (
     Limits,
     RankedExample,
@@ -30,7 +29,8 @@ from rlhf.data import (
     tokenize_comparisons,
     tokenize_demonstrations,
 )
-from rlhf.models import ScalarModel, context_length, load_config, load_tokenizer, unwrap
+from rlhf.loading import context_length, load_config, load_tokenizer
+from rlhf.models import ScalarModel, unwrap
 from rlhf.training import (
     Run,
     accumulate,
@@ -46,9 +46,9 @@ from rlhf_kernels import pairwise_ranking_loss
 
 def train(config: RewardConfig, *, resume: bool = False) -> Path:
     """Trains a reward model on ``config.data`` and returns the directory of the result."""
-    records = read_comparisons(as_list(config.data))
-    demonstration_records = read_demonstrations(as_list(config.demonstrations)) if config.demonstrations else []
-    tokenizer = load_tokenizer(config.model)
+    records = read_comparisons(config.data)
+    demonstration_records = read_demonstrations(config.demonstrations) if config.demonstrations else []
+    tokenizer = load_tokenizer(config.tokenizer or config.model)
     limits = Limits(**asdict(config.lengths), context_length=context_length(load_config(config.model)))
     comparisons = tokenize_comparisons(records, tokenizer, limits)
     demonstrations = tokenize_demonstrations(demonstration_records, tokenizer, limits) if demonstration_records else []
@@ -57,7 +57,7 @@ def train(config: RewardConfig, *, resume: bool = False) -> Path:
     run = Run("reward", config, resume=resume)
     if run.finished:
         return run.directory / "model"
-    model = ScalarModel.load(config.model, attention=config.attention)
+    model = ScalarModel.load(config.model, attention=config.attention, device=run.device)
     model.eval()  # no dropout: the paper names it for SFT alone
     model, optimizer = run.prepare(model, make_optimizer(model, config.adam))
 
@@ -67,6 +67,7 @@ def train(config: RewardConfig, *, resume: bool = False) -> Path:
         batch = [comparisons[training[i]] for i in indices]
         factor = cosine_to_tenth(step, steps)
         loss, accuracy = ranking_step(run, model, mine(run, batch), prompts=len(batch))
+        run.require_finite(loss=loss)
         norm = optimizer_step(run, model, optimizer, config.adam, factor)
         metrics = {"loss": loss, "accuracy": accuracy, "pairs": sum(map(pair_count, batch))}
         metrics |= {"learning_rate": config.adam.learning_rate * factor, "gradient_norm": norm}
@@ -86,6 +87,7 @@ def train(config: RewardConfig, *, resume: bool = False) -> Path:
     if demonstrations:
         prompts = [example.prompt_ids for example in demonstrations]
         scores = score(reward_model, prompts, [e.completion_ids for e in demonstrations], config.tokens_per_forward)
+        run.require_finite(score_of_the_demonstrations=scores.mean().item())
         reward_model.bias -= scores.mean().item()
         rows["bias, for demonstrations to score 0"] = reward_model.bias
     report.write(run, "Reward model", rows, curves=[["loss"], ["accuracy"], ["learning_rate"]])
@@ -97,7 +99,7 @@ def train(config: RewardConfig, *, resume: bool = False) -> Path:
 def ranking_step(run: Run, model: ScalarModel, comparisons: list[RankedExample], prompts: int) -> tuple[float, float]:
     """Accumulates the gradient of the mean loss over a batch of ``prompts``. Returns that loss and the accuracy."""
     loss_sum = accuracy_sum = 0.0
-    for part in accumulate(run, model, forward_parts(comparisons, run.config.tokens_per_forward)):
+    for part in accumulate(run, model, forward_parts(model, comparisons, run.config.tokens_per_forward)):
         with run.accelerator.autocast():
             scores = forward_scores(model, *flatten(part))
         loss, accuracy = pairwise_ranking_loss(scores, **rank_arguments(part, scores.device))
@@ -118,11 +120,11 @@ def ranking_accuracy(model: ScalarModel, comparisons: list[RankedExample], token
 @torch.no_grad()
 def score(model: ScalarModel, prompts: list, responses: list, tokens_per_forward: int) -> Tensor:
     """(S,) rewards of prompt-response pairs, given as token ids: one forward pass for each."""
-    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+    lengths = [[len(prompt) + len(response)] for prompt, response in zip(prompts, responses, strict=True)]
     return torch.cat(
         [
             forward_scores(model, [prompts[i] for i in part], [responses[i] for i in part])
-            for part in split(lengths, tokens_per_forward)
+            for part in unwrap(model).parts(lengths, tokens_per_forward)
         ]
     )
 
@@ -151,10 +153,7 @@ def pair_count(example: RankedExample) -> int:
     return sum(a < b for a in example.ranks for b in example.ranks)
 
 
-def forward_parts(comparisons: list[RankedExample], tokens: int) -> list[list[RankedExample]]:
-    """The prompts in groups of ``tokens``, never splitting the completions of one."""
-    lengths = [
-        sum(len(example.prompt_ids) + len(completion) for completion in example.completion_ids)
-        for example in comparisons
-    ]
-    return [[comparisons[i] for i in part] for part in split(lengths, tokens)]
+def forward_parts(model: ScalarModel, comparisons: list[RankedExample], tokens: int) -> list[list[RankedExample]]:
+    """The prompts in parts of ``tokens``, never splitting the completions of one."""
+    lengths = [[len(example.prompt_ids) + len(c) for c in example.completion_ids] for example in comparisons]
+    return [[comparisons[i] for i in part] for part in unwrap(model).parts(lengths, tokens)]

@@ -18,8 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf import report
-from rlhf.batch import split
-from rlhf.config import SFTConfig, as_list, cosine_to_tenth
+from rlhf.config import SFTConfig, cosine_to_tenth
 from rlhf.data import (
     Example,
     Limits,
@@ -28,7 +27,8 @@ from rlhf.data import (
     tokenize_demonstrations,
     tokenize_texts,
 )
-from rlhf.models import LanguageModel, context_length, load_config, load_tokenizer, unwrap
+from rlhf.loading import context_length, load_config, load_tokenizer
+from rlhf.models import LanguageModel, unwrap
 from rlhf.training import (
     Run,
     accumulate,
@@ -45,9 +45,9 @@ from rlhf_kernels import linear_cross_entropy
 def train(config: SFTConfig, *, resume: bool = False) -> Path:
     """Fine-tunes ``config.model`` on ``config.data`` and returns the directory of the result."""
     # Everything that can be wrong with the data is found before any weights are read.
-    demonstrations = read_demonstrations(as_list(config.data))
-    texts = read_texts(as_list(config.pretraining_data)) if config.pretraining_fraction else []
-    tokenizer = load_tokenizer(config.model)
+    demonstrations = read_demonstrations(config.data)
+    texts = read_texts(config.pretraining_data) if config.pretraining_fraction else []
+    tokenizer = load_tokenizer(config.tokenizer or config.model)
     limits = Limits(**asdict(config.lengths), context_length=context_length(load_config(config.model)))
     examples = tokenize_demonstrations(demonstrations, tokenizer, limits)
     training, held_out = hold_out(len(examples), config.held_out_fraction, config.seed)
@@ -57,7 +57,9 @@ def train(config: SFTConfig, *, resume: bool = False) -> Path:
     if run.finished:
         return run.directory / "model"
     torch.manual_seed(config.seed)
-    model = LanguageModel.load(config.model, residual_dropout=config.residual_dropout, attention=config.attention)
+    model = LanguageModel.load(
+        config.model, residual_dropout=config.residual_dropout, attention=config.attention, device=run.device
+    )
     model, optimizer = run.prepare(model, make_optimizer(model, config.adam))
     validation = [examples[i] for i in held_out]
 
@@ -75,6 +77,7 @@ def train(config: SFTConfig, *, resume: bool = False) -> Path:
         before = {"held_out_loss_before": mean_loss(run, model, validation)} if validation and step == 0 else {}
         model.train()
         loss = language_model_step(run, model, mine(run, batch))
+        run.require_finite(loss=loss)
         norm = optimizer_step(run, model, optimizer, config.adam, factor)
         metrics = before | {"loss": loss, "learning_rate": config.adam.learning_rate * factor, "gradient_norm": norm}
         epoch_done = (step + 1) * demonstration_size // len(training) > step * demonstration_size // len(training)
@@ -105,7 +108,7 @@ def language_model_step(run: Run, model: LanguageModel, examples: list[Example],
     """Accumulates the gradient of ``weight`` times the mean loss per completion token. Returns the mean itself."""
     tokens = total(run, sum(len(example.completion_ids) for example in examples)).item()
     loss_sum = 0.0
-    for part in accumulate(run, model, forward_parts(run, examples)):
+    for part in accumulate(run, model, forward_parts(run, model, examples)):
         loss = token_loss(run, model, part)
         # DDP averages gradients over processes; the mean here is over the tokens of all of them.
         run.accelerator.backward(loss * (weight * run.accelerator.num_processes / tokens))
@@ -118,7 +121,7 @@ def mean_loss(run: Run, model: LanguageModel, examples: list[Example]) -> float:
     """Mean negative log-likelihood per completion token, in nats."""
     was_training = model.training
     model.eval()
-    losses = [token_loss(run, model, part).item() for part in forward_parts(run, examples)]
+    losses = [token_loss(run, model, part).item() for part in forward_parts(run, model, examples)]
     model.train(was_training)
     return sum(losses) / sum(len(example.completion_ids) for example in examples)
 
@@ -130,7 +133,7 @@ def token_loss(run: Run, model: LanguageModel, examples: list[Example]) -> torch
         return model(batch, linear_cross_entropy, reduction="sum")
 
 
-def forward_parts(run: Run, examples: list[Example]) -> list[list[Example]]:
-    """The examples in groups of ``tokens_per_forward``."""
-    lengths = [len(example.prompt_ids) + len(example.completion_ids) for example in examples]
-    return [[examples[i] for i in part] for part in split(lengths, run.config.tokens_per_forward)]
+def forward_parts(run: Run, model: LanguageModel, examples: list[Example]) -> list[list[Example]]:
+    """The examples in parts of ``tokens_per_forward``."""
+    lengths = [[len(example.prompt_ids) + len(example.completion_ids)] for example in examples]
+    return [[examples[i] for i in part] for part in unwrap(model).parts(lengths, run.config.tokens_per_forward)]

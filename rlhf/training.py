@@ -19,10 +19,10 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +30,25 @@ import accelerate
 import torch
 import transformers
 import yaml
+from accelerate.state import AcceleratorState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.config import Adam, ConfigError, RunConfig, flatten
-from rlhf.models import Backbone, first_line
+from rlhf.config import Adam, RunConfig
+from rlhf.loading import first_line
+from rlhf.models import Backbone
+from rlhf.settings import ConfigError, as_plain, flatten
 
 logger = logging.getLogger(__name__)
 console = Console(stderr=True)
 
-# May differ between a run and its resumption: they change where or how often, never what is computed.
+# May differ between a run and its resumption: they change where or how often, never what is computed ...
 FREE_ON_RESUME = {"output_dir", "checkpoint_every", "device"}
+# ... but for the learning rates, which someone whose run diverged has to change.
+LEARNING_RATES = {"adam.learning_rate", "value_adam.learning_rate"}
 
 
 class RunError(RuntimeError):
@@ -56,37 +61,44 @@ class Run:
     def __init__(self, stage: str, config: RunConfig, *, resume: bool = False):
         self.stage = stage
         self.config: Any = config  # of the stage's own class, for its functions
+        self.settings = {"stage": stage, **as_plain(config)}
         self.directory = Path(config.output_dir)
-        self.accelerator = accelerate.Accelerator(
-            mixed_precision=config.mixed_precision, cpu=config.device == "cpu", step_scheduler_with_optimizer=False
-        )
-        self.checkpoint = latest_checkpoint(self.directory) if resume else None
+        self.step = 0
+        self.accelerator = make_accelerator(config)
         if self.is_main:
             with describing(f"{self.directory}: cannot be used for output"):
-                self._open_directory(resume)
+                self._check_directory(resume)
         self.accelerator.wait_for_everyone()
+        self.checkpoint = latest_checkpoint(self.directory) if resume else None
 
-    def _open_directory(self, resume: bool) -> None:
-        """Makes the directory, or checks that the run in it is this one."""
-        settings = {"stage": self.stage, **flatten(self.config)}
+    def _check_directory(self, resume: bool) -> None:
+        """The directory is new, or the run in it is this one. Nothing is written before the models are loaded."""
         config_file = self.directory / "config.yaml"
-        if config_file.exists():
-            if not resume:
+        if not holds_run(self.directory):
+            if resume:
+                logger.info("%s: holds no run to resume, so this one starts at the beginning", self.directory)
+            return
+        if not resume:
+            raise RunError(f"{self.directory}: holds a run already; go on with --resume, or choose another output_dir")
+        before = flatten(yaml.safe_load(config_file.read_text()))
+        for name, value in flatten(self.settings).items():
+            if name in FREE_ON_RESUME or value == before.get(name):
+                continue
+            if name not in LEARNING_RATES:
                 raise RunError(
-                    f"{self.directory}: holds a run already; go on with --resume, or choose another output_dir"
+                    f"{self.directory}: {name} was {before.get(name)!r} and is now {value!r}; "
+                    "a resumed run must keep its settings"
                 )
-            stored = yaml.safe_load(config_file.read_text())
-            before = {"stage": stored.pop("stage", None), **flatten_mapping(stored)}
-            for name in settings:
-                if name not in FREE_ON_RESUME and settings[name] != before.get(name):
-                    raise RunError(
-                        f"{self.directory}: {name} was {before.get(name)!r} and is now {settings[name]!r}; "
-                        "a resumed run must keep its settings"
-                    )
+            logger.info("%s was %g and is %g from here on", name, before[name], value)
+        if self.finished:
+            console.print(f"{self.stage}: is finished already: [bold]{self.directory / 'model'}[/]")
+
+    def _open_directory(self) -> None:
+        """Makes the directory, with the settings in it, and clears away what a kill left half written."""
         self.directory.mkdir(parents=True, exist_ok=True)
         for leftover in self.directory.glob("*.tmp"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        write_whole(config_file, yaml.safe_dump({"stage": self.stage, **asdict(self.config)}, sort_keys=False))
+        write_whole(self.directory / "config.yaml", yaml.safe_dump(self.settings, sort_keys=False))
 
     @property
     def device(self) -> torch.device:
@@ -108,6 +120,9 @@ class Run:
 
         ``extra`` maps names to further objects with ``state_dict`` and ``load_state_dict``.
         """
+        if self.is_main:
+            with describing(f"{self.directory}: cannot be used for output"):
+                self._open_directory()
         prepared = [self.accelerator.prepare(item) for item in models_and_optimizers]
         if extra:
             self.accelerator.register_for_checkpointing(*extra.values())
@@ -150,9 +165,11 @@ class Run:
         ) as progress:
             self._bar = progress, progress.add_task(self.stage, total=total, completed=self.first_step, metrics="")
             for step in range(self.first_step, total):
+                self.step = step
                 self.seed_step(step)
                 yield step
                 progress.advance(self._bar[1])
+                self._remove_older_checkpoints()
                 if (step + 1) % self.config.checkpoint_every == 0 and step + 1 < total:
                     self.save_checkpoint(step + 1)
 
@@ -177,8 +194,8 @@ class Run:
         progress.update(task, metrics="  ".join(f"{name} {metrics[name]:.3g}" for name in show if name in metrics))
 
     def save_checkpoint(self, step: int) -> None:
-        """Writes ``checkpoint-<step>`` whole, then removes those before it."""
-        target = self.directory / f"checkpoint-{step:06d}"
+        """Writes ``checkpoint-<step>`` whole. Those before it go when the next step has shown that it is sound."""
+        target = self.directory / checkpoint_name(step)
         temporary = target.with_suffix(".tmp")
         previous = latest_checkpoint(self.directory)
         safe = (
@@ -187,12 +204,39 @@ class Run:
         with describing(f"{target}: could not be written; {safe}; free some space and go on with --resume", temporary):
             self.accelerator.save_state(str(temporary))
             self._publish(temporary, target)
+
+    def _remove_older_checkpoints(self) -> None:
+        """Leaves the newest one."""
         if self.is_main:
-            for older in set(self.directory.glob("checkpoint-*")) - {target}:
+            for older in checkpoints(self.directory)[:-1]:
                 shutil.rmtree(older)
+
+    def require_finite(self, **quantities: float) -> None:
+        """Stops a run that has gone bad: from a NaN on, every step only spreads it.
+
+        Raises:
+            RunError: names the quantity, the last good checkpoint and what to try.
+        """
+        bad = [(name.replace("_", " "), value) for name, value in quantities.items() if not math.isfinite(value)]
+        if not bad:
+            return
+        found = checkpoints(self.directory)
+        # A checkpoint whose very next step fails is no good one: its weights may be huge, and finite.
+        if len(found) > 1 and found[-1].name == checkpoint_name(self.step):
+            if self.is_main:
+                shutil.rmtree(found[-1])
+            found.pop()
+        safe = f"{found[-1].name} is intact" if found else "there is no checkpoint yet"
+        again = "go on from there" if found else "start again"
+        rates = " or ".join(f"--{name}" for name in flatten(self.settings) if name in LEARNING_RATES)
+        raise RunError(
+            f"step {self.step}: the {bad[0][0]} is {bad[0][1]}; {safe}. With a lower {rates}, "
+            f"--resume {self.directory} would {again}"
+        )
 
     def save_model(self, model: Backbone, tokenizer: PreTrainedTokenizerBase, name: str = "model") -> Path:
         """Writes a model under ``name``, whole or not at all, and returns where."""
+        self.require_finite(trained_weights=float(sum(p.detach().abs().sum() for p in model.parameters())))
         target = self.directory / name
         temporary = target.with_name(target.name + ".tmp")
         with describing(
@@ -263,10 +307,25 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
+def checkpoint_name(step: int) -> str:
+    """The directory of the checkpoint from which ``step`` goes on."""
+    return f"checkpoint-{step:06d}"
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """The complete checkpoints in a run's directory, oldest first."""
+    return sorted(path for path in directory.glob("checkpoint-*") if path.suffix != ".tmp")
+
+
 def latest_checkpoint(directory: Path) -> Path | None:
     """The newest complete checkpoint in a run's directory."""
-    found = sorted(path for path in directory.glob("checkpoint-*") if path.suffix != ".tmp")
+    found = checkpoints(directory)
     return found[-1] if found else None
+
+
+def holds_run(directory: Path) -> bool:
+    """Whether a run was begun there, finished or not."""
+    return (directory / "config.yaml").exists()
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
@@ -278,12 +337,45 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
             return
 
 
-def flatten_mapping(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """:func:`rlhf.config.flatten` for a stored config."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= flatten_mapping(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+def make_accelerator(config: RunConfig) -> accelerate.Accelerator:
+    """Devices, processes and precision, as the launcher and the settings have them.
+
+    Raises:
+        ConfigError: a device that is not there, or a precision that it does not have.
+    """
+    device = find_device(config.device)
+    if config.mixed_precision == "fp16" and device.type == "cpu":
+        raise ConfigError("mixed_precision: is 'fp16', which CPUs have not; bf16 runs on them")
+    # accelerate keeps devices and precision for the whole process; a second run in it may have others.
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
+    accelerator = accelerate.Accelerator(
+        mixed_precision=config.mixed_precision, cpu=device.type == "cpu", step_scheduler_with_optimizer=False
+    )
+    if config.device and device.index not in (None, accelerator.device.index):
+        raise ConfigError(
+            f"device: is {config.device!r}, but this process runs on {accelerator.device}; "
+            "CUDA_VISIBLE_DEVICES chooses the GPUs"
+        )
+    return accelerator
+
+
+def find_device(name: Any) -> torch.device:
+    """The device of a setting, or the best there is.
+
+    Raises:
+        ConfigError: torch knows no such device, or sees none here.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device: is {name!r}, must be cpu, cuda or another device of torch") from error
+    module: Any = getattr(torch, device.type, None)
+    count = module.device_count() if device.type != "cpu" and hasattr(module, "device_count") else 0
+    if device.type != "cpu" and (device.index or 0) >= count:
+        raise ConfigError(f"device: is {name!r}, but torch {torch.__version__} sees {count} devices of that type here")
+    return device
 
 
 def make_optimizer(model: nn.Module, adam: Adam) -> torch.optim.Optimizer:
@@ -298,6 +390,10 @@ def optimizer_step(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer,
     for group in optimizer.param_groups:
         group["lr"] = adam.learning_rate * factor
     norm = run.accelerator.clip_grad_norm_(model.parameters(), adam.max_grad_norm)
+    scaler = run.accelerator.scaler
+    # In fp16 the scale is found by trying: a step whose gradients overflow is left out, and the scale is halved.
+    if scaler is None or scaler.get_scale() < 1:
+        run.require_finite(gradient_norm=float(norm))
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return float(norm)

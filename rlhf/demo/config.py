@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf.config import check
+from rlhf.settings import Settings, check
 
 
 @dataclass
-class DemoConfig:
+class DemoConfig(Settings):
     """The paper's experiment in miniature, in a generated world, on two CPU cores; nothing is downloaded."""
 
     output_dir: str = "runs/demo"
@@ -35,6 +35,7 @@ class DemoConfig:
     """Prompts of the win rates; no stage has seen them."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, value in vars(self).items():
             if name not in ("output_dir", "seed"):
                 check(value > 0, name, value, "at least 1")

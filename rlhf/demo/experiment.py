@@ -36,9 +36,10 @@ from rlhf.demo.labellers import Labeller, agreement, gold_utility, hire
 from rlhf.demo.pretrain import CHUNK, CONTEXT, Size, make_tokenizer, pretrain
 from rlhf.demo.world import STOP_WORD, Instruction, World, answer_page
 from rlhf.evaluate import pretraining_loss, win_rate
-from rlhf.models import LanguageModel, ScalarModel, load_tokenizer
+from rlhf.loading import load_tokenizer
+from rlhf.models import LanguageModel, ScalarModel
 from rlhf.rollout import sample
-from rlhf.training import RunError, console, read_metrics, write_whole
+from rlhf.training import RunError, console, holds_run, read_metrics, write_whole
 
 LENGTHS = LengthConfig(max_prompt_tokens=32, max_response_tokens=40)
 SHOTS = 2
@@ -79,11 +80,9 @@ def run(config: DemoConfig, *, resume: bool = False) -> dict:
     )  # fmt: skip
     # One core each: the models that are aligned are too small to keep two busy, so the large base has the other.
     torch.set_num_threads(1)
-    large = Background(
-        pretrain, output / "large_base", tokenizer, data.documents, large_size, seed=config.seed, resume=True
-    )
+    large = Background(pretrain, output / "large_base", tokenizer, data.documents, large_size, seed=config.seed)
     with clock.timing("base"):
-        small = pretrain(output / "base", tokenizer, data.documents, small_size, seed=config.seed, resume=True)
+        small = pretrain(output / "base", tokenizer, data.documents, small_size, seed=config.seed)
     with clock.timing("sft"):
         sft_model = train_sft(config, small)
     with clock.timing("rankings"):
@@ -185,7 +184,7 @@ def train_sft(config: DemoConfig, base: Path) -> Path:
             adam=Adam(learning_rate=1e-3),
             lengths=LENGTHS,
         ),
-        resume=True,
+        resume=holds_run(output / "sft"),
     )
 
 
@@ -226,7 +225,7 @@ def train_reward(config: DemoConfig, sft_model: Path) -> Path:
             adam=Adam(learning_rate=2e-3),
             lengths=LENGTHS,
         ),
-        resume=True,
+        resume=holds_run(output / "reward"),
     )
 
 
@@ -250,7 +249,7 @@ def train_ppo(config: DemoConfig, name: str, sft_model: Path, reward_model: Path
             lengths=LENGTHS,
             **options,
         ),
-        resume=True,
+        resume=holds_run(output / name),
     )
 
 
@@ -261,7 +260,7 @@ def sample_texts(path: Path, prompts: list[str], seed: str) -> list[str]:
     completions = sample(
         model,
         tokenizer(prompts).input_ids,
-        eos_token_id=tokenizer.eos_token_id,
+        end_token_ids={tokenizer.eos_token_id},
         max_new_tokens=LENGTHS.max_response_tokens,
     )
     return tokenizer.batch_decode([completion.tokens for completion in completions], skip_special_tokens=True)

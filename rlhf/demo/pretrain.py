@@ -15,7 +15,7 @@ from rlhf import report
 from rlhf.config import Adam, RunConfig, cosine_to_tenth
 from rlhf.models import LanguageModel
 from rlhf.sft import language_model_step, pretraining_examples
-from rlhf.training import Run, batch_indices, make_optimizer, optimizer_step
+from rlhf.training import Run, batch_indices, holds_run, make_optimizer, optimizer_step
 
 CONTEXT = 256
 CHUNK = 128
@@ -51,11 +51,10 @@ def pretrain(
     size: Size,
     *,
     seed: int,
-    resume: bool,
 ) -> Path:
     """Trains a GPT-2 of the given size on the documents and returns the directory of the result."""
     settings = RunConfig(str(output_dir), seed=seed, checkpoint_every=200, mixed_precision=size.mixed_precision)
-    run = Run("pretrain", settings, resume=resume)
+    run = Run("pretrain", settings, resume=holds_run(output_dir))
     if run.finished:
         return run.directory / "model"
     torch.manual_seed(seed)

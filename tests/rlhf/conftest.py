@@ -13,7 +13,8 @@ import torch
 from rlhf import cli
 from rlhf.config import Adam, LengthConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf.demo.pretrain import make_tokenizer
-from rlhf.models import LanguageModel, ScalarModel, load_tokenizer
+from rlhf.loading import load_tokenizer
+from rlhf.models import LanguageModel, ScalarModel
 from rlhf.training import Run
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -96,8 +97,8 @@ def lm(base):
 def sft_config(tmp_path, base, data):
     def make(name="sft", **options):
         defaults = {"epochs": 3, "batch_size": 8, "adam": Adam(3e-3), "pretraining_tokens": 16, "device": "cpu"}
-        settings = defaults | options
-        return SFTConfig(output_dir=str(tmp_path / name), model=base, data=data.demonstrations, **settings)
+        settings = {"model": base, "data": data.demonstrations} | defaults | options
+        return SFTConfig(output_dir=str(tmp_path / name), **settings)
 
     return make
 
@@ -129,7 +130,7 @@ def ppo_config(tmp_path, base, reward_model, data):
             "pretraining_per_episode": 2,
             "device": "cpu",
         }
-        return PPOConfig(output_dir=str(tmp_path / name), prompts=data.prompts, **settings | options)
+        return PPOConfig(output_dir=str(tmp_path / name), **{"prompts": data.prompts} | settings | options)
 
     return make
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import yaml
 from tools import WORDS, metrics, only_line, start, write_jsonl
 
@@ -472,3 +473,148 @@ def test_module_and_exit_status(tmp_path):
     assert process.returncode == 2
     assert out == ""
     assert only_line(error) == "rlhf sft: error: epochs: is 0, must be at least 1"
+
+
+# Going on, starting from a run, and habits of other trainers -------------------------------------------------------
+
+
+@pytest.fixture
+def stopped(rlhf, base, data, tmp_path, monkeypatch):
+    """A run of SFT that an interrupt ended after its fifth step, and one that nothing ended."""
+    from rlhf import sft
+
+    command = ["sft", "--model", base, "--data", data.demonstrations, "--epochs", 2, "--batch_size", 8]
+    command += ["--checkpoint_every", 2, "--device", "cpu", "--adam.learning_rate", 2e-3]
+    assert rlhf(*command, "--output_dir", tmp_path / "whole")[0] == 0
+    step = sft.optimizer_step
+
+    def interrupted(run, *arguments):
+        if run.step == 5:
+            raise KeyboardInterrupt
+        return step(run, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "optimizer_step", interrupted)
+        assert rlhf(*command, "--output_dir", tmp_path / "run")[0] == 130
+    return SimpleNamespace(directory=tmp_path / "run", whole=tmp_path / "whole", command=command)
+
+
+def weights_of(directory):
+    return (directory / "model" / "model.safetensors").read_bytes()
+
+
+def ways_to_go_on(directory):
+    return {
+        "--resume run": ["--resume", directory],
+        "--resume=run": [f"--resume={directory}"],
+        "--config run/config.yaml --resume": ["--config", directory / "config.yaml", "--resume"],
+        "and a free setting": ["--resume", directory, "--checkpoint_every", 3],
+    }
+
+
+@pytest.mark.parametrize("way", ways_to_go_on(Path()))
+def test_a_run_s_own_settings_are_enough_to_go_on(stopped, rlhf, way):
+    code, error = rlhf("sft", *ways_to_go_on(stopped.directory)[way])
+    assert code == 0, error
+    assert weights_of(stopped.directory) == weights_of(stopped.whole)
+    assert [record["step"] for record in metrics(stopped.directory)] == list(range(10))
+
+
+def test_a_run_that_was_moved_goes_on_where_it_is(stopped, rlhf, tmp_path):
+    stopped.directory.rename(tmp_path / "moved")
+    assert rlhf("sft", "--resume", tmp_path / "moved")[0] == 0
+    assert weights_of(tmp_path / "moved") == weights_of(stopped.whole)
+    assert not stopped.directory.exists()
+
+
+def test_what_resumes_nothing_says_so(stopped, rlhf, caplog, tmp_path):
+    code, error = rlhf("sft", "--resume", tmp_path / "absent")
+    assert code == 2
+    assert "absent/config.yaml" in only_line(error)
+    code, error = rlhf(*stopped.command, "--output_dir", tmp_path / "new", "--resume")
+    assert code == 0
+    assert f"{tmp_path / 'new'}: holds no run to resume, so this one starts at the beginning" in caplog.text
+    code, error = rlhf("sft", "--resume", stopped.whole)
+    assert code == 0
+    assert "sft: is finished already" in error
+
+
+def test_another_stage_s_run(stopped, rlhf):
+    for way in (["--resume", stopped.directory], ["--config", stopped.directory / "config.yaml"]):
+        code, error = rlhf("ppo", *way)
+        assert code == 2
+        assert only_line(error) == "rlhf ppo: error: config: is that of a run of `rlhf sft`"
+
+
+def test_a_run_s_directory_stands_for_its_model(stopped, rlhf, data, tmp_path):
+    common = ["--device", "cpu", "--epochs", 1, "--batch_size", 12]
+    command = ["reward", "--data", data.comparisons, *common]
+    for name, model in (("a", stopped.whole), ("b", stopped.whole / "model")):
+        code, error = rlhf(*command, "--model", model, "--output_dir", tmp_path / name)
+        assert code == 0, error
+    assert weights_of(tmp_path / "a") == weights_of(tmp_path / "b")
+    code, error = rlhf(*command, "--model", stopped.directory, "--output_dir", tmp_path / "c")
+    assert code == 2
+    where = stopped.directory
+    assert (
+        only_line(error) == f"rlhf reward: error: {where}: the run there has no model yet; go on with --resume {where}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("stage", "given", "meant"),
+    [
+        ("sft", "lr", "adam.learning_rate"),
+        ("sft", "output-dir", "output_dir"),
+        ("sft", "adam.learning-rate", "adam.learning_rate"),
+        ("ppo", "kl-coefficient", "kl_coefficient"),
+        ("ppo", "beta", "kl_coefficient"),
+        ("ppo", "max_new_tokens", "lengths.max_response_tokens"),
+        ("sft", "num_train_epochs", "epochs"),
+        ("reward", "per-device-train-batch-size", "batch_size"),
+    ],
+)
+def test_settings_as_people_type_them_by_habit(rlhf, commands, stage, given, meant):
+    code, error = rlhf(stage, *commands[stage], f"--{given}", 1)
+    assert code == 2
+    assert only_line(error) == f"rlhf {stage}: error: {given}: no such setting; did you mean {meant}?"
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "evaluate", "generate"])
+@pytest.mark.parametrize(
+    ("device", "says"),
+    [
+        ("cuda", "device: is 'cuda', but torch 2"),
+        ("cuda:3", "device: is 'cuda:3', but torch 2"),
+        ("gpu", "device: is 'gpu', must be cpu, cuda or another device of torch"),
+    ],
+)
+def test_device_that_is_not_there(rlhf, commands, bare, base, stage, device, says):
+    if device.startswith("cuda") and torch.cuda.is_available():
+        pytest.skip("there is one here")
+    code, error = rlhf(stage, *commands[stage], "--device", device)
+    assert code == 2
+    assert only_line(error).startswith(f"rlhf {stage}: error: {says}")
+
+
+def test_fp16_on_a_cpu(rlhf, commands):
+    code, error = rlhf("sft", *commands["sft"], "--mixed_precision", "fp16", "--device", "cpu")
+    assert code == 2
+    assert only_line(error) == ("rlhf sft: error: mixed_precision: is 'fp16', which CPUs have not; bf16 runs on them")
+
+
+def test_interrupted_while_libraries_load():
+    code = """
+import builtins, sys
+load = builtins.__import__
+def interrupted(name, *arguments, **options):
+    if name == "jsonargparse":
+        raise KeyboardInterrupt
+    return load(name, *arguments, **options)
+builtins.__import__ = interrupted
+sys.argv = ["rlhf", "sft"]
+from rlhf.__main__ import main
+sys.exit(main())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "rlhf: interrupted\n")

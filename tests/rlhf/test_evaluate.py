@@ -9,10 +9,12 @@ import torch
 from tools import write_jsonl
 
 from rlhf import evaluate as evaluation
-from rlhf.config import ConfigError, EvaluateConfig, GenerateConfig, LengthConfig
+from rlhf.config import EvaluateConfig, GenerateConfig, LengthConfig
 from rlhf.data import DataError
 from rlhf.evaluate import Rate, evaluate, generate, win_rate
-from rlhf.models import LanguageModel, ModelError, ScalarModel, load_tokenizer
+from rlhf.loading import ModelError, load_tokenizer
+from rlhf.models import LanguageModel, ScalarModel
+from rlhf.settings import ConfigError
 from rlhf.training import RunError
 
 

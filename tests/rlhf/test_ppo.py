@@ -13,8 +13,10 @@ from tools import metrics, write_jsonl
 
 from rlhf import ppo
 from rlhf.config import Adam, LengthConfig, warmup_from_tenth
-from rlhf.data import Limits, read_prompts, read_texts, tokenize_prompts
-from rlhf.models import LanguageModel, ScalarModel, load_tokenizer
+from rlhf.data import Limits, PromptExample, read_prompts, read_texts, tokenize_prompts
+from rlhf.loading import load_tokenizer
+from rlhf.models import LanguageModel, ScalarModel
+from rlhf.rewards import make_rewards
 from rlhf.rollout import Completion, sample
 from rlhf.sft import mean_loss, pretraining_examples
 
@@ -125,33 +127,39 @@ def test_penalty_alone_brings_the_policy_back(ppo_config, constant_reward, base,
         for parameter in policy.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     policy.save(tmp_path / "moved", load_tokenizer(base))
-    load = LanguageModel.load
-    first = iter([str(tmp_path / "moved")])  # the policy; the reference, loaded next, is the base
     config = ppo_config(
-        reward_model=constant_reward, kl_coefficient=1.0, episodes=32 * 25, batch_size=32, ema_decay=0.8
+        policy=str(tmp_path / "moved"),
+        reward_model=constant_reward,
+        kl_coefficient=1.0,
+        episodes=32 * 25,
+        batch_size=32,
+        ema_decay=0.8,
     )
     with monkeypatch.context() as patch:
-        patch.setattr(ppo.LanguageModel, "load", lambda path, **options: load(next(first, path), **options))
+        change_reference(patch, lambda _: LanguageModel.load(base).eval())
         path = ppo.train(config)
     before = divergence(tmp_path / "moved", base, data, base)
     assert before > 0.05
     assert divergence(path, base, data, base) < 0.7 * before
 
 
-def perturbed_reference(monkeypatch):
-    """Makes the reference, the second language model that a run loads, another model than the policy."""
-    load, count = LanguageModel.load, iter(range(2))
+def change_reference(monkeypatch, change):
+    """Makes the reference, the first copy that a run takes of the policy, another model than the policy."""
+    copy, count = ppo.frozen_copy, iter(range(2))
 
-    def second_is_other(path, **options):
-        model = load(path, **options)
-        if next(count) == 1:
-            generator = torch.Generator().manual_seed(5)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-        return model
+    def first_is_other(policy):
+        copied = copy(policy)
+        return change(copied) if next(count) == 0 else copied
 
-    monkeypatch.setattr(ppo.LanguageModel, "load", second_is_other)
+    monkeypatch.setattr(ppo, "frozen_copy", first_is_other)
+
+
+def perturbed(model):
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return model
 
 
 def test_without_penalty_and_mix_the_reference_does_not_matter(ppo_config, data, tmp_path, monkeypatch):
@@ -159,7 +167,7 @@ def test_without_penalty_and_mix_the_reference_does_not_matter(ppo_config, data,
     plain = ppo.train(ppo_config("plain", kl_coefficient=0.0))
     texts = write_jsonl(tmp_path / "other.jsonl", [{"text": "w05 w04 w03 " * 30}])
     with monkeypatch.context() as patch:
-        perturbed_reference(patch)
+        change_reference(patch, perturbed)
         other = ppo.train(ppo_config("other", kl_coefficient=0.0, pretraining_data=texts))
     assert distance(plain, other) == 0
     kl = [metrics(tmp_path / name)[0]["kl"] for name in ("plain", "other")]
@@ -172,7 +180,7 @@ def test_with_penalty_or_mix_they_do_matter(ppo_config, tmp_path, monkeypatch, s
     plain = ppo.train(ppo_config("plain", episodes=32, **settings))
     texts = write_jsonl(tmp_path / "other.jsonl", [{"text": "w05 w04 w03 " * 30}])
     with monkeypatch.context() as patch:
-        perturbed_reference(patch)
+        change_reference(patch, perturbed)
         other = ppo.train(ppo_config("other", episodes=32, pretraining_data=texts, **settings))
     assert distance(plain, other) > 1e-5
 
@@ -182,12 +190,13 @@ def collected(config, open_run, base, reward_model):
     run = open_run("ppo", config)
     tokenizer = load_tokenizer(base)
     limits = Limits(16, 8, 64)
-    prompts = [example.prompt_ids for example in tokenize_prompts(read_prompts([config.prompts]), tokenizer, limits)]
+    prompts = tokenize_prompts(read_prompts([config.prompts]), tokenizer, limits)
     policy, reference = LanguageModel.load(base).eval(), LanguageModel.load(base).eval()
     value, reward = ScalarModel.load(reward_model).eval(), ScalarModel.load(reward_model).eval()
-    actors = ppo.Actors(policy, value, reference, reward)
+    rewards = make_rewards(config, reward, {}, tokenizer, frozenset({tokenizer.eos_token_id}))
+    actors = ppo.Actors(policy, value, reference, rewards)
     torch.manual_seed(0)
-    episodes, _ = ppo.collect(run, actors, prompts[:16], tokenizer.eos_token_id)
+    episodes, _ = ppo.collect(run, actors, prompts[:16])
     return run, actors, episodes
 
 
@@ -196,8 +205,8 @@ def test_without_penalty_rewards_are_the_score_alone(ppo_config, open_run, base,
     config = ppo_config(kl_coefficient=0.0, lam=1.0, whiten_advantages=False)
     _, actors, episodes = collected(config, open_run, base, reward_model)
     for episode in episodes:
-        batch = actors.reward.lay_out([episode.prompt], [episode.response])
-        score = actors.reward(batch, batch.last)
+        batch = actors.rewards.model.lay_out([episode.prompt], [episode.response])
+        score = actors.rewards.model(batch, batch.last)
         torch.testing.assert_close(episode.returns, score.expand(len(episode.response)).detach())
         torch.testing.assert_close(episode.advantages, (score - episode.values).detach())
         torch.testing.assert_close(episode.values, actors.value(batch, batch.before).detach())
@@ -210,15 +219,15 @@ def test_penalty_is_beta_times_the_log_ratio(ppo_config, open_run, base, reward_
         for parameter in actors.reference.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
     run.config = replace(run.config, kl_coefficient=0.3, lam=1.0, whiten_advantages=False)
-    prompts = [[5, 6, 7], [9]]
-    episodes, figures = ppo.collect(run, actors, prompts, 1)
+    prompts = [PromptExample([5, 6, 7], ""), PromptExample([9], "")]
+    episodes, figures = ppo.collect(run, actors, prompts)
     kl = 0.0
     for episode in episodes:
-        batch = actors.reward.lay_out([episode.prompt], [episode.response])
+        batch = actors.rewards.model.lay_out([episode.prompt], [episode.response])
         tokens = batch.targets
         logits = actors.reference.model(batch.input_ids).logits[0].log_softmax(-1)
         log_ratio = episode.logprobs - logits[batch.before, tokens]
-        expected = actors.reward(batch, batch.last)[0] - 0.3 * log_ratio.flip(0).cumsum(0).flip(0)
+        expected = actors.rewards.model(batch, batch.last)[0] - 0.3 * log_ratio.flip(0).cumsum(0).flip(0)
         torch.testing.assert_close(episode.returns, expected.detach(), atol=1e-4, rtol=1e-4)
         kl += log_ratio.sum().item() / len(prompts)
     assert figures["kl"] == pytest.approx(kl, abs=1e-4)
@@ -349,11 +358,12 @@ def test_figures_of_an_iteration(ppo_config, open_run, base, reward_model):
     """Reward, length and the share that ended, recomputed from the episodes."""
     run, actors, _ = collected(ppo_config(), open_run, base, reward_model)
     torch.manual_seed(7)
-    episodes, figures = ppo.collect(run, actors, [[4, 5], [6], [7, 8, 9], [10]], 1)
+    examples = [PromptExample(ids, "") for ids in ([4, 5], [6], [7, 8, 9], [10])]
+    episodes, figures = ppo.collect(run, actors, examples)
     scores = []
     for episode in episodes:
-        batch = actors.reward.lay_out([episode.prompt], [episode.response])
-        scores.append(actors.reward(batch, batch.last).item())
+        batch = actors.rewards.model.lay_out([episode.prompt], [episode.response])
+        scores.append(actors.rewards.model(batch, batch.last).item())
     assert figures["reward"] == pytest.approx(sum(scores) / 4, abs=1e-5)
     assert figures["response_tokens"] == sum(len(episode.response) for episode in episodes) / 4
     assert figures["ended"] == sum(episode.response[-1] == 1 for episode in episodes) / 4

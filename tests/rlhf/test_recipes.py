@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from rlhf.cli import STAGES, make_parser, recipe, setting_names
-from rlhf.config import flatten
+from rlhf.settings import as_plain, flatten
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "rlhf" / "recipes").glob("*/*.yaml"))
@@ -41,7 +41,8 @@ def parsed(name):
     settings = parser.instantiate(parser.parse_args([stage, "--config", recipe(name), *arguments]))[stage].as_dict()
     settings.pop("config")
     settings.pop("resume")
-    return flatten(STAGES[stage][0](**settings))
+    assert settings.pop("stage") == stage
+    return flatten(as_plain(STAGES[stage][0](**settings)))
 
 
 def test_every_recipe_is_there():

@@ -12,7 +12,7 @@ from tools import metrics, write_jsonl
 from transformers import AutoModelForSequenceClassification
 
 from rlhf import reward
-from rlhf.batch import lay_out
+from rlhf.batch import lay_out, split
 from rlhf.config import Adam
 from rlhf.data import (
     Limits,
@@ -22,7 +22,8 @@ from rlhf.data import (
     tokenize_comparisons,
     tokenize_demonstrations,
 )
-from rlhf.models import ScalarModel, load_tokenizer
+from rlhf.loading import load_tokenizer
+from rlhf.models import ScalarModel
 
 LIMITS = Limits(max_prompt_tokens=1024, max_response_tokens=1024, context_length=64)
 
@@ -31,6 +32,7 @@ class Scores(torch.nn.Module):
     """A reward model that gives scores known in advance: token n of the vocabulary scores ``table[n]``."""
 
     lay_out = staticmethod(lay_out)
+    parts = staticmethod(split)
 
     def __init__(self, table):
         super().__init__()
@@ -103,7 +105,7 @@ def test_tokens_per_forward_changes_nothing(reward_config, base, data, open_run)
         figures = reward.ranking_step(run, model, examples, prompts=8)
         results.append((figures, [p.grad for p in model.parameters() if p.grad is not None]))
     (figures, gradients), (other_figures, other_gradients) = results
-    assert len(reward.forward_parts(examples, 30)) > 4
+    assert len(reward.forward_parts(model, examples, 30)) > 4
     assert figures == pytest.approx(other_figures, abs=1e-5)
     for first, second in zip(gradients, other_gradients, strict=True):
         torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-4)

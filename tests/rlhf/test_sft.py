@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 from tools import metrics, write_jsonl
 
 from rlhf import sft
-from rlhf.config import Adam, ConfigError, cosine_to_tenth
+from rlhf.config import Adam, cosine_to_tenth
 from rlhf.data import Example, Limits, read_demonstrations, tokenize_demonstrations
-from rlhf.models import LanguageModel, load_tokenizer
+from rlhf.loading import load_tokenizer
+from rlhf.models import LanguageModel
+from rlhf.settings import ConfigError
 from rlhf.training import batch_indices, hold_out
 
 LIMITS = Limits(max_prompt_tokens=1024, max_response_tokens=1024, context_length=64)

@@ -1,0 +1,119 @@
+"""What PPO maximises: the reward model's score, functions in Python, or a weighted sum of them.
+
+A function gets lists, by name, and returns a number for every completion::
+
+    def polite(prompts, completions, **fields):
+        return [float(completion.count("please")) for completion in completions]
+
+``prompts`` are as the records have them (texts or messages), ``completions`` texts without the token that ended them,
+and every further field of the records is a list as well, None where a record lacks it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.config import PPOConfig
+from rlhf.data import PromptExample
+from rlhf.functions import load_function
+from rlhf.models import ScalarModel
+from rlhf.settings import ConfigError
+
+
+class RewardError(ValueError):
+    """A reward that is no finite number; the message names where it came from and the prompt."""
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """The rewards of a run. ``model`` is scored by PPO itself, in the pass that it makes over each batch anyway."""
+
+    model: ScalarModel | None
+    functions: dict[str, Callable[..., Any]]
+    weights: list[float]
+    """The model's first, where there is one."""
+    tokenizer: PreTrainedTokenizerBase
+    end_token_ids: frozenset[int]
+
+    def total(self, scores: Tensor | None, prompts: Sequence[PromptExample], responses: Sequence[list[int]]) -> Tensor:
+        """(S,) float32: the weighted sum, given the model's (S,) scores where there is a model.
+
+        Raises:
+            RewardError: a reward that is NaN, infinite or no number.
+            ConfigError: a function that fails, or returns another count than one for each completion.
+        """
+        rewards = [] if scores is None else [check_finite("the reward model", scores, prompts)]
+        completions = [decode(self.tokenizer, response, self.end_token_ids) for response in responses]
+        for name, function in self.functions.items():
+            rewards.append(check_finite(name, call(name, function, prompts, completions), prompts))
+        device = rewards[0].device
+        return torch.stack([weight * each.to(device) for weight, each in zip(self.weights, rewards, strict=True)]).sum(
+            0
+        )
+
+
+def make_rewards(
+    config: PPOConfig,
+    model: ScalarModel | None,
+    functions: dict[str, Callable[..., Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    end_token_ids: frozenset[int],
+) -> Rewards:
+    """The rewards of the settings."""
+    weights = config.reward_weights or [1.0] * ((model is not None) + len(functions))
+    return Rewards(model, functions, weights, tokenizer, end_token_ids)
+
+
+def load_functions(config: PPOConfig) -> dict[str, Callable[..., Any]]:
+    """The functions that ``reward`` names, by name."""
+    values: list[Any] = config.reward  # type: ignore[assignment]  # PPOConfig has made a list of it
+    return {each if isinstance(each, str) else each.__name__: load_function("reward", each) for each in values}
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, response: Sequence[int], end_token_ids: frozenset[int]) -> str:
+    """A completion's text, without the token that ended it."""
+    tokens = response[:-1] if response and response[-1] in end_token_ids else response
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+
+def call(name: str, function: Callable[..., Any], prompts: Sequence[PromptExample], completions: list[str]) -> Tensor:
+    """(S,) float32: what a function returns, each a number."""
+    fields = sorted({field for example in prompts for field in example.extra} - {"prompts", "completions"})
+    columns = {field: [example.extra.get(field) for example in prompts] for field in fields}
+    try:
+        found = list(function(prompts=[example.text for example in prompts], completions=completions, **columns))
+    except Exception as error:  # the function is the user's: anything may happen in it
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ConfigError(f"reward: {name} failed: {reason}") from error
+    if len(found) != len(completions):
+        raise ConfigError(f"reward: {name} returned {len(found)} values for {len(completions)} completions")
+    return torch.tensor([number(name, value, example) for value, example in zip(found, prompts, strict=True)])
+
+
+def number(name: str, value: Any, prompt: PromptExample) -> float:
+    """The value as a float; bool, NumPy's numbers and tensors with one element will do."""
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise RewardError(f"{name} returned {value!r}, which is no number, for the prompt {shown(prompt)}") from error
+
+
+def check_finite(name: str, rewards: Tensor, prompts: Sequence[PromptExample]) -> Tensor:
+    """The rewards, none of which may be NaN or infinite."""
+    for value, prompt in zip(rewards.tolist(), prompts, strict=True):
+        if not math.isfinite(value):
+            raise RewardError(f"{name} gives {value} for the prompt {shown(prompt)}")
+    return rewards.float()
+
+
+def shown(prompt: PromptExample) -> str:
+    """A prompt, short enough for one line."""
+    text = prompt.text if isinstance(prompt.text, str) else str(prompt.text[-1]["content"])
+    return repr(text if len(text) <= 80 else text[:77] + "...")

@@ -1,0 +1,219 @@
+"""The way in from Python: settings as objects that a command line cannot hold."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import Dataset
+from safetensors.torch import load_file
+from tools import tiny_gpt2
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+import rlhf
+from rlhf.loading import ModelError, load_tokenizer
+from rlhf.records import DataError
+from rlhf.training import RunError
+
+
+def records(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def weights(path):
+    return load_file(Path(path) / "model.safetensors")
+
+
+def same(first, second):
+    first, second = weights(first), weights(second)
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+SFT = {"epochs": 1, "batch_size": 8, "device": "cpu", "adam": {"learning_rate": 1e-3}}
+
+
+@pytest.fixture
+def by_path(base, data, tmp_path):
+    """What the same run gives from files."""
+    config = rlhf.SFTConfig(model=base, data=data.demonstrations, output_dir=tmp_path / "by_path", **SFT)
+    return rlhf.sft.train(config)
+
+
+def test_stages_are_there_after_import_and_torch_is_not():
+    code = """
+import sys, rlhf
+rlhf.SFTConfig, rlhf.PPOConfig, rlhf.RewardConfig, rlhf.EvaluateConfig, rlhf.GenerateConfig, rlhf.ConfigError
+assert "torch" not in sys.modules
+for stage in (rlhf.sft, rlhf.reward, rlhf.ppo):
+    assert callable(stage.train)
+assert callable(rlhf.evaluate.evaluate) and callable(rlhf.evaluate.generate)
+try:
+    rlhf.dpo
+except AttributeError as error:
+    assert str(error) == "module 'rlhf' has no attribute 'dpo'"
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", ["list", "data set", "path", "list of paths"])
+def test_data(kind, by_path, base, data, tmp_path):
+    given = {
+        "list": lambda: records(data.demonstrations),
+        "data set": lambda: Dataset.from_list(records(data.demonstrations)),
+        "path": lambda: Path(data.demonstrations),
+        "list of paths": lambda: [Path(data.demonstrations)],
+    }[kind]()
+    config = rlhf.SFTConfig(model=Path(base), data=given, output_dir=tmp_path / "run", **SFT)
+    assert same(rlhf.sft.train(config), by_path)
+    kept = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    path = data.demonstrations
+    expected = {"path": path, "list of paths": [path]}.get(kind)
+    assert kept["data"] == expected if expected else kept["data"].startswith("<40 records in memory, ")
+    assert kept["adam"]["learning_rate"] == 1e-3
+    assert kept["adam"]["beta2"] == 0.95
+
+
+def test_objects(by_path, base, data, tmp_path):
+    """A model and a tokenizer: the run is the same, and the model is left as it was."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(base), load_tokenizer(base)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    config = rlhf.SFTConfig(
+        model=model, tokenizer=tokenizer, data=records(data.demonstrations), output_dir=tmp_path / "run", **SFT
+    )
+    assert same(rlhf.sft.train(config), by_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    kept = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    assert kept["model"].startswith("<GPT2LMHeadModel in memory, ")
+    assert kept["tokenizer"].startswith("<TokenizersBackend in memory, ") or " in memory, " in kept["tokenizer"]
+
+
+def test_model_without_its_tokenizer(data, tmp_path):
+    made = tiny_gpt2(57, 1)
+    config = rlhf.SFTConfig(model=made, data=data.demonstrations, output_dir=tmp_path / "run", **SFT)
+    with pytest.raises(ModelError, match="GPT2LMHeadModel: was made in memory, with no tokenizer beside it"):
+        rlhf.sft.train(config)
+
+
+def test_whole_recipe_from_objects(base, data, tmp_path):
+    """Each stage takes what the one before it gave, loaded by transformers."""
+    tokenizer = load_tokenizer(base)
+    sft = AutoModelForCausalLM.from_pretrained(
+        rlhf.sft.train(
+            rlhf.SFTConfig(model=base, data=records(data.demonstrations), output_dir=tmp_path / "sft", **SFT)
+        )
+    )
+    comparisons = Dataset.from_list(records(data.comparisons))
+    options = {"device": "cpu", "tokenizer": tokenizer}
+    ranker = rlhf.reward.train(
+        rlhf.RewardConfig(model=sft, data=comparisons, output_dir=tmp_path / "reward", batch_size=8, **options)
+    )
+    reward_model = AutoModelForSequenceClassification.from_pretrained(ranker)
+    config = rlhf.PPOConfig(
+        policy=sft, reward_model=reward_model, prompts=records(data.prompts), output_dir=tmp_path / "ppo", episodes=16,
+        batch_size=8, minibatch_size=8, lengths={"max_response_tokens": 6}, reward=lambda completions, **_: [
+            len(text) for text in completions
+        ], **options,
+    )  # fmt: skip
+    policy = AutoModelForCausalLM.from_pretrained(rlhf.ppo.train(config))
+    figures = rlhf.evaluate.evaluate(
+        rlhf.EvaluateConfig(
+            model=policy,
+            baseline=sft,
+            judge=reward_model,
+            prompts=records(data.prompts)[:8],
+            output_dir=tmp_path / "evaluation",
+            lengths={"max_response_tokens": 6},
+            **options,
+        )
+    )
+    assert 0 <= figures["win_rate"]["rate"] <= 1
+    preferred = rlhf.evaluate.evaluate(
+        rlhf.EvaluateConfig(
+            model=policy,
+            baseline=sft,
+            judge=lambda prompt, a, b: 1.0,
+            prompts=records(data.prompts)[:8],
+            output_dir=tmp_path / "preferred",
+            lengths={"max_response_tokens": 6},
+            **options,
+        )
+    )
+    assert preferred["win_rate"]["rate"] == 1.0
+
+
+def test_an_error_leaves_nothing_behind(base, data, tmp_path):
+    """So that the corrected call can have the same directory."""
+    directory = tmp_path / "run"
+    good = {"model": base, "data": data.demonstrations, "output_dir": directory, **SFT}
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (damaged / name).write_bytes((Path(base) / name).read_bytes())
+    (damaged / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")
+    bad = [
+        ({"data": [{"prompt": "w01"}]}, DataError),
+        ({"data": 7}, rlhf.ConfigError),
+        ({"model": str(damaged)}, ModelError),
+        ({"attention": "no_such_attention"}, ModelError),
+        ({"held_out_fraction": 0.999}, rlhf.ConfigError),
+    ]
+    for change, error in bad:
+        with pytest.raises(error):
+            rlhf.sft.train(rlhf.SFTConfig(**good | change))
+        assert not directory.exists(), change
+    rlhf.sft.train(rlhf.SFTConfig(**good))
+    with pytest.raises(RunError, match="holds a run already"):
+        rlhf.sft.train(rlhf.SFTConfig(**good))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"adam": {"lr": 1e-3}}, r"adam\.lr: no such setting; did you mean adam\.learning_rate\?"),
+        ({"adam": {"learning_rate": -1}}, r"adam\.learning_rate: is -1, must be above 0"),
+        ({"adam": {"learning_rate": "high"}}, r"adam\.learning_rate: is 'high', must be a number"),
+        ({"adam": 1e-3}, r"adam: is 0\.001, must be Adam or a dict of its settings"),
+        ({"epochs": 1.5}, r"epochs: is 1\.5, must be an integer"),
+        ({"epochs": True}, "epochs: is True, must be an integer"),
+        ({"epochs": object()}, "epochs: is <object object at .*, must be an integer"),
+        ({"mixed_precision": "fp8"}, "mixed_precision: is 'fp8', must be one of no, bf16, fp16"),
+        ({"residual_dropout": None}, "residual_dropout: is None, must be a number"),
+        ({"data": 7}, "data: is 7, must be a list of strings or a string"),
+        ({"model": ""}, "model: is '', must be"),
+        ({"residual_dropout": float("nan")}, "residual_dropout: is nan"),
+    ],
+)
+def test_errors_name_the_setting(change, says):
+    with pytest.raises(rlhf.ConfigError, match=says):
+        rlhf.SFTConfig(**{"model": "m", "data": "d", "output_dir": "o"} | change)
+
+
+def test_a_group_keeps_its_stage_s_defaults():
+    config = rlhf.PPOConfig(output_dir="o", policy="p", reward_model="r", prompts="q", adam={"beta1": 0.8})
+    assert (config.adam.beta1, config.adam.learning_rate, config.adam.eps) == (0.8, 5e-6, 1e-5)
+
+
+def test_a_resumed_run_must_be_given_the_same_objects(base, data, tmp_path):
+    given = records(data.demonstrations)
+    settings = {"model": base, "output_dir": tmp_path / "run", **SFT}
+    path = rlhf.sft.train(rlhf.SFTConfig(data=given, **settings))
+    assert rlhf.sft.train(rlhf.SFTConfig(data=list(given), **settings), resume=True) == path
+    with pytest.raises(RunError, match=r"data was '<40 records in memory, .*' and is now '<39 records in memory, "):
+        rlhf.sft.train(rlhf.SFTConfig(data=given[1:], **settings), resume=True)
+
+
+def test_two_runs_of_one_process_may_differ_in_precision(base, data, tmp_path):
+    for precision in ("no", "bf16", "no"):
+        config = rlhf.SFTConfig(
+            model=base, data=data.demonstrations, output_dir=tmp_path / f"{precision}{len(list(tmp_path.iterdir()))}",
+            mixed_precision=precision, **SFT,
+        )  # fmt: skip
+        rlhf.sft.train(config)
+    assert same(tmp_path / "no0/model", tmp_path / "no2/model")
+    assert not same(tmp_path / "no0/model", tmp_path / "bf161/model")

@@ -1,0 +1,204 @@
+"""Rewards from Python functions, their sum with a reward model's, and the value model beside them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tools import metrics, only_line, write_jsonl
+
+from rlhf import ppo
+from rlhf.config import Adam, PPOConfig
+from rlhf.data import PromptExample
+from rlhf.models import ScalarModel
+from rlhf.rewards import RewardError, Rewards, check_finite
+from rlhf.settings import ConfigError
+
+
+def count_w05(prompts, completions, **fields):
+    return [float(completion.split().count("w05")) for completion in completions]
+
+
+def length(prompts, completions, **fields):
+    return [len(completion.split()) for completion in completions]
+
+
+def rewards(tokenizer, functions, weights=None, model=None):
+    named = {function.__name__: function for function in functions}
+    weights = weights or [1.0] * (len(functions) + (model is not None))
+    return Rewards(model, named, weights, tokenizer, frozenset({tokenizer.eos_token_id}))
+
+
+def ids(tokenizer, text):
+    return tokenizer(text).input_ids
+
+
+def test_a_word_is_learnt(ppo_config):
+    """PPO against a function that counts a word says it more often."""
+    config = ppo_config(
+        reward_model=None,
+        reward="test_rewards:count_w05",
+        episodes=32 * 30,
+        batch_size=32,
+        minibatch_size=16,
+        adam=Adam(3e-3, eps=1e-5),
+        value_adam=Adam(3e-3, eps=1e-5),
+        kl_coefficient=0.0,
+    )
+    ppo.train(config)
+    reward = [record["reward"] for record in metrics(Path(config.output_dir))]
+    assert sum(reward[-5:]) / 5 > 5 * max(0.05, sum(reward[:5]) / 5)
+
+
+def test_what_a_function_is_called_with(ppo_config, tmp_path):
+    """Prompts as the records have them, texts without what ended them, and the records' further fields."""
+    records = [{"prompt": f"w{i:02d}", "answer": i, "source": "made"} for i in range(8)] + [{"prompt": "w09"}]
+    seen = []
+
+    def keep(**columns):
+        seen.append(columns)
+        return [0.0] * len(columns["prompts"])
+
+    config = ppo_config(
+        prompts=write_jsonl(tmp_path / "prompts.jsonl", records), reward_model=None, reward=keep, episodes=18,
+        batch_size=9, minibatch_size=9,
+    )  # fmt: skip
+    ppo.train(config)
+    assert len(seen) == 2
+    for columns in seen:
+        assert set(columns) == {"prompts", "completions", "answer", "source"}
+        rows = sorted(zip(*(columns[name] for name in ("prompts", "answer", "source")), strict=True))
+        assert rows == [(f"w{i:02d}", i, "made") for i in range(8)] + [("w09", None, None)]
+        assert all("<eos>" not in completion for completion in columns["completions"])
+        assert any(columns["completions"])
+
+
+def test_rewards_add_up_with_their_weights(tokenizer):
+    responses = [[*ids(tokenizer, "w05 w05 w07"), tokenizer.eos_token_id], ids(tokenizer, "w01")]
+    prompts = [PromptExample([1], "a"), PromptExample([2], "b")]
+    total = rewards(tokenizer, [count_w05, length], [10.0, 0.5], None).total(None, prompts, responses)
+    assert total.tolist() == [20 + 1.5, 0 + 0.5]
+    with_model = rewards(tokenizer, [count_w05], [2.0, 10.0], "a model")
+    assert with_model.total(torch.tensor([1.0, -3.0]), prompts, responses).tolist() == [22.0, -6.0]
+
+
+def test_weights_reach_the_run(ppo_config, tmp_path):
+    """The same samples at first, so the same scores: 3 times the model's, −2 times the lengths."""
+    means = []
+
+    def length_kept(completions, **_):
+        found = [len(completion.split()) for completion in completions]
+        means.append(sum(found) / len(found))
+        return found
+
+    ppo.train(ppo_config("plain", episodes=16))
+    ppo.train(ppo_config("both", episodes=16, reward=length_kept, reward_weights=[3.0, -2.0]))
+    first, second = metrics(tmp_path / "plain")[0], metrics(tmp_path / "both")[0]
+    assert second["reward"] == pytest.approx(3 * first["reward"] - 2 * means[0], abs=1e-4)
+
+
+def test_missing_eos_penalty(ppo_config, tmp_path):
+    """Taken off for each completion that the limit cut off."""
+    for name, penalty in (("without", 0.0), ("with", 4.0)):
+        ppo.train(ppo_config(name, episodes=16, missing_eos_penalty=penalty))
+    without, penalised = metrics(tmp_path / "without")[0], metrics(tmp_path / "with")[0]
+    assert 0 < without["ended"] < 1
+    assert penalised["reward"] == pytest.approx(without["reward"] - 4.0 * (1 - without["ended"]), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "says"),
+    [
+        (lambda **_: [1.0], ConfigError, "reward: .* returned 1 values for 2 completions"),
+        (lambda **_: 1 / 0, ConfigError, "reward: .* failed: ZeroDivisionError: division by zero"),
+        (lambda **_: [1.0, None], RewardError, "returned None, which is no number, for the prompt 'b'"),
+        (lambda **_: [float("nan"), 1.0], RewardError, "gives nan for the prompt 'a'"),
+        (lambda **_: [1.0, float("-inf")], RewardError, "gives -inf for the prompt 'b'"),
+        (lambda prompts: [1.0, 1.0], ConfigError, "failed: TypeError: .*unexpected keyword argument 'completions'"),
+    ],
+)
+def test_what_a_function_may_not_do(tokenizer, function, error, says):
+    prompts = [PromptExample([1], "a"), PromptExample([2], "b")]
+    with pytest.raises(error, match=says):
+        rewards(tokenizer, [function]).total(None, prompts, [[3], [4]])
+
+
+def test_a_long_prompt_is_shown_short():
+    with pytest.raises(RewardError) as error:
+        check_finite("it", torch.tensor([float("nan")]), [PromptExample([1], [{"role": "user", "content": "x" * 500}])])
+    assert len(str(error.value)) < 130
+
+
+def test_function_of_the_current_directory(rlhf, base, data, tmp_path, monkeypatch):
+    """As a console script finds it: its own directory is not where the user is."""
+    (tmp_path / "my_reward_module.py").write_text(
+        "def mine(prompts, completions, **_):\n    return [1] * len(prompts)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", str(tmp_path))])
+    short = ["--episodes", 8, "--batch_size", 8, "--minibatch_size", 8, "--lengths.max_response_tokens", 4]
+    command = ["ppo", "--policy", base, "--prompts", data.prompts, "--output_dir", tmp_path / "run", *short]
+    code, error = rlhf(*command, "--reward", "my_reward_module:mine", "--device", "cpu")
+    assert code == 0, error
+    assert metrics(tmp_path / "run")[0]["reward"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("nowhere:mine", "reward: 'nowhere:mine' names no Python function: ModuleNotFoundError"),
+        ("json:mine", "reward: 'json:mine' names no Python function: AttributeError"),
+        ("json:__name__", "reward: 'json:__name__' is str, not a function"),
+        ("json", "reward: is 'json', must be module:function"),
+    ],
+)
+def test_no_such_function(rlhf, base, data, tmp_path, value, says):
+    command = ["ppo", "--policy", base, "--prompts", data.prompts, "--output_dir", tmp_path / "run"]
+    code, error = rlhf(*command, "--reward", value)
+    assert code == 2
+    assert only_line(error).startswith(f"rlhf ppo: error: {says}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_is_needed_and_a_weight_for_each():
+    settings = {"output_dir": "o", "policy": "p", "prompts": "q"}
+    with pytest.raises(ConfigError, match="reward_model: is None, must be given, or reward"):
+        PPOConfig(**settings)
+    with pytest.raises(ConfigError, match=r"reward_weights: is \[1.0\], must be 2 weights"):
+        PPOConfig(**settings, reward_model="r", reward="a:b", reward_weights=[1.0])
+    with pytest.raises(ConfigError, match="missing_eos_penalty: is -1"):
+        PPOConfig(**settings, reward_model="r", missing_eos_penalty=-1)
+
+
+def weights(path):
+    return load_file(Path(path) / "model.safetensors")
+
+
+def test_value_model_is_kept_and_can_be_started_from(ppo_config, reward_model, tmp_path, monkeypatch):
+    config = ppo_config("first", episodes=32)
+    ppo.train(config)
+    kept = tmp_path / "first/value"
+    assert any(not torch.equal(weights(kept)[name], tensor) for name, tensor in weights(reward_model).items())
+    loaded = []
+    load = ScalarModel.load
+    monkeypatch.setattr(
+        ppo.ScalarModel, "load", lambda source, **options: loaded.append(source) or load(source, **options)
+    )
+    ppo.train(ppo_config("second", episodes=32, value_model=str(kept)))
+    assert loaded == [reward_model, str(kept)]
+
+
+def test_without_a_reward_model_values_start_at_zero(ppo_config, monkeypatch):
+    started = []
+    step = ppo.value_step
+
+    def first(run, model, episodes):
+        started.append(torch.cat([episode.values for episode in episodes]))
+        return step(run, model, episodes)
+
+    monkeypatch.setattr(ppo, "value_step", first)
+    ppo.train(ppo_config(reward_model=None, reward=count_w05, episodes=16))
+    assert torch.equal(started[0], torch.zeros_like(started[0]))

@@ -1,0 +1,287 @@
+"""Every setting reaches the one place that it is for: none is dropped, nor given to its neighbour's part.
+
+Each value below is unlike every other, so that one in a wrong place shows. ``test_every_setting_is_watched`` fails for
+a setting that is new and has no line here.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tools import metrics
+
+from rlhf import ppo, reward, sft, training
+from rlhf.config import Adam, PPOConfig, RewardConfig, SFTConfig
+from rlhf.data import Example, Limits, read_comparisons, tokenize_comparisons
+from rlhf.loading import load_tokenizer
+from rlhf.models import LanguageModel, ScalarModel
+from rlhf.settings import as_plain, flatten
+
+# Settings whose effect a test elsewhere shows, and where.
+ELSEWHERE = {
+    "output_dir": "test_cli", "seed": "test_sft", "checkpoint_every": "test_resume", "tokens_per_forward": "test_sft",
+    "mixed_precision": "test_python", "tokenizer": "test_python", "device": "test_cli", "model": "test_sft",
+    "data": "test_sft", "held_out_fraction": "test_sft", "demonstrations": "test_reward", "policy": "test_ppo",
+    "reward_model": "test_ppo", "value_model": "test_rewards", "reward": "test_rewards", "prompts": "test_ppo",
+    "reward_weights": "test_rewards", "missing_eos_penalty": "test_rewards", "pretraining_data": "test_ppo",
+    "pretraining_fraction": "test_sft", "residual_dropout": "test_sft", "keep_every": "test_ppo",
+    "epochs": "test_sft", "learning_rate": "test_sft",
+}  # fmt: skip
+
+
+def watch(monkeypatch, calls, module, *names):
+    """Keeps the arguments that functions of a module are called with."""
+    for name in names:
+        function = getattr(module, name)
+
+        def kept(*arguments, _name=name, _function=function, **options):
+            calls[_name].append((arguments, options))
+            return _function(*arguments, **options)
+
+        monkeypatch.setattr(module, name, kept)
+
+
+@pytest.fixture
+def watched_ppo(ppo_config, monkeypatch):
+    """A run of PPO with a value of its own for every setting, and what was called with which."""
+    calls = defaultdict(list)
+    watch(monkeypatch, calls, ppo, "sample", "ppo_advantages", "linear_ppo_policy_loss", "linear_selective_log_softmax")
+    watch(
+        monkeypatch, calls, ppo, "ppo_value_loss", "make_optimizer", "optimizer_step", "update_average", "batch_indices"
+    )
+    watch(
+        monkeypatch, calls, ppo, "language_model_step", "tokenize_prompts", "pretraining_examples", "warmup_from_tenth"
+    )
+    watch(monkeypatch, calls, training, "batch_indices")
+    config = ppo_config(
+        episodes=36,
+        batch_size=12,
+        minibatch_size=4,
+        inner_epochs=2,
+        kl_coefficient=0.31,
+        kl_estimator="k3",
+        gamma=0.97,
+        lam=0.83,
+        whiten_advantages=False,
+        clip_range=0.11,
+        value_clip_range=0.43,
+        temperature=0.9,
+        warmup_iterations=5,
+        adam=Adam(1.1e-4, beta1=0.81, beta2=0.82, eps=1.3e-5, max_grad_norm=0.71),
+        value_adam=Adam(2.2e-4, beta1=0.83, beta2=0.84, eps=1.7e-5, max_grad_norm=0.73),
+        ema_decay=0.61,
+        gamma_ptx=3.7,
+        pretraining_per_episode=3,
+        pretraining_tokens=10,
+        lengths={"max_prompt_tokens": 14, "max_response_tokens": 7},
+        rollout_batch_size=5,
+        attention="eager",
+    )
+    ppo.train(config)
+    return SimpleNamespace(config=config, calls=calls)
+
+
+def all_of(calls, name, option):
+    """The values that an option had in every call."""
+    assert calls[name], name
+    return {options[option] for _, options in calls[name]}
+
+
+def test_ppo_settings(watched_ppo):
+    config, calls = watched_ppo.config, watched_ppo.calls
+    assert all_of(calls, "sample", "temperature") == {0.9}
+    assert all_of(calls, "sample", "max_new_tokens") == {7}
+    assert all_of(calls, "sample", "batch_size") == {5}
+    assert len(calls["sample"]) == 36 // 12
+    assert {len(arguments[1]) for arguments, _ in calls["sample"]} == {12}
+    for option, value in {"beta": 0.31, "estimator": "k3", "gamma": 0.97, "lam": 0.83, "whiten": False}.items():
+        assert all_of(calls, "ppo_advantages", option) == {value}, option
+    assert all_of(calls, "linear_ppo_policy_loss", "clip_range") == {0.11}
+    assert all_of(calls, "linear_ppo_policy_loss", "temperature") == {0.9}
+    assert all_of(calls, "linear_selective_log_softmax", "temperature") == {0.9}
+    assert all_of(calls, "ppo_value_loss", "clip_range") == {0.43}
+    steps = 36 // 4 * 2
+    assert len(calls["linear_ppo_policy_loss"]) == len(calls["ppo_value_loss"]) == steps
+    limits = calls["tokenize_prompts"][0][0][2]
+    assert (limits.max_prompt_tokens, limits.max_response_tokens, limits.context_length) == (14, 7, 64)
+    assert calls["pretraining_examples"][0][0][2] == 10
+
+    # Each model has its optimizer, and each optimizer its settings, factor and moment.
+    (policy, adam), (value, value_adam) = (arguments for arguments, _ in calls["make_optimizer"])
+    assert (type(policy), type(value)) == (LanguageModel, ScalarModel)
+    assert (adam, value_adam) == (config.adam, config.value_adam)
+    assert policy.model.config._attn_implementation == value.model.config._attn_implementation == "eager"
+    taken = [arguments[1:] for arguments, _ in calls["optimizer_step"]]
+    assert len(taken) == 2 * steps
+    for i, (model, optimizer, settings, factor) in enumerate(taken):
+        group = optimizer.param_groups[0]
+        assert model is (policy if i % 2 == 0 else value)
+        assert settings is (config.adam if i % 2 == 0 else config.value_adam)
+        assert (group["betas"], group["eps"]) == ((settings.beta1, settings.beta2), settings.eps)
+        assert factor == pytest.approx(0.1 + 0.9 * (i // (2 * 6)) / 5)
+    assert {arguments[2] for arguments, _ in calls["update_average"]} == {0.61}
+    assert len(calls["update_average"]) == steps
+    assert all_of(calls, "language_model_step", "weight") == {3.7}
+    assert {len(arguments[2]) for arguments, _ in calls["language_model_step"]} == {4 * 3}
+    assert {len(e.prompt_ids + e.completion_ids) for call in calls["language_model_step"] for e in call[0][2]} == {10}
+
+
+def test_learning_rate_and_norm_are_those_of_the_group(sft_config, open_run, base):
+    """What ``optimizer_step`` does with what it is given: rate times factor, and gradients cut to the norm."""
+    run, model = open_run("sft", sft_config()), LanguageModel.load(base)
+    adam = Adam(2e-3, max_grad_norm=0.5)
+    optimizer = training.make_optimizer(model, adam)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    norms = []
+    optimizer.register_step_pre_hook(
+        lambda *_: norms.append(torch.stack([p.grad.norm() for p in model.parameters()]).norm().item())
+    )
+    before = training.optimizer_step(run, model, optimizer, adam, 0.25)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(5e-4)
+    assert norms == [pytest.approx(0.5, rel=1e-4)]
+    assert before == pytest.approx(sum(p.numel() for p in model.parameters()) ** 0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_sft_and_reward_settings(stage, sft_config, reward_config, monkeypatch):
+    calls = defaultdict(list)
+    module = {"sft": sft, "reward": reward}[stage]
+    read = {"sft": "tokenize_demonstrations", "reward": "tokenize_comparisons"}[stage]
+    step = {"sft": "language_model_step", "reward": "ranking_step"}[stage]
+    watch(monkeypatch, calls, module, read, step, "make_optimizer", "optimizer_step", "cosine_to_tenth")
+    config = {"sft": sft_config, "reward": reward_config}[stage](
+        epochs=2,
+        batch_size=7,
+        adam=Adam(1.1e-4, beta1=0.81, beta2=0.82, eps=1.3e-5, max_grad_norm=0.71),
+        lengths={"max_prompt_tokens": 14, "max_response_tokens": 6},
+        attention="eager",
+        **({"pretraining_tokens": 11} if stage == "sft" else {}),
+    )
+    module.train(config)
+    steps = -(-2 * (40 if stage == "sft" else 24) // 7)
+    assert len(calls[step]) == len(metrics(Path(config.output_dir))) == steps
+    assert [len(arguments[2]) for arguments, _ in calls[step]][:-1] == [7] * (steps - 1)
+    limits = calls[read][0][0][2]
+    assert (limits.max_prompt_tokens, limits.max_response_tokens, limits.context_length) == (14, 6, 64)
+    model, adam = calls["make_optimizer"][0][0]
+    assert adam is config.adam
+    assert model.model.config._attn_implementation == "eager"
+    assert all(arguments[3] is config.adam for arguments, _ in calls["optimizer_step"])
+    assert [arguments for arguments, _ in calls["cosine_to_tenth"]] == [(i, steps) for i in range(steps)]
+    for i, (arguments, _) in enumerate(calls["optimizer_step"]):
+        assert arguments[4] == sft.cosine_to_tenth(i, steps)
+
+
+def test_every_setting_is_watched():
+    """A setting that no line of this file names, and no test elsewhere is named for, is not known to act."""
+    source = Path(__file__).read_text()
+    stages = [
+        SFTConfig(output_dir="o", model="m", data="d"),
+        RewardConfig(output_dir="o", model="m", data="d"),
+        PPOConfig(output_dir="o", policy="p", reward_model="r", prompts="q"),
+    ]
+    here = Path(__file__).parent
+    for config in stages:
+        for name in flatten(as_plain(config)):
+            last = name.rpartition(".")[2]
+            if last in ELSEWHERE:
+                assert last in (here / f"{ELSEWHERE[last]}.py").read_text(), name
+            else:
+                assert last in source, name
+
+
+# Several processes ---------------------------------------------------------------------------------------------------
+
+
+class TwoAlike:
+    """An accelerator of two processes which hold the same data: gradients are averaged, sums are twice one's own."""
+
+    def __init__(self, accelerator):
+        self.accelerator = accelerator
+
+    num_processes = 2
+
+    def reduce(self, value, reduction):
+        assert reduction == "sum"
+        return 2 * value
+
+    def __getattr__(self, name):
+        return getattr(self.accelerator, name)
+
+
+def gradients(model):
+    found = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad()
+    return found
+
+
+def losses(kind, run, base, reward_model, data, prompts):
+    """A stage's gradient, and the figure that it reports, of a batch of ``prompts`` in all processes."""
+    tokenizer = load_tokenizer(base)
+    if kind == "sft":
+        model = LanguageModel.load(base).eval()
+        examples = [Example([5, 6], [7, 8, 9]), Example([10], [11, 12])]
+        return sft.language_model_step(run, model, examples, weight=3.0), gradients(model)
+    if kind == "reward":
+        model = ScalarModel.load(reward_model).eval()
+        compared = tokenize_comparisons(read_comparisons(data.comparisons), tokenizer, Limits(16, 16, 64))[:4]
+        return reward.ranking_step(run, model, compared, prompts=prompts), gradients(model)
+    episodes = [
+        ppo.Episode([5, 6], ids, *(torch.linspace(-2, 1, len(ids)) * scale for scale in (1.0, 0.2, 1.5, 0.7)))
+        for ids in ([7, 8, 9], [10, 11, 12, 13, 14])
+    ]
+    if kind == "policy":
+        model = LanguageModel.load(base).eval()
+        figures = ppo.policy_step(run, model, episodes)
+        del figures["ratio_max_deviation"]
+        return tuple(figures.values()), gradients(model)
+    model = ScalarModel.load(reward_model).eval()
+    return ppo.value_step(run, model, episodes), gradients(model)
+
+
+@pytest.mark.parametrize("tokens_per_forward", [16384, 8])
+@pytest.mark.parametrize("kind", ["sft", "reward", "policy", "value"])
+def test_gradient_of_two_processes_is_that_of_one(
+    kind, tokens_per_forward, ppo_config, open_run, base, reward_model, data, monkeypatch
+):
+    """The mean over both batches of the same data is the mean over one, so each process has the same gradient."""
+    run = open_run("ppo", ppo_config(tokens_per_forward=tokens_per_forward))
+    alone, expected = losses(kind, run, base, reward_model, data, prompts=4)
+    monkeypatch.setattr(run, "accelerator", TwoAlike(run.accelerator))
+    both, found = losses(kind, run, base, reward_model, data, prompts=8)
+    assert both == pytest.approx(alone, rel=1e-5)
+    assert any(gradient.abs().max() > 1e-4 for gradient in expected)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-5)
+
+
+# Onto the disk -------------------------------------------------------------------------------------------------------
+
+
+def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(sft_config, monkeypatch, tmp_path):
+    """A power cut between the two would leave a name without content."""
+    flushed: set[Path] = set()
+    flush, rename = training.flush, Path.rename
+    published = []
+
+    def kept(path):
+        flushed.add(Path(path))
+        flush(path)
+
+    def renamed(self, target):
+        if self.name.endswith(".tmp") and self.is_dir():
+            missing = {path for path in [*self.rglob("*"), self] if path not in flushed}
+            assert not missing
+            published.append(Path(target))
+        return rename(self, target)
+
+    monkeypatch.setattr(training, "flush", kept)
+    monkeypatch.setattr(Path, "rename", renamed)
+    sft.train(sft_config(epochs=1, checkpoint_every=2))
+    assert [path.name for path in published] == ["checkpoint-000002", "checkpoint-000004", "model"]
+    assert {path.parent for path in published} <= flushed
