@@ -22,6 +22,11 @@ from rlhf.sources import sources
 RECORDS = [{"prompt": "p", "completion": "c"}, {"prompt": "ü", "completion": "d", "id": 1}]
 
 
+def zipped(content):
+    """Without the time of day, which would give a test another name in each process."""
+    return gzip.compress(content, mtime=0)
+
+
 def as_lines(records):
     return "".join(json.dumps(record) + "\n" for record in records).encode()
 
@@ -62,7 +67,7 @@ def wheres(data):
 )
 def test_every_kind_of_file(tmp_path, name, content, places, compressed):
     path = tmp_path / (name + ".gz" * compressed)
-    path.write_bytes(gzip.compress(content(RECORDS)) if compressed else content(RECORDS))
+    path.write_bytes(zipped(content(RECORDS)) if compressed else content(RECORDS))
     for data in (path, str(path), [path], (str(path),)):
         found = read_demonstrations(data)
         assert [(record.prompt, record.completion) for record in found] == [("p", "c"), ("ü", "d")]
@@ -71,7 +76,7 @@ def test_every_kind_of_file(tmp_path, name, content, places, compressed):
 
 def test_compressed_text(tmp_path):
     path = tmp_path / "t.txt.gz"
-    path.write_bytes(gzip.compress(b"a\r\nb"))
+    path.write_bytes(zipped(b"a\r\nb"))
     assert read_texts(path) == ["a\nb"]
     with pytest.raises(DataError, match=r"t\.txt\.gz: is plain text, which has no fields"):
         read_prompts(path)
@@ -98,11 +103,23 @@ GOOD = '[\n  {"prompt": "p"},\n  '
         ("d.json", '{"prompt": "p"}\n{"prompt": 7}', ":2: field 'prompt': is an integer, expected a string"),
         ("d.json", b"[\n\xff]", ":2: invalid UTF-8 at byte 1 of the line (0xff)"),
         ("d.jsonl.gz", '{"prompt": "p"}', ": could not be read: Not a gzipped file"),
-        ("d.jsonl.gz", gzip.compress(as_lines(RECORDS * 99))[:-9], ": could not be read: Compressed file ended"),
-        ("d.jsonl.gz", gzip.compress(b"")[:10] + b"\xff" * 20, ": could not be read: Error -3 while decompressing"),
-        ("d.json.gz", gzip.compress(b"[7]"), ":1 (record 1): is an integer, expected an object with named fields"),
+        (
+            "d.jsonl.gz",
+            zipped(as_lines(RECORDS * 99))[:-9],
+            ": could not be read: Compressed file ended",
+        ),
+        (
+            "d.jsonl.gz",
+            zipped(b"")[:10] + b"\xff" * 20,
+            ": could not be read: Error -3 while decompressing",
+        ),
+        (
+            "d.json.gz",
+            zipped(b"[7]"),
+            ":1 (record 1): is an integer, expected an object with named fields",
+        ),
         ("d.parquet.gz", as_parquet(RECORDS), ": could not be read: Not a gzipped file"),
-        ("d.parquet.gz", gzip.compress(b"text"), ": is no readable Parquet file: "),
+        ("d.parquet.gz", zipped(b"text"), ": is no readable Parquet file: "),
         ("missing.json.gz", None, ": no such file"),
         ("missing.parquet.gz", None, ": no such file"),
     ],
