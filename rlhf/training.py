@@ -15,6 +15,7 @@ written under a temporary name, flushed, then renamed: it is there whole or not 
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
@@ -74,6 +75,11 @@ class Run:
     def _check_directory(self, resume: bool) -> None:
         """The directory is new, or the run in it is this one. Nothing is written before the models are loaded."""
         config_file = self.directory / "config.yaml"
+        above = next(path for path in (self.directory, *self.directory.absolute().parents) if path.exists())
+        if not above.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "", str(above))
+        if not os.access(above, os.W_OK):
+            raise PermissionError(errno.EACCES, "", str(above))
         if not holds_run(self.directory):
             if resume:
                 logger.info("%s: holds no run to resume, so this one starts at the beginning", self.directory)
