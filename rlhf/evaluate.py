@@ -36,7 +36,7 @@ from rlhf.loading import (
 from rlhf.models import LanguageModel, ScalarModel
 from rlhf.report import markdown_table, number
 from rlhf.reward import score
-from rlhf.rewards import decode
+from rlhf.rewards import RewardError, check_finite, decode
 from rlhf.rollout import NotFiniteError, sample
 from rlhf.settings import ConfigError, described
 from rlhf.training import console, describing, find_device
@@ -99,6 +99,8 @@ def evaluate(config: EvaluateConfig) -> dict:
             scores = {
                 name: score(reward_model.to(device), ids, samples[name], config.tokens_per_forward) for name in samples
             }
+            for name, values in scores.items():
+                check_judged(f"judge: the score of the {name}'s completion", values, prompts)
             figures["reward"] = {name: values.mean().item() for name, values in scores.items()}
             outcomes = [
                 0.5 + 0.5 * math.copysign(a != b, a - b)
@@ -123,6 +125,14 @@ def evaluate(config: EvaluateConfig) -> dict:
         (output / "report.md").write_text(describe(figures))
     console.print(f"evaluate: [bold]{output / 'report.md'}[/]")
     return figures
+
+
+def check_judged(what: str, scores: torch.Tensor, prompts: list[PromptExample]) -> None:
+    """Scores that are NaN would count as won."""
+    try:
+        check_finite(what, scores, prompts)
+    except RewardError as error:
+        raise ModelError(str(error)) from error
 
 
 def sides(config: EvaluateConfig) -> list[tuple[str, Any]]:

@@ -34,7 +34,8 @@ LONGEST = 12
 def probe_sequences(model: Backbone, lengths: tuple[int, ...]) -> list[list[int]]:
     """Random tokens, always the same; none that a configuration gives a meaning (padding, BOS, an image, ...)."""
     config = model.model.config.get_text_config()
-    special = {value for name, value in config.to_dict().items() if name.endswith("token_id")}
+    named = [value for name, value in config.to_dict().items() if name.endswith("token_id")]
+    special = {token for value in named for token in (value if isinstance(value, list) else [value])}
     embeddings: Any = model.model.get_input_embeddings()
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(len(embeddings.weight), (8 * sum(lengths) + 64,), generator=generator).tolist()

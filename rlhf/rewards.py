@@ -74,7 +74,12 @@ def make_rewards(
 def load_functions(config: PPOConfig) -> dict[str, Callable[..., Any]]:
     """The functions that ``reward`` names, by name."""
     values: list[Any] = config.reward  # type: ignore[assignment]  # PPOConfig has made a list of it
-    return {each if isinstance(each, str) else each.__name__: load_function("reward", each) for each in values}
+    named: dict[str, Callable[..., Any]] = {}
+    for each in values:
+        name = each if isinstance(each, str) else getattr(each, "__name__", type(each).__name__)
+        same = sum(known.split(" (")[0] == name for known in named)  # two lambdas, or one function with two weights
+        named[f"{name} ({same + 1})" if same else name] = load_function("reward", each)
+    return named
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, response: Sequence[int], end_token_ids: frozenset[int]) -> str:

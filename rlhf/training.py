@@ -228,7 +228,7 @@ class Run:
             return
         found = checkpoints(self.directory)
         # A checkpoint whose very next step fails is no good one: its weights may be huge, and finite.
-        if len(found) > 1 and found[-1].name == checkpoint_name(self.step):
+        if found and found[-1].name == checkpoint_name(self.step):
             if self.is_main:
                 shutil.rmtree(found[-1])
             found.pop()

@@ -139,6 +139,14 @@ def test_no_such_judge(make, judge):
         evaluate(make(judge=judge))
 
 
+def test_a_judge_that_gives_nan_prefers_nothing(make, reward_model, tmp_path):
+    model = ScalarModel.load(reward_model)
+    torch.nn.init.constant_(model.head.weight, float("nan"))
+    model.save(tmp_path / "nan", load_tokenizer(reward_model))
+    with pytest.raises(ModelError, match="judge: the score of the model's completion gives nan for the prompt"):
+        evaluate(make(judge=str(tmp_path / "nan")))
+
+
 def test_language_model_is_no_judge(make, base):
     with pytest.raises(ModelError, match="is not a reward model"):
         evaluate(make(judge=base))

@@ -131,6 +131,13 @@ def test_what_is_right_in_no_layout_is_refused():
         LanguageModel(with_hook(llama(), see_the_batch))
 
 
+def test_several_end_tokens_in_the_configuration():
+    """As Llama 3's has them."""
+    model = llama()
+    model.config.eos_token_id = [1, 5, 6]
+    assert LanguageModel(model).layout == "packed"
+
+
 def test_nan_weights_are_refused():
     model = llama()
     torch.nn.init.constant_(model.model.norm.weight, float("nan"))

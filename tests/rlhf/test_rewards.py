@@ -14,7 +14,7 @@ from rlhf import ppo
 from rlhf.config import Adam, PPOConfig
 from rlhf.data import PromptExample
 from rlhf.models import ScalarModel
-from rlhf.rewards import RewardError, Rewards, check_finite
+from rlhf.rewards import RewardError, Rewards, check_finite, load_functions
 from rlhf.settings import ConfigError
 
 
@@ -202,3 +202,11 @@ def test_without_a_reward_model_values_start_at_zero(ppo_config, monkeypatch):
     monkeypatch.setattr(ppo, "value_step", first)
     ppo.train(ppo_config(reward_model=None, reward=count_w05, episodes=16))
     assert torch.equal(started[0], torch.zeros_like(started[0]))
+
+
+def test_two_rewards_of_one_name_both_count():
+    settings = {"output_dir": "o", "policy": "p", "prompts": "q"}
+    config = PPOConfig(**settings, reward=[lambda **_: [1.0], lambda **_: [2.0], "test_rewards:length"])
+    found = load_functions(config)
+    assert list(found) == ["<lambda>", "<lambda> (2)", "test_rewards:length"]
+    assert [function() for function in list(found.values())[:2]] == [[1.0], [2.0]]
