@@ -144,26 +144,25 @@ def stage_of_run(path: str) -> str | None:
 
 def expand(argv: list[str]) -> list[str]:
     """The command line with shipped recipes as paths, and ``--resume DIRECTORY`` as the settings that it stands for."""
-    expanded: list[str] = []
-    words = iter(argv)
-    for word in words:
+    words = [part for word in argv for part in split_option(word)]
+    for i, word in enumerate(words[:-1]):
         if word == "--config":
-            expanded += [word, recipe(next(words, ""))]
-        elif word.startswith("--config="):
-            expanded.append("--config=" + recipe(word.removeprefix("--config=")))
-        else:
-            expanded.append(word)
-    at = next((i for i, word in enumerate(expanded) if word.split("=")[0] == "--resume"), None)
-    if at is None:
-        return expanded
-    _, given, directory = expanded[at].partition("=")
-    end = at + 1
-    if not given and end < len(expanded) and not expanded[end].startswith("-"):
-        directory, end = expanded[end], end + 1
-    if directory:
-        own = ["--config", str(Path(directory) / "config.yaml"), "--output_dir", directory]
-        return [*expanded[:1], *own, *expanded[1:at], "--resume", *expanded[end:]]
-    return expanded
+            words[i + 1] = recipe(words[i + 1])
+    if "--resume" not in words:
+        return words
+    at = words.index("--resume")
+    before, after = words[:at], words[at + 1 :]
+    if not after or after[0].startswith("-"):
+        return words
+    directory, *after = after
+    own = ["--config", str(Path(directory) / "config.yaml"), "--output_dir", directory]
+    return [*before[:1], *own, *before[1:], "--resume", *after]
+
+
+def split_option(word: str) -> list[str]:
+    """``--config=FILE`` and ``--resume=DIRECTORY`` as the two words that they may also be written as."""
+    name, given, value = word.partition("=")
+    return [name, value] if given and name in ("--config", "--resume") else [word]
 
 
 def run(stage: str, settings: dict[str, Any], resume: bool) -> int:

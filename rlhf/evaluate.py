@@ -187,10 +187,8 @@ def kl_between(
 ) -> float:
     """Mean over the model's own completions of log π_model − log π_baseline, in nats per completion."""
     difference = 0.0
-    lengths = [[len(prompt) + len(response)] for prompt, response in zip(prompts, responses, strict=True)]
     for sign, each in ((1, model), (-1, baseline)):
-        for part in each.parts(lengths, config.tokens_per_forward):
-            batch = each.lay_out([prompts[i] for i in part], [responses[i] for i in part])
+        for batch in each.batches(prompts, responses, config.tokens_per_forward):
             logprobs = each(batch, linear_selective_log_softmax, temperature=config.temperature)
             difference += sign * logprobs.double().sum().item()
     return difference / len(prompts)

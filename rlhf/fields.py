@@ -195,6 +195,11 @@ def counted(values: Sequence[Any]) -> str:
     return f"{len(values)} {'entry' if len(values) == 1 else 'entries'}"
 
 
-def first_line(error: Exception) -> str:
-    """What an exception says, in one line."""
+def first_line(error: BaseException) -> str:
+    """What an exception says, in one line: libraries add paragraphs that would bury it."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def type_and_line(error: BaseException) -> str:
+    """The same after the exception's type, for code that is not ours, where the type may be all that tells."""
+    return f"{type(error).__name__}: {first_line(error)}"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rlhf.fields import type_and_line
 from rlhf.settings import ConfigError
 
 
@@ -28,8 +29,7 @@ def load_function(setting: str, value: Any) -> Callable[..., Any]:
     try:
         function = getattr(importlib.import_module(module), name)
     except Exception as error:  # the module is the user's: anything may happen in it
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ConfigError(f"{setting}: {value!r} names no Python function: {reason}") from error
+        raise ConfigError(f"{setting}: {value!r} names no Python function: {type_and_line(error)}") from error
     if not callable(function):
         raise ConfigError(f"{setting}: {value!r} is {type(function).__name__}, not a function")
     return function

@@ -25,6 +25,7 @@ from transformers import (
 from transformers.modeling_layers import GenericForSequenceClassification
 
 from rlhf.data import turn_end
+from rlhf.fields import first_line
 
 ModelSource: TypeAlias = str | Path | PreTrainedModel
 """A directory or hub name, or a model."""
@@ -34,11 +35,6 @@ TokenizerSource: TypeAlias = ModelSource | PreTrainedTokenizerBase
 
 class ModelError(ValueError):
     """A model or tokenizer that cannot play the part it was given."""
-
-
-def first_line(error: BaseException) -> str:
-    """An error's first line: libraries add paragraphs that would bury it."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def name_of(source: Any) -> str:
@@ -77,11 +73,10 @@ def load_tokenizer(source: TokenizerSource) -> PreTrainedTokenizerBase:
             raise ModelError(
                 f"{name_of(source)}: was made in memory, with no tokenizer beside it; give one as tokenizer"
             )
+        path = directory_of(name)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(directory_of(name))
+            tokenizer = AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError) as error:
-            if isinstance(error, ModelError):
-                raise
             raise ModelError(f"{name}: no tokenizer could be loaded from there: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{name}: the tokenizer has no eos_token, so no response could end; set one and save it again")
@@ -133,11 +128,10 @@ def load_config(source: ModelSource) -> Any:
     """A model's configuration alone, so that data can be checked before any weights are read."""
     if not isinstance(source, (str, Path)):
         return copy.deepcopy(source.config)
+    path = directory_of(source)
     try:
-        return AutoConfig.from_pretrained(directory_of(source))
+        return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        if isinstance(error, ModelError):
-            raise
         raise ModelError(f"{source}: no model could be loaded from there: {first_line(error)}") from error
 
 
@@ -249,19 +243,17 @@ def load(
         options["attn_implementation"] = attention
     if hasattr(config, "rescale_every"):
         config.rescale_every = 0  # RWKV halves its weights for evaluation, and would save them so
-    name = name_of(source)
+    name, path = name_of(source), None
+    if isinstance(source, (str, Path)):
+        path = directory_of(source)
+    else:
+        options["state_dict"] = {key: tensor.clone() for key, tensor in source.state_dict().items()}
+        if auto is AutoModelForSequenceClassification:  # which reads the class from a path
+            auto = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
     model: Any
     try:
-        if isinstance(source, (str, Path)):
-            model, info = auto.from_pretrained(directory_of(source), **options)
-        else:
-            if auto is AutoModelForSequenceClassification:
-                auto = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
-            copied = {key: tensor.clone() for key, tensor in source.state_dict().items()}
-            model, info = auto.from_pretrained(None, state_dict=copied, **options)
+        model, info = auto.from_pretrained(path, **options)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, ModelError):
-            raise
         raise ModelError(f"{name}: could not be loaded as {auto.__name__}: {first_line(error)}") from error
     missing = sorted(
         key for key in info["missing_keys"] if not (new_head and key.startswith(("score.", "classifier.")))

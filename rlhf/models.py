@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from rlhf import probe
 from rlhf.batch import Batch, Layout, lay_out, split
 from rlhf.decoding import Decoding
+from rlhf.fields import type_and_line
 from rlhf.loading import (
     ModelError,
     ModelSource,
     classifier_class,
-    first_line,
     is_classifier,
     load,
     load_config,
@@ -112,6 +112,14 @@ class Backbone(nn.Module):
         """Indices of groups of sequences, given their lengths, in parts that fit a batch of ``tokens`` positions."""
         return list(split(groups, tokens, self.layout))
 
+    def batches(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], tokens: int
+    ) -> Iterator[Batch]:
+        """All prompts with their responses, in order, in batches of ``tokens`` positions."""
+        lengths = [[len(prompt) + len(response)] for prompt, response in zip(prompts, responses, strict=True)]
+        for part in self.parts(lengths, tokens):
+            yield self.lay_out([prompts[i] for i in part], [responses[i] for i in part])
+
     def hidden(self, batch: Batch, positions: Tensor) -> Tensor:
         """(len(positions), D) last hidden states at flat positions of the batch."""
         where = {"position_ids": batch.position_ids, "attention_mask": batch.attention_mask}
@@ -135,7 +143,7 @@ def first_that_holds(
         try:
             found = error(option)
         except Exception as problem:  # whatever a model's own code does with what it does not expect
-            reasons.append(f"{option}: {type(problem).__name__}: {first_line(problem)}")
+            reasons.append(f"{option}: {type_and_line(problem)}")
             continue
         if found <= tolerance:
             return option, reasons

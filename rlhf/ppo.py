@@ -191,8 +191,7 @@ def collect(run: Run, actors: Actors, examples: list[PromptExample]) -> tuple[li
     def each(model: Any, read: Callable[[Batch], Tensor]) -> Tensor:
         """What ``read`` gives of every batch that the completions are laid out in for ``model``."""
         found = []
-        for part in unwrap(model).parts(token_counts(prompts, responses), config.tokens_per_forward):
-            batch = unwrap(model).lay_out([prompts[i] for i in part], [responses[i] for i in part])
+        for batch in unwrap(model).batches(prompts, responses, config.tokens_per_forward):
             with run.accelerator.autocast():
                 found.append(read(batch))
         return torch.cat(found)
@@ -315,12 +314,7 @@ def update_average(average: LanguageModel, policy: LanguageModel, decay: float) 
     torch._foreach_lerp_(list(average.parameters()), list(policy.parameters()), 1 - decay)
 
 
-def token_counts(prompts: list[list[int]], responses: list[list[int]]) -> list[list[int]]:
-    """Tokens of each prompt and response together."""
-    return [[len(prompt) + len(response)] for prompt, response in zip(prompts, responses, strict=True)]
-
-
 def forward_parts(run: Run, model: Any, episodes: list[Episode]) -> list[list[Episode]]:
     """The episodes in parts of ``tokens_per_forward``."""
-    counts = token_counts([e.prompt for e in episodes], [e.response for e in episodes])
-    return [[episodes[i] for i in part] for part in unwrap(model).parts(counts, run.config.tokens_per_forward)]
+    lengths = [[len(episode.prompt) + len(episode.response)] for episode in episodes]
+    return [[episodes[i] for i in part] for part in unwrap(model).parts(lengths, run.config.tokens_per_forward)]

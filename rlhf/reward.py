@@ -100,8 +100,9 @@ def ranking_step(run: Run, model: ScalarModel, comparisons: list[RankedExample],
     """Accumulates the gradient of the mean loss over a batch of ``prompts``. Returns that loss and the accuracy."""
     loss_sum = accuracy_sum = 0.0
     for part in accumulate(run, model, forward_parts(model, comparisons, run.config.tokens_per_forward)):
+        batch = unwrap(model).lay_out(*flatten(part))
         with run.accelerator.autocast():
-            scores = forward_scores(model, *flatten(part))
+            scores = model(batch, batch.last)
         loss, accuracy = pairwise_ranking_loss(scores, **rank_arguments(part, scores.device))
         share = len(part) / prompts
         run.accelerator.backward(loss * (share * run.accelerator.num_processes))
@@ -120,19 +121,8 @@ def ranking_accuracy(model: ScalarModel, comparisons: list[RankedExample], token
 @torch.no_grad()
 def score(model: ScalarModel, prompts: list, responses: list, tokens_per_forward: int) -> Tensor:
     """(S,) rewards of prompt-response pairs, given as token ids: one forward pass for each."""
-    lengths = [[len(prompt) + len(response)] for prompt, response in zip(prompts, responses, strict=True)]
-    return torch.cat(
-        [
-            forward_scores(model, [prompts[i] for i in part], [responses[i] for i in part])
-            for part in unwrap(model).parts(lengths, tokens_per_forward)
-        ]
-    )
-
-
-def forward_scores(model: ScalarModel, prompts: list, responses: list) -> Tensor:
-    """(S,) scores at the last token of each sequence."""
-    batch = unwrap(model).lay_out(prompts, responses)
-    return model(batch, batch.last)
+    batches = unwrap(model).batches(prompts, responses, tokens_per_forward)
+    return torch.cat([model(batch, batch.last) for batch in batches])
 
 
 def flatten(comparisons: list[RankedExample]) -> tuple[list, list]:

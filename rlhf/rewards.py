@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import PPOConfig
 from rlhf.data import PromptExample
+from rlhf.fields import type_and_line
 from rlhf.functions import load_function
 from rlhf.models import ScalarModel
 from rlhf.settings import ConfigError
@@ -95,8 +96,7 @@ def call(name: str, function: Callable[..., Any], prompts: Sequence[PromptExampl
     try:
         found = list(function(prompts=[example.text for example in prompts], completions=completions, **columns))
     except Exception as error:  # the function is the user's: anything may happen in it
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ConfigError(f"reward: {name} failed: {reason}") from error
+        raise ConfigError(f"reward: {name} failed: {type_and_line(error)}") from error
     if len(found) != len(completions):
         raise ConfigError(f"reward: {name} returned {len(found)} values for {len(completions)} completions")
     return torch.tensor([number(name, value, example) for value, example in zip(found, prompts, strict=True)])

@@ -39,7 +39,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import Adam, RunConfig
-from rlhf.loading import first_line
+from rlhf.fields import first_line
 from rlhf.models import Backbone
 from rlhf.settings import ConfigError, as_plain, flatten
 
@@ -175,7 +175,8 @@ class Run:
                 self.seed_step(step)
                 yield step
                 progress.advance(self._bar[1])
-                self._remove_older_checkpoints()
+                if step == self.first_step or step % self.config.checkpoint_every == 0:
+                    self._remove_older_checkpoints()
                 if (step + 1) % self.config.checkpoint_every == 0 and step + 1 < total:
                     self.save_checkpoint(step + 1)
 

@@ -23,7 +23,7 @@ from rlhf.data import (
     tokenize_demonstrations,
 )
 from rlhf.loading import load_tokenizer
-from rlhf.models import ScalarModel
+from rlhf.models import Backbone, ScalarModel
 
 LIMITS = Limits(max_prompt_tokens=1024, max_response_tokens=1024, context_length=64)
 
@@ -33,6 +33,7 @@ class Scores(torch.nn.Module):
 
     lay_out = staticmethod(lay_out)
     parts = staticmethod(split)
+    batches = Backbone.batches
 
     def __init__(self, table):
         super().__init__()
