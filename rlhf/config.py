@@ -10,7 +10,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rlhf.settings import Data, Function, Functions, Model, Settings, Tokenizer, check
+from rlhf.objects import Data, Functions, Judge, Model, Tokenizer
+from rlhf.settings import Settings, check
 
 
 @dataclass
@@ -61,6 +62,7 @@ class RunConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check(bool(self.output_dir), "output_dir", self.output_dir, "a directory")
         check(self.checkpoint_every > 0, "checkpoint_every", self.checkpoint_every, "at least 1")
         check(self.tokens_per_forward > 0, "tokens_per_forward", self.tokens_per_forward, "at least 1")
 
@@ -169,7 +171,8 @@ class PPOConfig(RunConfig):
     """What each reward is multiplied by before they add up: the reward model's first, then the functions'. By default
     1. Not in the paper."""
     value_model: Model | None = None
-    """What the value model starts from instead, for example output_dir/value of an earlier run."""
+    """What the value model starts from instead, for example output_dir/value of an earlier run. On a language model it
+    gets a head of zeros."""
     prompts: Data = field(default_factory=list)
     """Prompts: {"prompt"} records."""
     episodes: int = 256_000
@@ -224,9 +227,10 @@ class PPOConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(bool(self.policy), "policy", self.policy, "a directory or a hub name")
-        self.reward = self.reward if isinstance(self.reward, list) else [self.reward]
-        check(bool(self.reward_model or self.reward), "reward_model", self.reward_model, "given, or reward")
-        rewards = (self.reward_model is not None) + len(self.reward)
+        functions = self.reward if isinstance(self.reward, list) else [self.reward]
+        self.reward = functions
+        check(bool(self.reward_model or functions), "reward_model", self.reward_model, "given, or reward")
+        rewards = (self.reward_model is not None) + len(functions)
         weights = self.reward_weights
         check(weights is None or len(weights) == rewards, "reward_weights", weights, f"{rewards} weights, one a reward")
         check(self.missing_eos_penalty >= 0, "missing_eos_penalty", self.missing_eos_penalty, "at least 0")
@@ -244,6 +248,8 @@ class PPOConfig(RunConfig):
         check(0 <= self.gamma <= 1, "gamma", self.gamma, "in [0, 1]")
         check(0 <= self.lam <= 1, "lam", self.lam, "in [0, 1]")
         check(0 < self.clip_range < 1, "clip_range", self.clip_range, "in (0, 1)")
+        clip = self.value_clip_range
+        check(clip is None or clip > 0, "value_clip_range", clip, "above 0, or null for no clipping")
         check(self.temperature > 0, "temperature", self.temperature, "above 0")
         check(self.warmup_iterations >= 0, "warmup_iterations", self.warmup_iterations, "at least 0")
         check(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
@@ -279,6 +285,9 @@ class GenerateConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check(bool(self.model), "model", self.model, "a directory or a hub name")
+        check(bool(self.prompts), "prompts", self.prompts, "at least one file or data set")
+        check(bool(self.output), "output", self.output, "a file")
         check(self.samples > 0, "samples", self.samples, "at least 1")
         check(self.batch_size > 0, "batch_size", self.batch_size, "at least 1")
         check(self.temperature >= 0, "temperature", self.temperature, "at least 0")
@@ -296,7 +305,7 @@ class EvaluateConfig(Settings):
     """Where the report, the figures and every completion judged go."""
     prompts: Data = field(default_factory=list)
     """{"prompt"} records that no stage has trained on."""
-    judge: Model | Function | None = None
+    judge: Judge | None = None
     """Who prefers what: a reward model, or a Python function `module:function` of (prompt, a, b) that returns 1 when a
     is better, 0 when b is and 0.5 when neither is. Without one there is no win rate."""
     pretraining_data: Data = field(default_factory=list)
@@ -320,7 +329,12 @@ class EvaluateConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("model", "baseline"):
+            check(bool(getattr(self, name)), name, getattr(self, name), "a directory or a hub name")
+        check(bool(self.output_dir), "output_dir", self.output_dir, "a directory")
         check(bool(self.prompts or self.pretraining_data), "prompts", self.prompts, "given, or pretraining_data")
+        check(self.pretraining_tokens > 1, "pretraining_tokens", self.pretraining_tokens, "at least 2")
+        check(self.tokens_per_forward > 0, "tokens_per_forward", self.tokens_per_forward, "at least 1")
         check(self.batch_size > 0, "batch_size", self.batch_size, "at least 1")
         check(self.temperature > 0, "temperature", self.temperature, "above 0")
 

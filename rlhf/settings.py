@@ -4,32 +4,14 @@ from __future__ import annotations
 
 import difflib
 import functools
-import hashlib
-import json
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from numbers import Number
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union, cast, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-# The other way round, jsonargparse would run the branch for type checkers, and the command line wait for torch.
-if not TYPE_CHECKING:  # what a command line and a YAML file can hold
-    Data: TypeAlias = list[str] | str
-    Model: TypeAlias = str
-    Tokenizer: TypeAlias = str
-    Function: TypeAlias = str
-    Functions: TypeAlias = list[str] | str
-else:
-    from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    Data: TypeAlias = str | Path | Dataset | list[str] | list[Path] | list[Dataset] | list[dict[str, Any]]
-    Model: TypeAlias = str | Path | PreTrainedModel
-    Tokenizer: TypeAlias = str | Path | PreTrainedTokenizerBase
-    Function: TypeAlias = str | Callable[..., Any]
-    Functions: TypeAlias = Function | list[Function] | list[str]
-
+from rlhf.objects import IN_MEMORY, described
 
 # What people type by habit of other trainers, where the spelling is no help.
 HABITS = {
@@ -62,30 +44,51 @@ class ConfigError(ValueError):
 def check(condition: bool, name: str, value: Any, fits: str) -> None:
     """Raises unless ``condition`` holds."""
     if not condition:
-        raise ConfigError(f"{name}: is {value!r}, must be {fits}")
+        written = " ".join(repr(value).split())
+        raise ConfigError(f"{name}: is {written if len(written) <= 80 else written[:77] + '...'}, must be {fits}")
 
 
 @dataclass
 class Settings:
     """A group of settings. Subclasses add the ranges."""
 
+    def __new__(cls, *_: Any, **given: Any) -> Any:
+        """Refuses a setting that does not exist, with the one that may have been meant."""
+        known = setting_names(cls)
+        for name in given:
+            if name not in {each.partition(".")[0] for each in known}:
+                raise ConfigError(no_such_setting(name, known))
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         for item in fields(self):
-            value: Any = getattr(self, item.name)
             hint: Any = hints(cast(Hashable, type(self)))[item.name]
+            value: Any = as_written(getattr(self, item.name))
             if is_dataclass(hint) and isinstance(value, Mapping):
                 default = cast(Any, item.default_factory)()
                 value = with_changes(default, value, item.name)
-            value = paths_as_text(value)
             setattr(self, item.name, value)
-            if not (is_object(value) and fits_type("", hint)):
-                check(fits_type(value, hint), item.name, value, in_words(hint))
+            for each in value if isinstance(value, list) else [value]:
+                if isinstance(each, str) and IN_MEMORY.fullmatch(each):
+                    raise ConfigError(
+                        f"{item.name}: was {each} when the run was started from Python, which no file holds; "
+                        "go on from there, with the same object and resume=True"
+                    )
+            check(fits_type(value, hint), item.name, value, in_words(hint))
 
 
 @functools.cache
 def hints(group: Any) -> dict[str, Any]:
     """The type of every setting of a group."""
-    return get_type_hints(group)
+    return get_type_hints(group, include_extras=True)
+
+
+def setting_names(group: Any) -> list[str]:
+    """Every setting of a group, as it is written in an override: ``adam.learning_rate``."""
+    names = []
+    for name, hint in hints(group).items():
+        names += [f"{name}.{inner}" for inner in setting_names(hint)] if is_dataclass(hint) else [name]
+    return names
 
 
 def with_changes(settings: Any, changes: Mapping[str, Any], name: str) -> Any:
@@ -112,21 +115,20 @@ def no_such_setting(name: str, known: Sequence[str]) -> str:
     return f"{name}: no such setting" + (f"; did you mean {meant}?" if meant else "")
 
 
-def paths_as_text(value: Any) -> Any:
-    """``Path`` objects as strings, also within a list."""
-    if isinstance(value, Path):
+def as_written(value: Any) -> Any:
+    """A value as a command line would have it, also within a list: paths and devices as text, NumPy's numbers plain."""
+    if isinstance(value, Path) or type(value).__name__ == "device":
         return str(value)
-    return [paths_as_text(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def is_object(value: Any) -> bool:
-    """Whether a setting came from Python: a model, a tokenizer, a function, a data set or records."""
-    items = value if isinstance(value, list) else [value]
-    return any(not isinstance(item, (str, Number, type(None))) and not is_dataclass(item) for item in items)
+    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+        return value.item()
+    return [as_written(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def fits_type(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type: numbers are no bools, and an int will do for a float."""
+    """Whether a value is of a type: numbers are finite and no bools, and an int will do for a float."""
+    if get_origin(hint) is Annotated:
+        written, *kinds = get_args(hint)
+        return fits_type(value, written) or any(kind.holds(value) for kind in kinds)
     if get_origin(hint) in (Union, UnionType):
         return any(fits_type(value, option) for option in get_args(hint))
     if get_origin(hint) is Literal:
@@ -134,19 +136,23 @@ def fits_type(value: Any, hint: Any) -> bool:
     if get_origin(hint) is list:
         return isinstance(value, list) and all(fits_type(item, get_args(hint)[0]) for item in value)
     if hint in (int, float):
-        return isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
+        number = isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
+        return number and abs(value) < math.inf
     return isinstance(value, hint)
 
 
 def in_words(hint: Any) -> str:
     """A type for an error message."""
+    if get_origin(hint) is Annotated:
+        written, *kinds = get_args(hint)
+        return " or ".join([in_words(written), *(kind.name for kind in kinds)])
     if get_origin(hint) in (Union, UnionType):
         return " or ".join(in_words(option) for option in get_args(hint))
     if get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
     if get_origin(hint) is list:
         return f"a list of {in_words(get_args(hint)[0]).removeprefix('a ')}s"
-    names = {int: "an integer", float: "a number", str: "a string", bool: "true or false", type(None): "null"}
+    names = {int: "an integer", float: "a finite number", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(hint, f"{getattr(hint, '__name__', hint)} or a dict of its settings")
 
 
@@ -167,30 +173,3 @@ def flatten(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in plain.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return flat
-
-
-def described(value: Any) -> Any:
-    """A value as it is, or for an object its kind and a digest: a resumed run must be given the same."""
-    if not is_object(value):
-        return value
-    name = type(value).__name__
-    if hasattr(value, "state_dict"):
-        tensors = value.state_dict().items()
-        return f"<{name} in memory, {digest((key, t.shape, t.flatten()[:64].tolist()) for key, t in tensors)}>"
-    if hasattr(value, "get_vocab"):
-        return f"<{name} in memory, {digest(sorted(value.get_vocab().items()))}>"
-    if callable(value):
-        return f"<function {value.__module__}.{value.__qualname__}>"
-    if isinstance(value, list) and not all(isinstance(item, Mapping) for item in value):
-        return [described(item) for item in value]
-    if hasattr(value, "__len__"):
-        return f"<{len(value)} records in memory, {digest(value)}>"
-    return str(value)  # torch.device("cuda"), for example
-
-
-def digest(items: Iterable[Any]) -> str:
-    """A short digest of what JSON can write of some items."""
-    whole = hashlib.sha256()
-    for item in items:
-        whole.update(json.dumps(item, default=str).encode())
-    return whole.hexdigest()[:12]

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import transformers
 import yaml
 from datasets import Dataset
 from safetensors.torch import load_file
-from tools import tiny_gpt2
+from tools import only_line, tiny_gpt2
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import rlhf
 from rlhf.loading import ModelError, load_tokenizer
+from rlhf.models import ScalarModel
+from rlhf.objects import described
 from rlhf.records import DataError
 from rlhf.training import RunError
 
@@ -177,13 +183,24 @@ def test_an_error_leaves_nothing_behind(base, data, tmp_path):
     [
         ({"adam": {"lr": 1e-3}}, r"adam\.lr: no such setting; did you mean adam\.learning_rate\?"),
         ({"adam": {"learning_rate": -1}}, r"adam\.learning_rate: is -1, must be above 0"),
-        ({"adam": {"learning_rate": "high"}}, r"adam\.learning_rate: is 'high', must be a number"),
+        ({"adam": {"learning_rate": "high"}}, r"adam\.learning_rate: is 'high', must be a finite number"),
+        ({"adam": {"learning_rate": float("inf")}}, r"adam\.learning_rate: is inf, must be a finite number"),
+        ({"lr": 1e-3}, r"lr: no such setting; did you mean adam\.learning_rate\?"),
+        ({"output_dir": {}}, r"output_dir: is \{\}, must be a string"),
+        ({"output_dir": ""}, "output_dir: is '', must be a directory"),
+        ({"tokenizer": {}}, r"tokenizer: is \{\}, must be a string or a tokenizer of transformers or null"),
+        ({"model": torch.nn.Linear(2, 2)}, r"model: is Linear\(.*, must be a string or a model of transformers"),
+        ({"data": {"prompt": ["a"]}}, "data: is .* or a list of records or a datasets.Dataset"),
+        (
+            {"data": Dataset.from_list([])},
+            r"data: is Dataset\(\{ features: .*\}\), must be at least one",
+        ),
         ({"adam": 1e-3}, r"adam: is 0\.001, must be Adam or a dict of its settings"),
         ({"epochs": 1.5}, r"epochs: is 1\.5, must be an integer"),
         ({"epochs": True}, "epochs: is True, must be an integer"),
         ({"epochs": object()}, "epochs: is <object object at .*, must be an integer"),
         ({"mixed_precision": "fp8"}, "mixed_precision: is 'fp8', must be one of no, bf16, fp16"),
-        ({"residual_dropout": None}, "residual_dropout: is None, must be a number"),
+        ({"residual_dropout": None}, "residual_dropout: is None, must be a finite number"),
         ({"data": 7}, "data: is 7, must be a list of strings or a string"),
         ({"model": ""}, "model: is '', must be"),
         ({"residual_dropout": float("nan")}, "residual_dropout: is nan"),
@@ -192,6 +209,73 @@ def test_an_error_leaves_nothing_behind(base, data, tmp_path):
 def test_errors_name_the_setting(change, says):
     with pytest.raises(rlhf.ConfigError, match=says):
         rlhf.SFTConfig(**{"model": "m", "data": "d", "output_dir": "o"} | change)
+
+
+def test_numbers_of_numpy_and_tensors():
+    config = rlhf.SFTConfig(
+        model="m", data="d", output_dir="o", epochs=np.int64(3), residual_dropout=np.float32(0.5),
+        pretraining_tokens=torch.tensor(7), adam={"learning_rate": np.float64(1e-3)}, device=torch.device("cpu"),
+    )  # fmt: skip
+    plain = [config.epochs, config.residual_dropout, config.pretraining_tokens, config.adam.learning_rate]
+    assert plain == [3, 0.5, 7, 1e-3]
+    assert [type(value) for value in plain] == [int, float, int, float]
+    assert config.device == "cpu"
+
+
+class Longest:
+    def __call__(self, completions, **_):
+        return [len(text) for text in completions]
+
+
+@pytest.mark.parametrize("function", [Longest(), functools.partial(Longest(), more=1)])
+def test_what_can_be_called_is_a_function(function, base, data, tmp_path):
+    config = rlhf.PPOConfig(
+        policy=base, reward=function, prompts=data.prompts, output_dir=tmp_path / "run", episodes=8, batch_size=8,
+        minibatch_size=8, lengths={"max_response_tokens": 4}, device="cpu",
+    )  # fmt: skip
+    rlhf.ppo.train(config)
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["reward"][0].startswith("<function ")
+
+
+def test_a_stream(by_path, base, data, tmp_path):
+    stream = Dataset.from_list(records(data.demonstrations)).to_iterable_dataset()
+    config = rlhf.SFTConfig(model=base, data=stream, output_dir=tmp_path / "run", **SFT)
+    assert same(rlhf.sft.train(config), by_path)
+    assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["data"] == "<IterableDataset in memory>"
+
+
+def test_a_run_of_objects_goes_on_from_python(request, base, data, tmp_path):
+    rlhf.sft.train(rlhf.SFTConfig(model=base, data=records(data.demonstrations), output_dir=tmp_path / "run", **SFT))
+    code, error = request.getfixturevalue("rlhf")("sft", "--resume", tmp_path / "run")
+    assert code == 2
+    assert re.match(
+        "rlhf sft: error: data: was <40 records in memory, .*> when the run was started from Python, .*resume=True",
+        only_line(error),
+    )
+
+
+def test_one_number_of_a_model_is_another_model(base):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    before = described(model)
+    assert described(model) == before
+    with torch.no_grad():
+        model.transformer.wte.weight[-1, -1] += 1e-6
+    assert described(model) != before
+
+
+def test_libraries_stay_quiet_and_as_they_were(base, capfd):
+    """What transformers says on loading a classifier from a language model's weights is not for the user."""
+    transformers.utils.logging.set_verbosity_info()
+    transformers.utils.logging.enable_progress_bar()
+    try:
+        ScalarModel.load(base)
+        assert transformers.utils.logging.get_verbosity() == transformers.logging.INFO
+        assert transformers.utils.logging.is_progress_bar_enabled()
+    finally:
+        transformers.utils.logging.set_verbosity_warning()
+    shown = capfd.readouterr()
+    assert "LOAD REPORT" not in shown.err + shown.out
+    assert "Loading weights" not in shown.err + shown.out
 
 
 def test_a_group_keeps_its_stage_s_defaults():
