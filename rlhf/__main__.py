@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 
+from rlhf import interrupts
+
 TRAIN = {"accelerate", "datasets", "jsonargparse", "matplotlib", "rich", "safetensors", "tensorboard", "tokenizers",
          "transformers", "yaml"}  # fmt: skip
 
 
 def main() -> int:
     """Runs the command line; status 2 where a package of the extra ``train`` is missing."""
+    interrupts.hold_off()  # until a stage begins, which says more
     try:
         from rlhf import cli
 
@@ -20,9 +23,6 @@ def main() -> int:
             raise
         print(f"rlhf: error: {package} is not installed: pip install 'rlhf-kernels[train]'", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # while libraries are still being imported; a stage says more
-        print("rlhf: interrupted", file=sys.stderr)
-        return 130
 
 
 if __name__ == "__main__":

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import logging
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import is_dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar
 
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from rlhf import interrupts
 from rlhf.config import EvaluateConfig, GenerateConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf.demo.config import DemoConfig
-from rlhf.settings import ConfigError, no_such_setting
+from rlhf.settings import ConfigError, no_such_setting, setting_names
 
 DESCRIPTION = """The InstructGPT recipe: supervised fine-tuning, a reward model, PPO and PPO-ptx.
 
@@ -34,6 +35,14 @@ STAGES = {
     "evaluate": (EvaluateConfig, "win rate, reward, KL and alignment tax of a model against a baseline"),
     "generate": (GenerateConfig, "sample completions, for reading or for ranking"),
     "demo": (DemoConfig, "the whole experiment in miniature, on two CPU cores"),
+}
+FUNCTIONS = {
+    "sft": "rlhf.sft:train",
+    "reward": "rlhf.reward:train",
+    "ppo": "rlhf.ppo:train",
+    "evaluate": "rlhf.evaluate:evaluate",
+    "generate": "rlhf.evaluate:generate",
+    "demo": "rlhf.demo.experiment:run",
 }
 RESUMABLE = {"sft", "reward", "ppo", "demo"}
 RESUME_HELP = "go on from the last checkpoint in output_dir; --resume DIRECTORY alone takes the settings from there too"
@@ -57,14 +66,6 @@ class Parser(ArgumentParser):
         stage = next((word for word in words if word in STAGES), "")
         print(f"{f'rlhf {stage}'.strip()}: error: {one_line(message, stage)}", file=sys.stderr)
         raise SystemExit(2) from ex
-
-
-def setting_names(config: Any) -> list[str]:
-    """Every setting of a config, as it is written in an override."""
-    names = []
-    for name, hint in get_type_hints(config).items():
-        names += [f"{name}.{inner}" for inner in setting_names(hint)] if is_dataclass(hint) else [name]
-    return names
 
 
 def one_line(message: str, stage: str) -> str:
@@ -113,24 +114,31 @@ def recipe(name: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns 0, 2 for bad input or settings, 1 for a run that could not go on, 130 when interrupted."""
-    argv = expand(list(sys.argv[1:] if arguments is None else arguments))
-    Parser.command_line = argv
-    parser = make_parser()
-    for word, value in itertools.pairwise(argv):
-        if word == "--config" and (other := stage_of_run(value)) not in (None, argv[0]):
-            print(f"rlhf {argv[0]}: error: config: is that of a run of `rlhf {other}`", file=sys.stderr)
-            return 2
-    parsed = parser.parse_args(argv)
-    stage = parsed.subcommand
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    stage = given[0] if given else ""
     try:
+        argv = expand(given)
+        for word, value in itertools.pairwise(argv):
+            if word == "--config":
+                check_stage(stage, stage_of_run(value) or stage)
+        Parser.command_line = argv
+        parser = make_parser()
+        parsed = parser.parse_args(argv)
+        stage = parsed.subcommand
         settings = parser.instantiate(parsed)[stage].as_dict()
-    except ConfigError as error:  # of a nested group; the stage's own come in `run`
+        check_stage(stage, settings.pop("stage", stage))
+    except ConfigError as error:  # the stage's own settings come in `run`
         print(f"rlhf {stage}: error: {error}", file=sys.stderr)
         return 2
     resume = settings.pop("resume", False)
-    for name in ("config", "stage"):
-        settings.pop(name, None)
+    settings.pop("config", None)
     return run(stage, settings, resume)
+
+
+def check_stage(stage: str, other: str) -> None:
+    """Raises where settings are those of a run of another stage."""
+    if other != stage:
+        raise ConfigError(f"config: is that of a run of `rlhf {other}`")
 
 
 def stage_of_run(path: str) -> str | None:
@@ -155,6 +163,10 @@ def expand(argv: list[str]) -> list[str]:
     if not after or after[0].startswith("-"):
         return words
     directory, *after = after
+    if before[:1] and before[0] in STAGES.keys() - RESUMABLE:
+        raise ConfigError(f"resume: rlhf {before[0]} is one step, with nothing to go on from")
+    if not (Path(directory) / "config.yaml").is_file():
+        raise ConfigError(f"resume: {directory} holds no run")
     own = ["--config", str(Path(directory) / "config.yaml"), "--output_dir", directory]
     return [*before[:1], *own, *before[1:], "--resume", *after]
 
@@ -175,21 +187,14 @@ def run(stage: str, settings: dict[str, Any], resume: bool) -> int:
         logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
         logging.getLogger("rlhf").setLevel(logging.INFO)
         training.quiet_libraries()
+        module, _, function = FUNCTIONS[stage].partition(":")
+        start = getattr(importlib.import_module(module), function)
+        interrupts.allow()
     except ConfigError as error:
         print(f"rlhf {stage}: error: {error}", file=sys.stderr)
         return 2
     try:
-        if stage in ("sft", "reward", "ppo"):
-            module = __import__(f"rlhf.{stage}", fromlist=["train"])
-            module.train(config, resume=resume)
-        elif stage == "demo":
-            from rlhf.demo import experiment
-
-            experiment.run(config, resume=resume)
-        else:
-            from rlhf import evaluate
-
-            getattr(evaluate, stage)(config)
+        start(config, **({"resume": resume} if stage in RESUMABLE else {}))
     except (ConfigError, data.DataError, loading.ModelError) as error:
         print(f"rlhf {stage}: error: {error}", file=sys.stderr)
         return 2

@@ -314,9 +314,13 @@ def test_bad_pretraining_text(rlhf, commands, tmp_path):
 
 def test_too_little_pretraining_text(rlhf, commands, tmp_path):
     path = write_jsonl(tmp_path / "short.jsonl", [{"text": "w01 w02"}])
-    code, error = rlhf("ppo", *commands["ppo"], "--gamma_ptx", 1, "--pretraining_data", path)
+    command = ["ppo", *commands["ppo"], "--gamma_ptx", 1, "--pretraining_data", path]
+    code, error = rlhf(*command, "--pretraining_tokens", 16)
     assert code == 2
-    assert "3 tokens, too few for one chunk of 1024" in only_line(error)
+    assert "3 tokens, too few for one chunk of 16" in only_line(error)
+    code, error = rlhf(*command)
+    assert code == 2
+    assert "pretraining_tokens: is 1024, must be at most 64, the context of " in only_line(error)
 
 
 def test_reward_model_with_two_labels(rlhf, commands, bare):
@@ -530,7 +534,10 @@ def test_a_run_that_was_moved_goes_on_where_it_is(stopped, rlhf, tmp_path):
 def test_what_resumes_nothing_says_so(stopped, rlhf, caplog, tmp_path):
     code, error = rlhf("sft", "--resume", tmp_path / "absent")
     assert code == 2
-    assert "absent/config.yaml" in only_line(error)
+    assert only_line(error) == f"rlhf sft: error: resume: {tmp_path / 'absent'} holds no run"
+    code, error = rlhf("evaluate", "--resume", stopped.whole)
+    assert code == 2
+    assert only_line(error) == "rlhf evaluate: error: resume: rlhf evaluate is one step, with nothing to go on from"
     code, error = rlhf(*stopped.command, "--output_dir", tmp_path / "new", "--resume")
     assert code == 0
     assert f"{tmp_path / 'new'}: holds no run to resume, so this one starts at the beginning" in caplog.text
@@ -605,11 +612,11 @@ def test_fp16_on_a_cpu(rlhf, commands):
 
 def test_interrupted_while_libraries_load():
     code = """
-import builtins, sys
+import builtins, os, signal, sys
 load = builtins.__import__
 def interrupted(name, *arguments, **options):
     if name == "jsonargparse":
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), signal.SIGINT)
     return load(name, *arguments, **options)
 builtins.__import__ = interrupted
 sys.argv = ["rlhf", "sft"]
