@@ -1,13 +1,9 @@
-"""The shipped recipes: each is accepted by the command, with the paper's values. And docs/recipe.md's references.
-
-`python tests/rlhf/test_recipes.py` puts the line numbers of docs/recipe.md right after the code has moved.
-"""
+"""The shipped recipes: each is accepted by the command, with the paper's values. And docs/recipe.md's references."""
 
 from __future__ import annotations
 
 import functools
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -122,44 +118,30 @@ def test_one_reward_model_for_policies_of_every_size():
     assert all(other == first for other in others)
 
 
-# `symbol` [file:line](../path#Lline)
-REFERENCE = re.compile(r"`([^`]+)` \[([\w./]+):(\d+)\]\(\.\./([\w./]+)#L(\d+)\)")
+# `name` [file](../path): the name, with what follows it on its line, is what to search for in the file.
+REFERENCE = re.compile(r"`([^`]+)` \[([\w./]+)\]\(\.\./([\w./]+)\)")
 PAGE = ROOT / "docs" / "recipe.md"
 
 
-def references():
-    return [(symbol, shown, int(line), path, int(anchor)) for symbol, shown, line, path, anchor in
-            REFERENCE.findall(PAGE.read_text())]  # fmt: skip
+def lines_with(name, path):
+    """The lines of a file that hold a name whole: `epochs: int = 1` is not in `epochs: int = 16`.
 
-
-def holds(text, symbol):
-    """Whether the line has the symbol whole: `epochs: int = 1` is not in `epochs: int = 16`."""
-    return re.search(re.escape(symbol) + (r"(?!\w)" if symbol[-1].isalnum() else ""), text) is not None
+    `PPOConfig.batch_size: int = 512` is looked for in the body of that class.
+    """
+    text = path.read_text()
+    group, _, inner = name.partition(".")
+    body = re.search(rf"^class {re.escape(group)}\b.*?(?=^\S|\Z)", text, re.MULTILINE | re.DOTALL)
+    if inner and body:
+        name, text = inner, body[0]
+    whole = re.compile(r"(?<!\w)" + re.escape(name) + (r"(?!\w)" if name[-1].isalnum() else ""))
+    return [line for line in text.splitlines() if whole.search(line)]
 
 
 def test_references_of_the_page():
-    found = references()
+    """Each name leads to one line of the file that is linked."""
+    found = REFERENCE.findall(PAGE.read_text())
     assert len(found) > 60
     assert len(found) == PAGE.read_text().count("](../") - 1  # the other link is to the recipes
-    wrong = []
-    for symbol, shown, line, path, anchor in found:
-        lines = (ROOT / path).read_text().splitlines()
-        text = lines[line - 1] if 0 < line <= len(lines) else ""
-        if line != anchor or not path.endswith(shown) or not holds(text, symbol):
-            wrong.append(f"{shown}:{line}: {symbol}")
-    assert not wrong, f"run `python {Path(__file__).relative_to(ROOT)}` to put docs/recipe.md right: {wrong}"
-
-
-def renumber(match):
-    """A reference with the line nearest to its own that holds the symbol."""
-    symbol, shown, line, path, _ = match.groups()
-    lines = (ROOT / path).read_text().splitlines()
-    holding = [number for number, text in enumerate(lines, start=1) if holds(text, symbol)]
-    if not holding:
-        sys.exit(f"docs/recipe.md: {path} has no {symbol!r} any more")
-    nearest = min(holding, key=lambda number: abs(number - int(line)))
-    return f"`{symbol}` [{shown}:{nearest}](../{path}#L{nearest})"
-
-
-if __name__ == "__main__":
-    PAGE.write_text(REFERENCE.sub(renumber, PAGE.read_text()))
+    for name, shown, path in found:
+        assert path.endswith(shown)
+        assert len(lines_with(name, ROOT / path)) == 1, f"{path}: {name}"
