@@ -13,36 +13,42 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from rlhf.config import EvaluateConfig, GenerateConfig
 from rlhf.data import Limits, PromptExample, read_prompts, read_texts, tokenize_prompts, tokenize_texts
+from rlhf.fields import type_and_line
 from rlhf.functions import load_function
 from rlhf.loading import (
     ModelError,
+    check_context,
     check_reward_config,
     check_same_tokenizer,
-    context_length,
     end_token_ids,
-    load_config,
     load_tokenizer,
     name_of,
+    shared_context,
 )
 from rlhf.models import LanguageModel, ScalarModel
+from rlhf.objects import described
 from rlhf.report import markdown_table, number
 from rlhf.reward import score
-from rlhf.rewards import RewardError, check_finite, decode
+from rlhf.rewards import RewardError, check_finite, decode, shown
 from rlhf.rollout import NotFiniteError, sample
-from rlhf.settings import ConfigError, described
+from rlhf.settings import ConfigError
 from rlhf.training import console, describing, find_device
 from rlhf_kernels import linear_cross_entropy, linear_selective_log_softmax
 
-Judge = Callable[[str, str, str], float]
+Judge = Callable[[Any, str, str], float]
+
+# What other layouts of records have beside a prompt, of which `generate` writes its own.
+ANSWER_FIELDS = {"prompt", "messages", "completion", "completions", "chosen", "rejected", "answers", "ranks", "scores"}
 
 
 @dataclass(frozen=True)
@@ -73,8 +79,11 @@ def evaluate(config: EvaluateConfig) -> dict:
     device = find_device(config.device)
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     check_same_tokenizer(tokenizer, name_of(config.model), config.baseline)
-    prompts = load_prompts(config, tokenizer)
+    sources = [config.model, config.baseline, None if is_python_judge(config.judge) else config.judge]
+    prompts = load_prompts(config, tokenizer, sources) if config.prompts else []
     texts = read_texts(config.pretraining_data) if config.pretraining_data else []
+    if texts:
+        check_context("pretraining_tokens", config.pretraining_tokens, config.model, config.baseline)
     chunks = tokenize_texts(texts, tokenizer, length=config.pretraining_tokens) if texts else None
     reward_model, judge = load_judge(config, tokenizer)
     output = Path(config.output_dir)
@@ -84,7 +93,7 @@ def evaluate(config: EvaluateConfig) -> dict:
     models = {name: LanguageModel.load(source, device=device).eval() for name, source in sides(config)}
     figures: dict = {name: described(getattr(config, name)) for name in ("model", "baseline", "judge", "seed")}
     figures["prompts"] = len(prompts)
-    records: list[dict[str, Any]] = [{"prompt": example.text} for example in prompts]
+    records: list[dict[str, Any]] = [{"prompt": example.text, **further_fields(example)} for example in prompts]
     if prompts:
         ids = [example.prompt_ids for example in prompts]
         samples = {}
@@ -107,7 +116,10 @@ def evaluate(config: EvaluateConfig) -> dict:
                 for a, b in zip(*map(torch.Tensor.tolist, scores.values()), strict=True)
             ]
         elif judge:
-            outcomes = [judge(record["prompt"], record["model"], record["baseline"]) for record in records]
+            outcomes = [
+                judged(judge, example, record["model"], record["baseline"])
+                for example, record in zip(prompts, records, strict=True)
+            ]
         if judge or reward_model:
             figures["win_rate"] = asdict(win_rate(outcomes))
             for record, outcome in zip(records, outcomes, strict=True):
@@ -116,11 +128,10 @@ def evaluate(config: EvaluateConfig) -> dict:
         losses = {name: pretraining_loss(model, chunks, config.tokens_per_forward) for name, model in models.items()}
         figures["pretraining_loss"] = losses
         figures["alignment_tax"] = losses["model"] - losses["baseline"]
+    check_figures(figures)
 
     with describing(f"{output}: results could not be written"):
-        (output / "completions.jsonl").write_text(
-            "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-        )
+        (output / "completions.jsonl").write_text("".join(map(as_line, records)))
         (output / "results.json").write_text(json.dumps(figures, indent=2) + "\n")
         (output / "report.md").write_text(describe(figures))
     console.print(f"evaluate: [bold]{output / 'report.md'}[/]")
@@ -135,26 +146,56 @@ def check_judged(what: str, scores: torch.Tensor, prompts: list[PromptExample]) 
         raise ModelError(str(error)) from error
 
 
+def judged(judge: Judge, prompt: PromptExample, a: str, b: str) -> float:
+    """What a judge in Python says of two completions, which must be a number from 0 to 1."""
+    try:
+        found = judge(prompt.text, a, b)
+    except Exception as error:  # the function is the user's: anything may happen in it
+        raise ConfigError(f"judge: failed at the prompt {shown(prompt)}: {type_and_line(error)}") from error
+    try:
+        outcome = float(found)
+    except (TypeError, ValueError):
+        outcome = math.nan
+    if not 0 <= outcome <= 1:
+        raise ConfigError(f"judge: returned {found!r} for the prompt {shown(prompt)}, must be a number from 0 to 1")
+    return outcome
+
+
+def check_figures(figures: Mapping[str, Any], name: str = "") -> None:
+    """Raises where a figure is NaN or infinite, which no file should hold as a result."""
+    for key, value in figures.items():
+        if isinstance(value, Mapping):
+            check_figures(value, f"{name}{key} of the ")
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise ModelError(f"{name}{key}: is {value}; are the models' logits finite?".replace("_", " "))
+
+
 def sides(config: EvaluateConfig) -> list[tuple[str, Any]]:
     """The two models compared, by the names their figures carry."""
     return [("model", config.model), ("baseline", config.baseline)]
 
 
-def load_prompts(config: EvaluateConfig | GenerateConfig, tokenizer) -> list[PromptExample]:  # noqa: ANN001
-    """Prompts as token ids, with their text, all leaving room for an answer in the context."""
-    if not config.prompts:
-        return []
-    limits = Limits(**asdict(config.lengths), context_length=context_length(load_config(config.model)))
+def load_prompts(
+    config: EvaluateConfig | GenerateConfig, tokenizer: PreTrainedTokenizerBase, sources: Sequence[Any]
+) -> list[PromptExample]:
+    """Prompts as token ids, with their text, all leaving room for an answer in the context of the models."""
+    limits = Limits(**asdict(config.lengths), context_length=shared_context(*sources))
     return tokenize_prompts(read_prompts(config.prompts), tokenizer, limits)
 
 
-def load_judge(config: EvaluateConfig, tokenizer) -> tuple[ScalarModel | None, Judge | None]:  # noqa: ANN001
+def is_python_judge(judge: Any) -> bool:
+    """Whether a judge is a Python function, or the name of one, and not a reward model."""
+    if isinstance(judge, str):
+        return ":" in judge and not Path(judge).exists()
+    return callable(judge) and not hasattr(judge, "config")
+
+
+def load_judge(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[ScalarModel | None, Judge | None]:
     """The reward model or the Python function that ``config.judge`` names."""
     judge: Any = config.judge
-    named = isinstance(judge, str)
     if judge is None:
         return None, None
-    if (callable(judge) and not hasattr(judge, "config")) or (named and ":" in judge and not Path(judge).exists()):
+    if is_python_judge(judge):
         return None, load_function("judge", judge)
     check_reward_config(judge)
     check_same_tokenizer(tokenizer, name_of(config.model), judge)
@@ -209,7 +250,7 @@ def generate(config: GenerateConfig) -> Path:
     """Samples ``config.samples`` completions of every prompt, and writes them to ``config.output``."""
     device = find_device(config.device)
     tokenizer = load_tokenizer(config.tokenizer or config.model)
-    prompts = load_prompts(config, tokenizer)
+    prompts = load_prompts(config, tokenizer, [config.model])
     output = Path(config.output)
     if output.exists():
         raise ConfigError(f"output: {output} exists; choose another name, or remove it first")
@@ -223,14 +264,21 @@ def generate(config: GenerateConfig) -> Path:
         output.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("w") as file:
             for i, example in enumerate(prompts):
-                record = {
-                    "prompt": example.text,
-                    "completions": responses[i * config.samples : (i + 1) * config.samples],
-                }
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                completions = responses[i * config.samples : (i + 1) * config.samples]
+                file.write(as_line({"prompt": example.text, "completions": completions, **further_fields(example)}))
         temporary.rename(output)
     console.print(f"generate: {len(prompts)} prompts × {config.samples} completions in [bold]{output}[/]")
     return output
+
+
+def further_fields(example: PromptExample) -> dict[str, Any]:
+    """What a prompt's record holds besides the prompt: ``tools`` and whatever else, but no answers of other models."""
+    return {name: value for name, value in example.extra.items() if name not in ANSWER_FIELDS}
+
+
+def as_line(record: Mapping[str, Any]) -> str:
+    """A record as a line of JSON; dates and the like, which tables may hold, as text."""
+    return json.dumps(record, ensure_ascii=False, default=str) + "\n"
 
 
 def describe(figures: dict) -> str:

@@ -6,11 +6,14 @@ Where a model is asked for, a directory, the name of a model on the hub, the dir
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+import transformers
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -26,6 +29,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 
 from rlhf.data import turn_end
 from rlhf.fields import first_line
+from rlhf.settings import check
 
 ModelSource: TypeAlias = str | Path | PreTrainedModel
 """A directory or hub name, or a model."""
@@ -140,6 +144,18 @@ def context_length(config: Any) -> int:
     return getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
 
 
+def shared_context(*sources: ModelSource | None) -> int:
+    """How many tokens all of several models can see; None stands for a model that there is not."""
+    return min(context_length(load_config(source)) for source in sources if source is not None)
+
+
+def check_context(setting: str, tokens: int, *sources: ModelSource) -> None:
+    """Raises ConfigError where sequences of ``tokens``, as a setting has it, are more than a model can see."""
+    for source in sources:
+        length = context_length(load_config(source))
+        check(tokens <= length, setting, tokens, f"at most {length}, the context of {name_of(source)}")
+
+
 def is_classifier(config: Any) -> bool:
     """Whether a configuration is that of a model with labels, not of a language model."""
     return any("SequenceClassification" in name for name in config.architectures or [])
@@ -252,7 +268,8 @@ def load(
             auto = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
     model: Any
     try:
-        model, info = auto.from_pretrained(path, **options)
+        with quiet():
+            model, info = auto.from_pretrained(path, **options)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{name}: could not be loaded as {auto.__name__}: {first_line(error)}") from error
     missing = sorted(
@@ -261,4 +278,29 @@ def load(
     if missing:
         listed = f"{', '.join(missing[:3])} ({len(missing)} in all)"
         raise ModelError(f"{name}: lacks weights of {type(model).__name__}: {listed}")
+    spoilt = [key for key, weight in model.named_parameters() if not all_finite(weight)]
+    if spoilt:
+        listed = f"{', '.join(spoilt[:3])} ({len(spoilt)} in all)"
+        raise ModelError(f"{name}: has weights that are NaN or infinite: {listed}; was its training stopped at a NaN?")
     return model.to(device)
+
+
+@torch.no_grad()
+def all_finite(weight: torch.Tensor) -> bool:
+    """Whether no number of a tensor is NaN or infinite; extremes need no copy of it, and NaN is among them."""
+    return weight.numel() == 0 or bool(torch.stack(torch.aminmax(weight)).isfinite().all())
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' own report and progress bars on loading; what matters of them we say ourselves."""
+    logging = transformers.utils.logging
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()

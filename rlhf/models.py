@@ -11,7 +11,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from rlhf.fields import type_and_line
 from rlhf.loading import (
     ModelError,
     ModelSource,
+    check_reward_config,
     classifier_class,
     is_classifier,
     load,
@@ -31,6 +32,9 @@ from rlhf.loading import (
     loading_lines,
     name_of,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +53,14 @@ class Backbone(nn.Module):
         self.model = model
         with self.probing():
             self.layout = self._find_layout()
+
+    @classmethod
+    def made_of(cls, model: PreTrainedModel, source: ModelSource) -> Self:
+        """The wrapper of a model that was loaded, whose errors say from where."""
+        try:
+            return cls(model)
+        except ModelError as error:
+            raise ModelError(f"{source}: {error}" if isinstance(source, (str, Path)) else str(error)) from error
 
     @property
     def device(self) -> torch.device:
@@ -144,6 +156,7 @@ def first_that_holds(
             found = error(option)
         except Exception as problem:  # whatever a model's own code does with what it does not expect
             reasons.append(f"{option}: {type_and_line(problem)}")
+            logger.debug("%s could not be tried", option, exc_info=True)  # in case the fault is in our own
             continue
         if found <= tolerance:
             return option, reasons
@@ -200,7 +213,7 @@ class LanguageModel(Backbone):
                 "%s: %s models have no residual dropout; trained without", name_of(source), config.model_type
             )
         auto = AutoModelForCausalLM if isinstance(source, (str, Path)) else type(source)
-        return cls(load(auto, source, config, attention, device))
+        return cls.made_of(load(auto, source, config, attention, device), source)
 
     @torch.no_grad()
     def project(self, states: Tensor) -> Tensor:
@@ -284,11 +297,14 @@ class ScalarModel(Backbone):
         """
         config = load_config(source)
         fresh = not is_classifier(config)
-        if fresh:
+        if not fresh:
+            check_reward_config(source)
+        else:
             config.num_labels = 1
             config.reward_bias = 0.0
         set_dropout(config, (*OTHER_DROPOUT, *RESIDUAL_DROPOUT), 0.0)
-        scalar = cls(load(classifier_class(config), source, config, attention, device, new_head=fresh))
+        loaded = load(classifier_class(config), source, config, attention, device, new_head=fresh)
+        scalar = cls.made_of(loaded, source)
         if fresh:
             for parameter in scalar.head.parameters():
                 nn.init.zeros_(parameter)

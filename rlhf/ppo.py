@@ -27,17 +27,18 @@ from rlhf.batch import Batch
 from rlhf.config import PPOConfig, warmup_from_tenth
 from rlhf.data import Limits, PromptExample, read_prompts, read_texts, tokenize_prompts
 from rlhf.loading import (
+    check_context,
     check_reward_config,
     check_same_tokenizer,
-    context_length,
     end_token_ids,
-    load_config,
     load_tokenizer,
     name_of,
+    shared_context,
 )
 from rlhf.models import LanguageModel, ScalarModel, unwrap
 from rlhf.rewards import RewardError, Rewards, load_functions, make_rewards
 from rlhf.rollout import NotFiniteError, sample
+from rlhf.settings import check
 from rlhf.sft import language_model_step, pretraining_examples
 from rlhf.training import Run, RunError, accumulate, batch_indices, make_optimizer, mine, optimizer_step, total
 from rlhf_kernels import linear_ppo_policy_loss, linear_selective_log_softmax, ppo_advantages, ppo_value_loss
@@ -77,17 +78,22 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
     records = read_prompts(config.prompts)
     texts = read_texts(config.pretraining_data) if config.gamma_ptx else []
     tokenizer = load_tokenizer(config.tokenizer or config.policy)
+    if config.reward_model is not None:
+        check_reward_config(config.reward_model)
     for scalar in (config.reward_model, config.value_model):
         if scalar is not None:
-            check_reward_config(scalar)
             check_same_tokenizer(tokenizer, name_of(config.policy), scalar)
-    limits = Limits(**asdict(config.lengths), context_length=context_length(load_config(config.policy)))
-    prompts = tokenize_prompts(records, tokenizer, limits)
+    context = shared_context(config.policy, config.reward_model, config.value_model)
+    prompts = tokenize_prompts(records, tokenizer, Limits(**asdict(config.lengths), context_length=context))
+    if texts:
+        check_context("pretraining_tokens", config.pretraining_tokens, config.policy)
     pretraining = pretraining_examples(texts, tokenizer, config.pretraining_tokens) if texts else []
 
     run = Run("ppo", config, resume=resume)
     if run.finished:
         return run.directory / "model"
+    processes, size = run.accelerator.num_processes, config.minibatch_size
+    check(size % processes == 0, "minibatch_size", size, f"a multiple of the {processes} processes")
     options: Any = {"attention": config.attention, "device": run.device}
     policy = LanguageModel.load(config.policy, **options).eval()  # no dropout: ratios start at 1
     reference, average = frozen_copy(policy), frozen_copy(policy)
@@ -113,8 +119,7 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
 
         minibatches = config.batch_size // config.minibatch_size * config.inner_epochs
         for number in range(minibatches):
-            size = config.minibatch_size // run.accelerator.num_processes
-            picked = batch_indices(len(episodes), size, number, seed=iteration)
+            picked = batch_indices(len(episodes), config.minibatch_size // processes, number, seed=iteration)
             minibatch = [episodes[i] for i in picked]
             stats = policy_step(run, policy, minibatch)
             if number == 0:
@@ -206,7 +211,7 @@ def collect(run: Run, actors: Actors, examples: list[PromptExample]) -> tuple[li
     try:
         score = actors.rewards.total(scores, examples, responses).to(run.device)
     except RewardError as error:
-        raise RunError(f"step {run.step}: {error}") from error
+        raise RunError(f"step {run.step}: {error}; {run.last_checkpoint()}") from error
     score = score - config.missing_eos_penalty * ~torch.tensor(ended, device=run.device)
     run.require_finite(
         log_probability_of_the_reference=ref_logprobs.sum().item(), value_of_the_value_model=value.sum().item()

@@ -29,7 +29,7 @@ from rlhf.data import (
     tokenize_comparisons,
     tokenize_demonstrations,
 )
-from rlhf.loading import context_length, load_config, load_tokenizer
+from rlhf.loading import load_tokenizer, shared_context
 from rlhf.models import ScalarModel, unwrap
 from rlhf.training import (
     Run,
@@ -49,7 +49,7 @@ def train(config: RewardConfig, *, resume: bool = False) -> Path:
     records = read_comparisons(config.data)
     demonstration_records = read_demonstrations(config.demonstrations) if config.demonstrations else []
     tokenizer = load_tokenizer(config.tokenizer or config.model)
-    limits = Limits(**asdict(config.lengths), context_length=context_length(load_config(config.model)))
+    limits = Limits(**asdict(config.lengths), context_length=shared_context(config.model))
     comparisons = tokenize_comparisons(records, tokenizer, limits)
     demonstrations = tokenize_demonstrations(demonstration_records, tokenizer, limits) if demonstration_records else []
     training, held_out = hold_out(len(comparisons), config.held_out_fraction, config.seed)
@@ -66,7 +66,9 @@ def train(config: RewardConfig, *, resume: bool = False) -> Path:
         indices = batch_indices(len(training), config.batch_size, step, seed=config.seed, epochs=config.epochs)
         batch = [comparisons[training[i]] for i in indices]
         factor = cosine_to_tenth(step, steps)
-        loss, accuracy = ranking_step(run, model, mine(run, batch), prompts=len(batch))
+        # A process without a share of a short last batch runs along, since the others wait for its gradient.
+        share = mine(run, batch) or [RankedExample(batch[0].prompt_ids, batch[0].completion_ids[:1], [1])]
+        loss, accuracy = ranking_step(run, model, share, prompts=len(batch))
         run.require_finite(loss=loss)
         norm = optimizer_step(run, model, optimizer, config.adam, factor)
         metrics = {"loss": loss, "accuracy": accuracy, "pairs": sum(map(pair_count, batch))}

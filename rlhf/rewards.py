@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,11 +25,10 @@ from rlhf.data import PromptExample
 from rlhf.fields import type_and_line
 from rlhf.functions import load_function
 from rlhf.models import ScalarModel
-from rlhf.settings import ConfigError
 
 
 class RewardError(ValueError):
-    """A reward that is no finite number; the message names where it came from and the prompt."""
+    """A function that fails, or a reward that is no finite number; the message names the one and the prompt."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,8 @@ class Rewards:
         """(S,) float32: the weighted sum, given the model's (S,) scores where there is a model.
 
         Raises:
-            RewardError: a reward that is NaN, infinite or no number.
-            ConfigError: a function that fails, or returns another count than one for each completion.
+            RewardError: a reward that is NaN, infinite or no number; or a function that fails, or returns another
+                count than one for each completion.
         """
         rewards = [] if scores is None else [check_finite("the reward model", scores, prompts)]
         completions = [decode(self.tokenizer, response, self.end_token_ids) for response in responses]
@@ -74,9 +73,8 @@ def make_rewards(
 
 def load_functions(config: PPOConfig) -> dict[str, Callable[..., Any]]:
     """The functions that ``reward`` names, by name."""
-    values: list[Any] = config.reward  # type: ignore[assignment]  # PPOConfig has made a list of it
     named: dict[str, Callable[..., Any]] = {}
-    for each in values:
+    for each in cast(list[Any], config.reward):  # PPOConfig has made a list of it
         name = each if isinstance(each, str) else getattr(each, "__name__", type(each).__name__)
         same = sum(known.split(" (")[0] == name for known in named)  # two lambdas, or one function with two weights
         named[f"{name} ({same + 1})" if same else name] = load_function("reward", each)
@@ -96,9 +94,9 @@ def call(name: str, function: Callable[..., Any], prompts: Sequence[PromptExampl
     try:
         found = list(function(prompts=[example.text for example in prompts], completions=completions, **columns))
     except Exception as error:  # the function is the user's: anything may happen in it
-        raise ConfigError(f"reward: {name} failed: {type_and_line(error)}") from error
+        raise RewardError(f"the reward {name} failed: {type_and_line(error)}") from error
     if len(found) != len(completions):
-        raise ConfigError(f"reward: {name} returned {len(found)} values for {len(completions)} completions")
+        raise RewardError(f"the reward {name} returned {len(found)} values for {len(completions)} completions")
     return torch.tensor([number(name, value, example) for value, example in zip(found, prompts, strict=True)])
 
 

@@ -27,7 +27,7 @@ from rlhf.data import (
     tokenize_demonstrations,
     tokenize_texts,
 )
-from rlhf.loading import context_length, load_config, load_tokenizer
+from rlhf.loading import check_context, load_tokenizer, shared_context
 from rlhf.models import LanguageModel, unwrap
 from rlhf.training import (
     Run,
@@ -48,9 +48,11 @@ def train(config: SFTConfig, *, resume: bool = False) -> Path:
     demonstrations = read_demonstrations(config.data)
     texts = read_texts(config.pretraining_data) if config.pretraining_fraction else []
     tokenizer = load_tokenizer(config.tokenizer or config.model)
-    limits = Limits(**asdict(config.lengths), context_length=context_length(load_config(config.model)))
+    limits = Limits(**asdict(config.lengths), context_length=shared_context(config.model))
     examples = tokenize_demonstrations(demonstrations, tokenizer, limits)
     training, held_out = hold_out(len(examples), config.held_out_fraction, config.seed)
+    if texts:
+        check_context("pretraining_tokens", config.pretraining_tokens, config.model)
     pretraining = pretraining_examples(texts, tokenizer, config.pretraining_tokens) if texts else []
 
     run = Run("sft", config, resume=resume)
@@ -76,7 +78,9 @@ def train(config: SFTConfig, *, resume: bool = False) -> Path:
         factor = cosine_to_tenth(step, steps)
         before = {"held_out_loss_before": mean_loss(run, model, validation)} if validation and step == 0 else {}
         model.train()
-        loss = language_model_step(run, model, mine(run, batch))
+        # A process without a share of a short last batch runs along, since the others wait for its gradient.
+        share = mine(run, batch) or [Example(batch[0].prompt_ids, [])]
+        loss = language_model_step(run, model, share)
         run.require_finite(loss=loss)
         norm = optimizer_step(run, model, optimizer, config.adam, factor)
         metrics = before | {"loss": loss, "learning_rate": config.adam.learning_rate * factor, "gradient_norm": norm}

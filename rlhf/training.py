@@ -204,13 +204,17 @@ class Run:
         """Writes ``checkpoint-<step>`` whole. Those before it go when the next step has shown that it is sound."""
         target = self.directory / checkpoint_name(step)
         temporary = target.with_suffix(".tmp")
-        previous = latest_checkpoint(self.directory)
-        safe = (
-            f"the checkpoint of step {previous.name[-6:]} is intact" if previous else "there is no earlier checkpoint"
-        )
-        with describing(f"{target}: could not be written; {safe}; free some space and go on with --resume", temporary):
+        with describing(
+            f"{target}: could not be written; {self.last_checkpoint()}; free some space and go on with --resume",
+            temporary,
+        ):
             self.accelerator.save_state(str(temporary))
             self._publish(temporary, target)
+
+    def last_checkpoint(self) -> str:
+        """For errors: what a run that stops here leaves to go on from."""
+        found = latest_checkpoint(self.directory)
+        return f"{found.name} is intact" if found else "there is no checkpoint yet"
 
     def _remove_older_checkpoints(self) -> None:
         """Leaves the newest one."""
@@ -233,17 +237,16 @@ class Run:
             if self.is_main:
                 shutil.rmtree(found[-1])
             found.pop()
-        safe = f"{found[-1].name} is intact" if found else "there is no checkpoint yet"
         again = "go on from there" if found else "start again"
         rates = " or ".join(f"--{name}" for name in flatten(self.settings) if name in LEARNING_RATES)
         raise RunError(
-            f"step {self.step}: the {bad[0][0]} is {bad[0][1]}; {safe}. With a lower {rates}, "
+            f"step {self.step}: the {bad[0][0]} is {bad[0][1]}; {self.last_checkpoint()}. With a lower {rates}, "
             f"--resume {self.directory} would {again}"
         )
 
     def save_model(self, model: Backbone, tokenizer: PreTrainedTokenizerBase, name: str = "model") -> Path:
         """Writes a model under ``name``, whole or not at all, and returns where."""
-        self.require_finite(trained_weights=float(sum(p.detach().abs().sum() for p in model.parameters())))
+        self.require_finite(sum_of_the_trained_weights=float(sum(p.detach().abs().sum() for p in model.parameters())))
         target = self.directory / name
         temporary = target.with_name(target.name + ".tmp")
         with describing(

@@ -141,10 +141,50 @@ def test_no_such_judge(make, judge):
 
 def test_a_judge_that_gives_nan_prefers_nothing(make, reward_model, tmp_path):
     model = ScalarModel.load(reward_model)
-    torch.nn.init.constant_(model.head.weight, float("nan"))
+    torch.nn.init.constant_(model.head.weight, 3e38)  # finite, as weights must be; its products are not
     model.save(tmp_path / "nan", load_tokenizer(reward_model))
-    with pytest.raises(ModelError, match="judge: the score of the model's completion gives nan for the prompt"):
+    with pytest.raises(ModelError, match=r"judge: the score of the model's completion gives .* for the prompt"):
         evaluate(make(judge=str(tmp_path / "nan")))
+
+
+@pytest.mark.parametrize(
+    ("judge", "says"),
+    [
+        (lambda *_: 1 / 0, "judge: failed at the prompt 'w.*': ZeroDivisionError"),
+        (lambda *_: None, "judge: returned None for the prompt 'w.*', must be a number from 0 to 1"),
+        (lambda *_: float("nan"), "judge: returned nan for the prompt"),
+        (lambda *_: -1, "judge: returned -1 for the prompt"),
+        (lambda *_: 2.0, "judge: returned 2.0 for the prompt"),
+    ],
+)
+def test_a_judge_in_python_that_says_nothing_of_use(make, judge, says, tmp_path):
+    with pytest.raises(ConfigError, match=says):
+        evaluate(make(judge=judge))
+    assert not (tmp_path / "out/results.json").exists()
+
+
+def test_figures_that_are_not_finite_are_no_result(make, monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluation, "kl_between", lambda *_: float("inf"))
+    with pytest.raises(ModelError, match="kl: is inf"):
+        evaluate(make())
+    assert not (tmp_path / "out/results.json").exists()
+
+
+def test_every_model_must_have_room(make, base, reward_model, data, tmp_path):
+    """The baseline and the judge read the prompts and answers as well, and may see less than the model."""
+    for setting, cls, source in (("baseline", LanguageModel, base), ("judge", ScalarModel, reward_model)):
+        short = cls.load(source)
+        embedding = torch.nn.Embedding(18, 32)
+        embedding.weight.data.copy_(short.model.transformer.wpe.weight[:18])
+        short.model.transformer.wpe = embedding
+        short.model.config.n_positions = 18
+        short.save(tmp_path / setting, load_tokenizer(base))
+        with pytest.raises(DataError, match="exceed the model's context of 18"):
+            evaluate(make(**{setting: str(tmp_path / setting), "lengths": LengthConfig(16, 16)}))
+    with pytest.raises(ConfigError, match=r"pretraining_tokens: is 20, must be at most 18, the context of .*baseline"):
+        evaluate(
+            make(prompts=[], baseline=str(tmp_path / "baseline"), pretraining_data=data.texts, pretraining_tokens=20)
+        )
 
 
 def test_language_model_is_no_judge(make, base):
@@ -243,6 +283,18 @@ def test_generate(generation):
     assert all(set(record) == {"prompt", "completions"} and len(record["completions"]) == 4 for record in records)
     assert any(len(set(record["completions"])) == 4 for record in records)
     assert all(len(text.split()) <= 6 and "<eos>" not in text for record in records for text in record["completions"])
+
+
+def test_generate_keeps_further_fields(generation, tmp_path):
+    """An id, or the tools that the prompt was written with; not what another model answered."""
+    records = [{"prompt": f"w0{i}", "id": i, "source": {"page": i}, "completions": ["w01", "w02"]} for i in range(3)]
+    path = generate(generation(prompts=write_jsonl(tmp_path / "prompts.jsonl", records)))
+    for record, written in zip(records, map(json.loads, path.read_text().splitlines()), strict=True):
+        assert written["completions"] != record["completions"]
+        assert {name: written[name] for name in ("prompt", "id", "source")} == {
+            name: record[name] for name in ("prompt", "id", "source")
+        }
+        assert set(written) == set(record)
 
 
 def test_generate_keeps_the_order_of_prompts(generation, data):

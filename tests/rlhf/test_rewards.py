@@ -16,6 +16,7 @@ from rlhf.data import PromptExample
 from rlhf.models import ScalarModel
 from rlhf.rewards import RewardError, Rewards, check_finite, load_functions
 from rlhf.settings import ConfigError
+from rlhf.training import RunError
 
 
 def count_w05(prompts, completions, **fields):
@@ -110,19 +111,19 @@ def test_missing_eos_penalty(ppo_config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("function", "error", "says"),
+    ("function", "says"),
     [
-        (lambda **_: [1.0], ConfigError, "reward: .* returned 1 values for 2 completions"),
-        (lambda **_: 1 / 0, ConfigError, "reward: .* failed: ZeroDivisionError: division by zero"),
-        (lambda **_: [1.0, None], RewardError, "returned None, which is no number, for the prompt 'b'"),
-        (lambda **_: [float("nan"), 1.0], RewardError, "gives nan for the prompt 'a'"),
-        (lambda **_: [1.0, float("-inf")], RewardError, "gives -inf for the prompt 'b'"),
-        (lambda prompts: [1.0, 1.0], ConfigError, "failed: TypeError: .*unexpected keyword argument 'completions'"),
+        (lambda **_: [1.0], "the reward .* returned 1 values for 2 completions"),
+        (lambda **_: 1 / 0, "the reward .* failed: ZeroDivisionError: division by zero"),
+        (lambda **_: [1.0, None], "returned None, which is no number, for the prompt 'b'"),
+        (lambda **_: [float("nan"), 1.0], "gives nan for the prompt 'a'"),
+        (lambda **_: [1.0, float("-inf")], "gives -inf for the prompt 'b'"),
+        (lambda prompts: [1.0, 1.0], "failed: TypeError: .*unexpected keyword argument 'completions'"),
     ],
 )
-def test_what_a_function_may_not_do(tokenizer, function, error, says):
+def test_what_a_function_may_not_do(tokenizer, function, says):
     prompts = [PromptExample([1], "a"), PromptExample([2], "b")]
-    with pytest.raises(error, match=says):
+    with pytest.raises(RewardError, match=says):
         rewards(tokenizer, [function]).total(None, prompts, [[3], [4]])
 
 
@@ -153,6 +154,7 @@ def test_function_of_the_current_directory(rlhf, base, data, tmp_path, monkeypat
         ("json:mine", "reward: 'json:mine' names no Python function: AttributeError"),
         ("json:__name__", "reward: 'json:__name__' is str, not a function"),
         ("json", "reward: is 'json', must be module:function"),
+        ("rewards/mine.py:count", "reward: is 'rewards/mine.py:count', must name a module: mine:count"),
     ],
 )
 def test_no_such_function(rlhf, base, data, tmp_path, value, says):
@@ -163,12 +165,37 @@ def test_no_such_function(rlhf, base, data, tmp_path, value, says):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_function_that_fails_in_the_middle_of_a_run(ppo_config):
+    """The line says at which step, and what is left to go on from."""
+    calls = []
+
+    def tired(completions, **_):
+        calls.append(len(completions))
+        return [1.0 if len(calls) < 4 else "none"] * len(completions)
+
+    config = ppo_config(reward_model=None, reward=tired, episodes=80, batch_size=8, checkpoint_every=2)
+    with pytest.raises(RunError, match=r"step 3: tired returned 'none', .*; checkpoint-000002 is intact"):
+        ppo.train(config)
+
+
+def test_a_value_model_may_start_from_a_language_model(ppo_config, base, monkeypatch):
+    started = []
+    step = ppo.value_step
+    monkeypatch.setattr(ppo, "value_step", lambda run, model, e: started.append(e[0].values) or step(run, model, e))
+    ppo.train(ppo_config(value_model=base, episodes=16))
+    assert torch.equal(started[0], torch.zeros_like(started[0]))
+
+
 def test_a_reward_is_needed_and_a_weight_for_each():
     settings = {"output_dir": "o", "policy": "p", "prompts": "q"}
     with pytest.raises(ConfigError, match="reward_model: is None, must be given, or reward"):
         PPOConfig(**settings)
     with pytest.raises(ConfigError, match=r"reward_weights: is \[1.0\], must be 2 weights"):
         PPOConfig(**settings, reward_model="r", reward="a:b", reward_weights=[1.0])
+    with pytest.raises(ConfigError, match=r"reward_weights: is \[nan\], must be a list of finite numbers or null"):
+        PPOConfig(**settings, reward_model="r", reward_weights=[float("nan")])
+    with pytest.raises(ConfigError, match="value_clip_range: is -1, must be above 0, or null"):
+        PPOConfig(**settings, reward_model="r", value_clip_range=-1)
     with pytest.raises(ConfigError, match="missing_eos_penalty: is -1"):
         PPOConfig(**settings, reward_model="r", missing_eos_penalty=-1)
 
