@@ -30,7 +30,12 @@ def free_port():
 
 def together(*arguments, processes=2):
     """Starts the command as torchrun would, and returns each process's status and errors."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(free_port()),
+    }
     started = [
         subprocess.Popen(
             [sys.executable, "-c", CODE, *map(str, arguments)],
