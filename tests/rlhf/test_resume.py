@@ -12,9 +12,11 @@ from types import SimpleNamespace
 
 import accelerate
 import pytest
+import yaml
 from tools import metrics, model_files, only_line, start
 
-from rlhf.training import latest_checkpoint
+from rlhf import ppo, reward, sft, training
+from rlhf.training import RunError, latest_checkpoint
 
 CHECKPOINT_EVERY = 4
 STAGES = ["sft", "reward", "ppo", "ppo-ptx"]
@@ -291,3 +293,31 @@ def test_resume_without_a_run_starts_one(killed, rlhf, tmp_path):
     code, error = rlhf(*run.command, "--output_dir", tmp_path / "new", "--resume")
     assert code == 0, error
     assert model_files(tmp_path / "new") == model_files(run.whole)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_run_called_from_python_stops_and_goes_on(stage, sft_config, reward_config, ppo_config, data, monkeypatch):
+    """The same in this process: a run is not begun twice, goes on to the same weights, and ends once."""
+    config, module = {"sft": (sft_config, sft), "reward": (reward_config, reward), "ppo": (ppo_config, ppo)}[stage]
+    options = {"checkpoint_every": 2} | ({"ema_decay": 0.5, "gamma_ptx": 1.0} if stage == "ppo" else {"epochs": 2})
+    whole, stopped = config("whole", **options), config("stopped", **options)
+    directory = module.train(whole).parent
+
+    def stop(run, *arguments):
+        if run.step == 3:
+            raise KeyboardInterrupt
+        return training.optimizer_step(run, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "optimizer_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            module.train(stopped)
+    with pytest.raises(RunError, match="holds a run already"):
+        module.train(stopped)
+    path = module.train(stopped, resume=True)
+    assert model_files(path.parent) == model_files(directory)
+    assert metrics(path.parent) == metrics(directory)
+    assert yaml.safe_load((path.parent / "config.yaml").read_text())["stage"] == stage
+
+    monkeypatch.setattr(module, "optimizer_step", None)
+    assert module.train(stopped, resume=True) == path == path.parent / "model"
