@@ -83,6 +83,13 @@ def test_stops_at_that_step_and_goes_on(case, command, rlhf, monkeypatch, caplog
     assert (tmp_path / "run/model").is_dir()
 
 
+def test_pretraining_loss_that_is_not_finite(command, rlhf, data, monkeypatch):
+    spoil(monkeypatch, ppo, "language_model_step", lambda found: NAN, step=1)
+    mix = ["--gamma_ptx", 1.0, "--pretraining_data", data.texts, "--pretraining_tokens", 16]
+    code, error = rlhf(*command("ppo", 1e-3), *mix)
+    assert (code, "error: step 1: the pretraining loss is nan" in only_line(error)) == (1, True)
+
+
 def test_a_checkpoint_whose_next_step_fails_is_no_good_one(command, rlhf, monkeypatch, tmp_path):
     spoil(monkeypatch, sft, "language_model_step", lambda found: NAN, step=4)
     code, error = rlhf(*command("sft", 1e-3))

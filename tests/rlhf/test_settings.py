@@ -6,6 +6,7 @@ a setting that is new and has no line here.
 
 from __future__ import annotations
 
+import shutil
 from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -175,6 +176,41 @@ def test_sft_and_reward_settings(stage, sft_config, reward_config, monkeypatch):
     assert [arguments for arguments, _ in calls["cosine_to_tenth"]] == [(i, steps) for i in range(steps)]
     for i, (arguments, _) in enumerate(calls["optimizer_step"]):
         assert arguments[4] == sft.cosine_to_tenth(i, steps)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_device_and_attention_reach_every_model(
+    stage, sft_config, reward_config, ppo_config, base, reward_model, tmp_path, monkeypatch
+):
+    """And the dropout that of SFT alone."""
+    calls = defaultdict(list)
+    for kind in (LanguageModel, ScalarModel):
+        watch(monkeypatch, calls, kind, "load")
+    monkeypatch.setattr(training.Run, "device", torch.device("cpu", 0))
+    value_model = str(shutil.copytree(reward_model, tmp_path / "other"))
+    common = {"attention": "eager", "device": torch.device("cpu", 0)}
+    loaded = {
+        "sft": [(base, {"residual_dropout": 0.13})],
+        "reward": [(base, {})],
+        "ppo": [(base, {}), (reward_model, {}), (value_model, {})],
+    }[stage]
+    if stage == "sft":
+        sft.train(sft_config(epochs=1, attention="eager", residual_dropout=0.13))
+    elif stage == "reward":
+        reward.train(reward_config(epochs=1, attention="eager"))
+    else:
+        ppo.train(ppo_config(episodes=16, attention="eager", value_model=value_model))
+    assert calls["load"] == [((source,), common | more) for source, more in loaded]
+
+
+def test_what_is_not_trained_is_frozen(ppo_config, monkeypatch):
+    calls = defaultdict(list)
+    watch(monkeypatch, calls, ppo, "collect")
+    ppo.train(ppo_config(episodes=16))
+    actors = calls["collect"][0][0][1]
+    for model, trained in ((actors.policy, True), (actors.value, True), (actors.reference, False)):
+        assert {parameter.requires_grad for parameter in model.parameters()} == {trained}
+    assert {parameter.requires_grad for parameter in actors.rewards.model.parameters()} == {False}
 
 
 def test_every_setting_is_watched():
