@@ -389,10 +389,11 @@ def test_ppo(ppo_config, data, base, reward_model, told, sampled):
 
 
 def test_ppo_reports_the_last_tenth(ppo_config, told):
-    """Of 21 iterations the last two, and nothing of a pretraining mix that there was not."""
+    """Of 21 iterations the last two; every eighth policy is kept; there is no pretraining mix to speak of."""
     lengths = {"max_prompt_tokens": 16, "max_response_tokens": 3}
-    config = ppo_config(episodes=85, batch_size=4, minibatch_size=4, lengths=lengths)
-    ppo.train(config)
+    config = ppo_config(episodes=85, batch_size=4, minibatch_size=4, lengths=lengths, keep_every=8)
+    path = ppo.train(config)
+    assert sorted(kept.name for kept in path.parent.glob("iteration-*")) == ["iteration-000008", "iteration-000016"]
     found = metrics(Path(config.output_dir))
     assert len(found) == 21
     last = {name: (found[-2][name] + found[-1][name]) / 2 for name in ("reward", "kl", "response_tokens")}

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tools import tiny_gpt2
 
 from rlhf.models import LanguageModel
-from rlhf.rollout import sample
+from rlhf.rollout import sample, sampling_batches
 from rlhf_kernels import linear_selective_log_softmax
 
 EOS = 1
@@ -129,3 +131,26 @@ def test_training_mode_is_kept_and_dropout_off(base):
 def test_needs_no_gradient(lm):
     assert not any(completion.logprobs.requires_grad for completion in draw(lm, PROMPTS))
     assert all(parameter.grad is None for parameter in lm.parameters())
+
+
+def test_tensors_are_made_on_the_model_s_device(lm):
+    """As on a GPU: where the model is and where tensors go by default are two devices, and the second holds nothing."""
+    expected = draw(lm, PROMPTS, batch_size=3)
+    with torch.device("meta"):
+        found = draw(lm, PROMPTS, batch_size=3)
+    for here, there in zip(found, expected, strict=True):
+        assert here.tokens == there.tokens
+        assert torch.equal(here.logprobs, there.logprobs)
+
+
+@pytest.mark.parametrize(
+    ("decoding", "size", "batches"),
+    [
+        ("padded", 3, [[1, 6, 2], [5, 4, 0], [3]]),
+        ("padded", 7, [[1, 6, 2, 5, 4, 0, 3]]),
+        ("aligned", 3, [[1, 6], [2, 5], [4], [0], [3]]),
+        ("aligned", 1, [[1], [6], [2], [5], [4], [0], [3]]),
+    ],
+)
+def test_prompts_of_like_length_are_sampled_together(decoding, size, batches):
+    assert list(sampling_batches(SimpleNamespace(decoding=decoding), PROMPTS, size)) == batches
