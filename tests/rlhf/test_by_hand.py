@@ -22,15 +22,16 @@ from torch.nn.functional import logsigmoid
 from rlhf import ppo, report, reward, sft
 from rlhf.config import Adam
 from rlhf.loading import load_tokenizer
-from rlhf.models import LanguageModel, ScalarModel
+from rlhf.models import Backbone, LanguageModel, ScalarModel
 from rlhf.training import Run, batch_indices, hold_out
 
 
 @pytest.fixture
 def told(monkeypatch):
-    """What a run says beside its metrics: its report, which is not drawn here, and the figures at its progress bar."""
-    said = SimpleNamespace(shown=[])
-    log, steps = Run.log, Run.steps
+    """What a run says beside its metrics: its report, which is not drawn here, the figures at its progress bar, and the
+    lengths of the sequences that it asks to be parted, with the tokens that a part may have."""
+    said = SimpleNamespace(shown=[], parted=[])
+    log, steps, parts = Run.log, Run.steps, Backbone.parts
 
     def keep_report(run, title, rows, curves):
         said.title, said.rows, said.curves = title, dict(rows), list(curves)
@@ -43,6 +44,11 @@ def told(monkeypatch):
         said.counted = f"{total} {unit}"
         return steps(run, total, unit)
 
+    def keep_parted(model, groups, tokens):
+        said.parted.append((groups, tokens))
+        return parts(model, groups, tokens)
+
+    monkeypatch.setattr(Backbone, "parts", keep_parted)
     monkeypatch.setattr(report, "write", keep_report)
     monkeypatch.setattr(Run, "steps", keep_unit)
     monkeypatch.setattr(Run, "log", keep_shown)
@@ -97,6 +103,16 @@ def scalars(model, prompt, response):
     return states @ model.head.weight[0] + model.bias
 
 
+def parted(examples):
+    """For a prompt and completion each, or a prompt and all its completions, in parts of 40 tokens."""
+    groups = [[len(prompt) + len(each) for each in responses] for prompt, responses in examples]
+    return groups, 40
+
+
+def alone(examples):
+    return parted([(prompt, [response]) for prompt, response, *_ in examples])
+
+
 def adam_of(model, settings):
     betas = (settings.beta1, settings.beta2)
     return torch.optim.Adam(model.parameters(), lr=settings.learning_rate, betas=betas, eps=settings.eps)
@@ -141,15 +157,17 @@ def test_sft(sft_config, data, base, told):
     optimizer, steps = adam_of(model, adam), math.ceil(2 * len(training) / 5)
 
     def held_out_loss():
+        forwards.append(alone([examples[i] for i in held_out]))
         with torch.no_grad():
             return negative_log_likelihoods(model, [examples[i] for i in held_out]).mean().item()
 
-    expected, seen = [], 0
+    expected, forwards, seen = [], [], 0
     for number in range(steps):
         figures = {"step": number} | ({} if number else {"held_out_loss_before": held_out_loss()})
         chosen = batch_indices(len(training), 5, number, seed=3, epochs=2)
         batch = [examples[training[i]] for i in chosen]
         batch += [mixed[i] for i in batch_indices(len(mixed), 2, number, seed=3)]
+        forwards.append(alone(batch))
         loss = negative_log_likelihoods(model, batch).mean()
         loss.backward()
         factor = 0.1 + 0.45 * (1 + math.cos(math.pi * number / (steps - 1)))
@@ -178,6 +196,7 @@ def test_sft(sft_config, data, base, told):
     assert told.curves == [["loss", "held_out_loss"], ["learning_rate"]]
     assert told.shown == [["loss", "held_out_loss"]] * steps
     assert told.counted == f"{steps} steps"
+    assert told.parted == forwards
 
 
 def ranking(model, example):
@@ -209,9 +228,10 @@ def test_reward(reward_config, data, base, told):
     ]
     training, held_out = hold_out(len(examples), 0.25, 3)
     optimizer, steps = adam_of(model, adam), math.ceil(2 * len(training) / 5)
-    expected = []
+    expected, forwards = [], []
     for number in range(steps):
         batch = [examples[training[i]] for i in batch_indices(len(training), 5, number, seed=3, epochs=2)]
+        forwards.append(parted([(prompt, completions) for prompt, completions, _ in batch]))
         losses, accuracies, pairs = zip(*(ranking(model, example) for example in batch), strict=True)
         loss = torch.stack(losses).mean()
         loss.backward()
@@ -243,6 +263,8 @@ def test_reward(reward_config, data, base, told):
     assert told.curves == [["loss"], ["accuracy"], ["learning_rate"]]
     assert told.shown == [["loss", "accuracy"]] * steps
     assert told.counted == f"{steps} steps"
+    held_out_pairs = [(examples[i][0], completion) for i in held_out for completion in examples[i][1]]
+    assert told.parted == [*forwards, alone(held_out_pairs), alone(rated)]
 
 
 def words(completions, **_):
@@ -295,7 +317,7 @@ def test_ppo(ppo_config, data, base, reward_model, told, sampled):
     optimizer, value_optimizer = adam_of(model, adam), adam_of(value_model, value_adam)
     assert len(sampled) == 2
 
-    expected = []
+    expected, forwards = [], []
     for iteration, (asked, responses) in enumerate(sampled):
         assert asked == [prompts[i] for i in batch_indices(len(prompts), 8, iteration, seed=3)]
         figures = {"step": iteration, "reward": 0.0, "kl": 0.0, "response_tokens": 0.0, "ended": 0.0}
@@ -318,6 +340,7 @@ def test_ppo(ppo_config, data, base, reward_model, told, sampled):
             of_one = {"reward": score, "kl": kl.sum().item(), "response_tokens": len(response), "ended": ended}
             for name, figure in of_one.items():
                 figures[name] += figure / 8
+        forwards += [alone(episodes)] * 3  # the reference, the value model and the reward model
         everything = torch.cat([episode[4] for episode in episodes])
         for episode in episodes:
             episode[4] = (episode[4] - everything.mean()) / everything.std(correction=0)
@@ -334,6 +357,7 @@ def test_ppo(ppo_config, data, base, reward_model, told, sampled):
             losses = torch.maximum(-advantages * ratio, -advantages * clipped)
             picked = batch_indices(len(mixed), 4 * 2, iteration * 4 + number, seed=3)
             pretraining = negative_log_likelihoods(model, [mixed[i] for i in picked]).mean()
+            forwards += [alone(part), alone([mixed[i] for i in picked]), alone(part)]
             (losses.mean() + 0.6 * pretraining).backward()
             sums["policy_loss"] += losses.mean().item()
             sums["ratio_mean"] += ratio.mean().item()
@@ -386,6 +410,7 @@ def test_ppo(ppo_config, data, base, reward_model, told, sampled):
     assert told.curves == [["reward"], ["kl"], ["entropy"], ["value_loss"], ["response_tokens"], ["pretraining_loss"]]
     assert told.shown == [["reward", "kl", "pretraining_loss"]] * 2
     assert told.counted == "2 iterations"
+    assert told.parted == forwards
 
 
 def test_ppo_reports_the_last_tenth(ppo_config, told):
