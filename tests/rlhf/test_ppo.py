@@ -19,6 +19,7 @@ from rlhf.models import LanguageModel, ScalarModel
 from rlhf.rewards import make_rewards
 from rlhf.rollout import Completion, sample
 from rlhf.sft import mean_loss, pretraining_examples
+from rlhf.training import RunError
 
 
 def weights(path):
@@ -78,6 +79,18 @@ def test_right_logprobs_are_not_warned_of(ppo_config, caplog):
     with caplog.at_level(logging.WARNING, "rlhf"):
         ppo.train(ppo_config(episodes=32))
     assert [record for record in caplog.records if record.name == "rlhf.ppo"] == []
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("no", 1e-3), ("fp16", 0.05), ("bf16", 0.2)])
+def test_rounding_is_not_warned_of(precision, tolerance, caplog):
+    ppo.check_ratio(3, tolerance, precision)
+    assert caplog.messages == []
+    ppo.check_ratio(3, 1.25 * tolerance, precision)
+    assert caplog.messages == [
+        f"iteration 3: the ratio π/π_old is off 1 by {1.25 * tolerance:.3g} before any update (float rounding gives "
+        f"less than {tolerance:g}). The log-probs of the rollout are not those of the model in training, so PPO's "
+        "clipping is off as well"
+    ]
 
 
 def divergence(first, second, data, base):
@@ -231,6 +244,38 @@ def test_penalty_is_beta_times_the_log_ratio(ppo_config, open_run, base, reward_
         torch.testing.assert_close(episode.returns, expected.detach(), atol=1e-4, rtol=1e-4)
         kl += log_ratio.sum().item() / len(prompts)
     assert figures["kl"] == pytest.approx(kl, abs=1e-4)
+
+
+def test_advantages_are_worked_out_on_the_run_s_device(ppo_config, open_run, base, reward_model, monkeypatch):
+    """Log-probs come from the CPU, and rewards from wherever a function made them."""
+    run, actors, _ = collected(ppo_config(missing_eos_penalty=1.0), open_run, base, reward_model)
+    devices = []
+
+    def advantages(score, logprobs, ref_logprobs, values, mask, *, cu_seqlens, **_):
+        devices.extend(tensor.device.type for tensor in (score, logprobs, cu_seqlens))
+        return values, values, values, values
+
+    monkeypatch.setattr(ppo, "ppo_advantages", advantages)
+    monkeypatch.setattr(ppo, "total", lambda run, value: torch.tensor(1.0))
+    monkeypatch.setattr(type(run), "device", torch.device("meta"))
+    ppo.collect(run, actors, [PromptExample([5, 6, 7], ""), PromptExample([9], "")])
+    assert devices == ["meta"] * 3
+
+
+@pytest.mark.parametrize(
+    ("part", "named"),
+    [
+        ("policy", "logit of the policy"),
+        ("reference", "log probability of the reference"),
+        ("value", "value of the value model"),
+    ],
+)
+def test_a_model_that_has_gone_bad_is_named(part, named, ppo_config, open_run, base, reward_model):
+    run, actors, _ = collected(ppo_config(), open_run, base, reward_model)
+    run.step = 4
+    torch.nn.init.constant_(next(getattr(actors, part).parameters()), float("nan"))
+    with pytest.raises(RunError, match=f"^step 4: the {named} is nan; there is no checkpoint yet"):
+        ppo.collect(run, actors, [PromptExample([5, 6, 7], "")])
 
 
 def test_whitened_advantages(ppo_config, open_run, base, reward_model):

@@ -6,6 +6,7 @@ a setting that is new and has no line here.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections import defaultdict
 from pathlib import Path
@@ -294,6 +295,22 @@ def test_gradient_of_two_processes_is_that_of_one(
     assert any(gradient.abs().max() > 1e-4 for gradient in expected)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "policy", "value"])
+def test_processes_wait_for_each_other_once_a_step(kind, ppo_config, open_run, base, reward_model, data, monkeypatch):
+    """Whatever comes before the last part is kept from them, for the model that is trained."""
+    run = open_run("ppo", ppo_config(tokens_per_forward=7))
+    kept_back = []
+
+    def no_sync(model):
+        kept_back.append(type(model))
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(run.accelerator, "no_sync", no_sync)
+    losses(kind, run, base, reward_model, data, prompts=4)
+    model = LanguageModel if kind in ("sft", "policy") else ScalarModel
+    assert kept_back == [model] * (3 if kind == "reward" else 1)
 
 
 # Onto the disk -------------------------------------------------------------------------------------------------------
