@@ -94,6 +94,26 @@ def test_a_response_may_be_empty(pairs):
 def test_prompts_and_responses_must_pair_up():
     with pytest.raises(ValueError, match="zip"):
         lay_out([[1], [2]], [[3]])
+    with pytest.raises(ValueError, match="zip"):
+        lay_out([[1]], [[2], [3]])
+
+
+def test_padded_rows():
+    """One for each sequence, in order, with a mask and no positions, even where two would fit one row."""
+    batch = lay_out([[1, 2], [3], [4]], [[5, 6], [7], [8, 9]], "padded")
+    assert batch.input_ids.tolist() == [[1, 2, 5, 6], [3, 7, 0, 0], [4, 8, 9, 0]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]
+    assert batch.attention_mask.dtype == torch.int64
+    assert batch.position_ids is None
+    assert batch.before.tolist() == [1, 2, 4, 8, 9]
+    assert batch.targets.tolist() == [5, 6, 7, 8, 9]
+    assert batch.last.tolist() == [3, 5, 10]
+    assert batch.lengths.tolist() == [2, 1, 2]
+
+
+def test_only_padded_rows_are_masked():
+    for layout in ("packed", "one_row"):
+        assert lay_out([[1, 2], [3]], [[4], [5]], layout).attention_mask is None
 
 
 def test_to_moves_every_tensor():
@@ -190,3 +210,28 @@ def test_split(lengths, tokens):
 )
 def test_split_examples(lengths, tokens, parts):
     assert list(split([[length] for length in lengths], tokens)) == parts
+
+
+@pytest.mark.parametrize(
+    ("groups", "tokens", "parts"),
+    [
+        ([[3], [3], [3]], 9, [[0, 1, 2]]),
+        ([[3], [3], [3]], 8, [[0, 1], [2]]),
+        ([[1], [5], [1]], 10, [[0, 1], [2]]),  # two rows of 5, and no room for a third
+        ([[5], [1], [1], [1]], 15, [[0, 1, 2], [3]]),
+        ([[1], [1], [6], [1], [1]], 6, [[0, 1], [2], [3, 4]]),
+        ([[2, 4], [1, 1]], 16, [[0, 1]]),
+        ([[2, 4], [1, 1]], 15, [[0], [1]]),
+        ([[1, 1], [1, 4]], 16, [[0, 1]]),
+        ([[1, 1], [1, 4]], 15, [[0], [1]]),
+        ([[9, 9], [1]], 4, [[0], [1]]),
+    ],
+)
+def test_padded_parts_are_as_many_rows_times_the_longest(groups, tokens, parts):
+    assert list(split(groups, tokens, "padded")) == parts
+
+
+def test_a_group_counts_all_its_sequences():
+    assert list(split([[2, 3], [1, 4], [1]], 10)) == [[0, 1], [2]]
+    assert list(split([[2, 3], [1, 4], [1]], 11)) == [[0, 1, 2]]
+    assert list(split([[2, 3], [1, 4], [1]], 9)) == [[0], [1, 2]]

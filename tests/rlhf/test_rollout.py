@@ -9,7 +9,7 @@ import torch
 from tools import tiny_gpt2
 
 from rlhf.models import LanguageModel
-from rlhf.rollout import sample, sampling_batches
+from rlhf.rollout import NotFiniteError, sample, sampling_batches
 from rlhf_kernels import linear_selective_log_softmax
 
 EOS = 1
@@ -154,3 +154,10 @@ def test_tensors_are_made_on_the_model_s_device(lm):
 )
 def test_prompts_of_like_length_are_sampled_together(decoding, size, batches):
     assert list(sampling_batches(SimpleNamespace(decoding=decoding), PROMPTS, size)) == batches
+
+
+def test_a_model_without_numbers_has_no_next_token(base):
+    model = LanguageModel.load(base)
+    torch.nn.init.constant_(model.model.transformer.ln_f.bias, float("nan"))
+    with pytest.raises(NotFiniteError, match=r"^the model's logits are not finite$"):
+        draw(model, PROMPTS)
