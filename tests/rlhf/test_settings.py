@@ -14,12 +14,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tools import metrics
+from tools import WORDS, metrics
 
 from rlhf import ppo, reward, sft, training
 from rlhf.config import Adam, PPOConfig, RewardConfig, SFTConfig
 from rlhf.data import Example, Limits, read_comparisons, tokenize_comparisons
-from rlhf.loading import load_tokenizer
+from rlhf.demo.pretrain import make_tokenizer
+from rlhf.loading import ModelError, load_tokenizer
 from rlhf.models import LanguageModel, ScalarModel
 from rlhf.settings import as_plain, flatten
 
@@ -212,6 +213,32 @@ def test_what_is_not_trained_is_frozen(ppo_config, monkeypatch):
     for model, trained in ((actors.policy, True), (actors.value, True), (actors.reference, False)):
         assert {parameter.requires_grad for parameter in model.parameters()} == {trained}
     assert {parameter.requires_grad for parameter in actors.rewards.model.parameters()} == {False}
+
+
+@pytest.mark.parametrize("name", ["reward_model", "value_model"])
+def test_policy_and_scalar_models_share_a_tokenizer(name, ppo_config, base, reward_model, tmp_path):
+    other = str(shutil.copytree(reward_model, tmp_path / "other"))
+    make_tokenizer([*WORDS[:-1], "another"]).save_pretrained(other)
+    config = ppo_config(**{name: other})
+    with pytest.raises(ModelError, match=rf"^the tokenizers of {base} and {other} differ"):
+        ppo.train(config)
+    assert not Path(config.output_dir).exists()
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_tokenizer_of_the_settings_comes_before_the_model_s(
+    stage, sft_config, reward_config, ppo_config, base, tmp_path, monkeypatch
+):
+    """It reads the data, and is what stands beside the result."""
+    calls = defaultdict(list)
+    module, config = {"sft": (sft, sft_config), "reward": (reward, reward_config), "ppo": (ppo, ppo_config)}[stage]
+    watch(monkeypatch, calls, module, "load_tokenizer")
+    other = load_tokenizer(base)
+    other.model_max_length = 1234
+    other.save_pretrained(tmp_path / "other")
+    path = module.train(config(tokenizer=str(tmp_path / "other"), **({"episodes": 16} if stage == "ppo" else {})))
+    assert [arguments for arguments, _ in calls["load_tokenizer"]] == [(str(tmp_path / "other"),)]
+    assert load_tokenizer(str(path)).model_max_length == 1234
 
 
 def test_every_setting_is_watched():

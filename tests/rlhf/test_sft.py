@@ -111,6 +111,14 @@ def test_pretraining_fraction_is_mixed_in(sft_config, seen, data, examples):
     assert sum(ids in known for ids in demonstrations) == 2 * 40  # every demonstration in every epoch
 
 
+def test_a_small_fraction_is_one_chunk_a_batch(sft_config, seen, data, examples):
+    """8 · 0.05 rounds to none, which would leave the setting without effect."""
+    sft.train(sft_config(epochs=1, batch_size=8, pretraining_data=data.texts, pretraining_fraction=0.05))
+    known = [example.prompt_ids + example.completion_ids for example in examples]
+    mixed = [[e for e in batch if e.prompt_ids + e.completion_ids not in known] for batch in seen]
+    assert [len(chunks) for chunks in mixed] == [1] * len(seen)
+
+
 def test_every_demonstration_once_an_epoch(sft_config, seen, examples):
     sft.train(sft_config(epochs=3, batch_size=12))
     assert [len(batch) for batch in seen] == [12] * 10
