@@ -442,6 +442,19 @@ def test_long_prompts_are_dropped_and_counted(caplog):
     assert caplog.messages == ["dropped 2 of 4 prompts: over 8 tokens"]
 
 
+def test_nothing_dropped_is_not_spoken_of(caplog):
+    with caplog.at_level(logging.WARNING):
+        tokenize_demonstrations([demo("a"), demo("b")], words(), LIMITS)
+    assert caplog.messages == []
+
+
+def test_room_for_one_token_is_room():
+    [example] = tokenize_demonstrations([demo("a " * 11, "b c")], words(), replace(LIMITS, max_prompt_tokens=11))
+    assert (len(example.prompt_ids), example.completion_ids) == (11, [B])
+    [example] = tokenize_demonstrations([demo("a", "b c")], words(), replace(LIMITS, max_response_tokens=1))
+    assert example.completion_ids == [B]
+
+
 NO_ROOM = "tokens, which leaves no room for a completion in the model's context of 12; a lower max_prompt_tokens drops"
 
 
@@ -455,6 +468,12 @@ NO_ROOM = "tokens, which leaves no room for a completion in the model's context 
             words(),
             {"max_prompt_tokens": 20},
             f"d.jsonl:2: field 'prompt': has 12 {NO_ROOM} such prompts",
+        ),
+        (
+            [demo("a " * 13)],
+            words(),
+            {"max_prompt_tokens": 12},  # the context, so that it is no limit of its own
+            f"d.jsonl:1: field 'prompt': has 13 {NO_ROOM} such prompts",
         ),
         (
             [demo("a " * 5000)],
