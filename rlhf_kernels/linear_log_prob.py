@@ -26,7 +26,7 @@ def linear_selective_log_softmax(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
-    row_mask: Tensor | None = None,
+    mask: Tensor | None = None,
     ignore_index: int = -100,
 ) -> Tensor:
     """:func:`~rlhf_kernels.selective_log_softmax` of ``hidden @ weight.T + bias``.
@@ -41,7 +41,7 @@ def linear_selective_log_softmax(
         bias: (V,), likewise.
         temperature: τ > 0.
         softcap: > 0, or None.
-        row_mask: (...) bool or {0, 1}; rows of 0 are dropped before the matmul, give 0 and zero gradient. None: every
+        mask: (...) bool or {0, 1}; rows of 0 are dropped before the matmul, give 0 and zero gradient. None: every
             row counts.
         ignore_index: rows with this index are treated as masked.
 
@@ -55,8 +55,8 @@ def linear_selective_log_softmax(
         IndexError: an index out of range (on the CPU; on a GPU its row gives NaN).
     """
     _check_linear(hidden, weight, bias, temperature, softcap)
-    check_rows(index, hidden, hidden.shape[:-1], row_mask, ignore_index)
-    return _run(hidden, weight, index, row_mask, ignore_index, bias, temperature, softcap, with_entropy=False)[0]
+    check_rows(index, hidden, hidden.shape[:-1], mask, ignore_index)
+    return _run(hidden, weight, index, mask, ignore_index, bias, temperature, softcap, with_entropy=False)[0]
 
 
 def linear_selective_log_softmax_and_entropy(
@@ -67,7 +67,7 @@ def linear_selective_log_softmax_and_entropy(
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
-    row_mask: Tensor | None = None,
+    mask: Tensor | None = None,
     ignore_index: int = -100,
 ) -> tuple[Tensor, Tensor]:
     """:func:`linear_selective_log_softmax`, and the entropy of each row from the same pass.
@@ -78,8 +78,8 @@ def linear_selective_log_softmax_and_entropy(
         Two (...) float32 (float64 for float64 inputs) tensors: log-probabilities and entropies, in nats.
     """
     _check_linear(hidden, weight, bias, temperature, softcap)
-    check_rows(index, hidden, hidden.shape[:-1], row_mask, ignore_index)
-    return _run(hidden, weight, index, row_mask, ignore_index, bias, temperature, softcap, with_entropy=True)
+    check_rows(index, hidden, hidden.shape[:-1], mask, ignore_index)
+    return _run(hidden, weight, index, mask, ignore_index, bias, temperature, softcap, with_entropy=True)
 
 
 def linear_ppo_policy_loss(
@@ -226,11 +226,11 @@ def _check_linear(
 
 
 def _run(
-    hidden: Tensor, weight: Tensor, index: Tensor, row_mask: Tensor | None, ignore_index: int, bias: Tensor | None,
+    hidden: Tensor, weight: Tensor, index: Tensor, mask: Tensor | None, ignore_index: int, bias: Tensor | None,
     temperature: float, softcap: float | None, *, with_entropy: bool,
 ) -> tuple[Tensor, Any]:  # fmt: skip
     backend = choose("linear_selective_log_softmax", hidden, weight, bias)
-    index, wanted = read_rows(backend, index, row_mask, ignore_index, weight.shape[0])
+    index, wanted = read_rows(backend, index, mask, ignore_index, weight.shape[0])
     if backend == "reference":
         return reference.linear_log_prob.linear_selective_log_softmax_and_entropy(
             hidden, weight, index, wanted, bias, temperature, softcap, with_entropy=with_entropy

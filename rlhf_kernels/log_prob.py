@@ -17,7 +17,7 @@ def selective_log_softmax(
     index: Tensor,
     *,
     temperature: float = 1.0,
-    row_mask: Tensor | None = None,
+    mask: Tensor | None = None,
     ignore_index: int = -100,
     inplace_backward: bool = False,
 ) -> Tensor:
@@ -30,7 +30,7 @@ def selective_log_softmax(
         logits: (..., V) float32, bfloat16, float16 (or float64); any strides with a unit last stride.
         index: (...) int64 or int32, in [0, V) where the row counts.
         temperature: τ > 0.
-        row_mask: (...) bool or {0, 1}; a row of 0 is not read, gives 0 and zero gradient. None: every row counts.
+        mask: (...) bool or {0, 1}; a row of 0 is not read, gives 0 and zero gradient. None: every row counts.
         ignore_index: rows with this index are treated as masked.
         inplace_backward: write the gradient over the storage of ``logits``, which must not be used again; a second
             backward pass raises RuntimeError. For logits that are the output of a matmul, say, and that no other op
@@ -41,13 +41,13 @@ def selective_log_softmax(
 
     Raises:
         TypeError: an argument is not a tensor, or has a dtype not listed above.
-        ValueError: shapes or devices differ, ``temperature`` is not above 0, ``row_mask`` holds something besides 0 and
+        ValueError: shapes or devices differ, ``temperature`` is not above 0, ``mask`` holds something besides 0 and
             1 (looked at on the CPU only), or ``inplace_backward`` has no storage it may write to: ``logits`` is a leaf
             that requires a gradient, or expanded, so that rows share memory.
         IndexError: an index out of range (on the CPU; on a GPU its row gives NaN).
     """
-    _check(logits, index, temperature, row_mask, ignore_index, inplace_backward)
-    return _run(logits, index, row_mask, ignore_index, temperature, inplace_backward, with_entropy=False)[0]
+    _check(logits, index, temperature, mask, ignore_index, inplace_backward)
+    return _run(logits, index, mask, ignore_index, temperature, inplace_backward, with_entropy=False)[0]
 
 
 def selective_log_softmax_and_entropy(
@@ -55,7 +55,7 @@ def selective_log_softmax_and_entropy(
     index: Tensor,
     *,
     temperature: float = 1.0,
-    row_mask: Tensor | None = None,
+    mask: Tensor | None = None,
     ignore_index: int = -100,
     inplace_backward: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -66,16 +66,16 @@ def selective_log_softmax_and_entropy(
     Returns:
         Two (...) float32 (float64 for float64 logits) tensors: log-probabilities and entropies, in nats.
     """
-    _check(logits, index, temperature, row_mask, ignore_index, inplace_backward)
-    return _run(logits, index, row_mask, ignore_index, temperature, inplace_backward, with_entropy=True)
+    _check(logits, index, temperature, mask, ignore_index, inplace_backward)
+    return _run(logits, index, mask, ignore_index, temperature, inplace_backward, with_entropy=True)
 
 
 def _run(
-    logits: Tensor, index: Tensor, row_mask: Tensor | None, ignore_index: int, temperature: float,
+    logits: Tensor, index: Tensor, mask: Tensor | None, ignore_index: int, temperature: float,
     inplace_backward: bool, *, with_entropy: bool,
 ) -> tuple[Tensor, Any]:  # fmt: skip
     backend = choose("selective_log_softmax", logits)
-    index, wanted = read_rows(backend, index, row_mask, ignore_index, logits.shape[-1])
+    index, wanted = read_rows(backend, index, mask, ignore_index, logits.shape[-1])
     if backend == "reference":
         return reference.log_prob.selective_log_softmax_and_entropy(
             logits, index, wanted, temperature, inplace_backward, with_entropy=with_entropy
@@ -90,7 +90,7 @@ def _check(
     logits: Tensor,
     index: Tensor,
     temperature: float,
-    row_mask: Tensor | None,
+    mask: Tensor | None,
     ignore_index: int,
     inplace_backward: bool,
 ) -> None:
@@ -108,7 +108,7 @@ def _check(
             raise ValueError(
                 f"logits: has strides {logits.stride()}, so that entries share memory, must not for inplace_backward"
             )
-    check_rows(index, logits, logits.shape[:-1], row_mask, ignore_index)
+    check_rows(index, logits, logits.shape[:-1], mask, ignore_index)
 
 
 def _share_memory(tensor: Tensor) -> bool:
@@ -124,23 +124,23 @@ def _share_memory(tensor: Tensor) -> bool:
     return False
 
 
-def check_rows(index: Tensor, like: Tensor, rows: tuple[int, ...], row_mask: Tensor | None, ignore_index: int) -> None:
+def check_rows(index: Tensor, like: Tensor, rows: tuple[int, ...], mask: Tensor | None, ignore_index: int) -> None:
     """The arguments that say which token of which rows, but for their values."""
     checks.tensor("index", index, checks.INDICES, like)
     checks.shape("index", index, rows, "one entry per row")
     checks.integer("ignore_index", ignore_index)
-    if row_mask is not None:
-        checks.mask("row_mask", row_mask, like, rows)
+    if mask is not None:
+        checks.mask("mask", mask, like, rows)
 
 
 def read_rows(
-    backend: str, index: Tensor, row_mask: Tensor | None, ignore_index: int, size: int
+    backend: str, index: Tensor, mask: Tensor | None, ignore_index: int, size: int
 ) -> tuple[Tensor, Tensor]:
     """The index, and the mask of rows that count, as a backend takes them."""
-    if row_mask is None:
+    if mask is None:
         wanted = index != ignore_index
     else:
-        wanted = checks.read_mask(backend, "row_mask", row_mask.masked_fill(index == ignore_index, 0))
+        wanted = checks.read_mask(backend, "mask", mask.masked_fill(index == ignore_index, 0))
     return checks.read_index(backend, "index", index, wanted, size), wanted
 
 

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     sys.path.insert(0, str(Path(__file__).parent / "native"))
-    from build import build
+    from native_build import build
 
     folder = build()
     if folder:

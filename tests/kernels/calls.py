@@ -75,16 +75,16 @@ def calls(rows: int = 6, length: int = 9, dtype: torch.dtype = torch.float32) ->
     old = {"old_logprobs": randn(rows, length) - 5, "advantages": randn(rows, length)}
     return {
         "selective_log_softmax": Call(
-            k.selective_log_softmax, logits | index | {"row_mask": mask}, ("logits",), {"temperature": 0.7}
+            k.selective_log_softmax, logits | index | {"mask": mask}, ("logits",), {"temperature": 0.7}
         ),
         "selective_log_softmax_and_entropy": Call(
-            k.selective_log_softmax_and_entropy, logits | index | {"row_mask": mask}, ("logits",)
+            k.selective_log_softmax_and_entropy, logits | index | {"mask": mask}, ("logits",)
         ),
         "linear_selective_log_softmax": Call(
-            k.linear_selective_log_softmax, linear | index | {"row_mask": mask}, ("hidden", "weight")
+            k.linear_selective_log_softmax, linear | index | {"mask": mask}, ("hidden", "weight")
         ),
         "linear_selective_log_softmax_and_entropy": Call(
-            k.linear_selective_log_softmax_and_entropy, linear | index | bias | {"row_mask": mask},
+            k.linear_selective_log_softmax_and_entropy, linear | index | bias | {"mask": mask},
             ("hidden", "weight", "bias"), softcap,
         ),
         "linear_ppo_policy_loss": Call(
@@ -144,7 +144,7 @@ def packed_calls() -> dict[str, Call]:
 def bad_values(call: Call) -> Iterator[tuple[dict[str, Tensor], type[Exception], str]]:
     """For each argument whose values are checked: values that do not fit, with the error that says so."""
     for name, good in call.tensors.items():
-        if name in ("mask", "row_mask"):
+        if name == "mask":
             at = tuple(size - 1 for size in good.shape)
             for value, dtype in (
                 (0.7, torch.float64), (math.nan, torch.bfloat16), (-1.0, torch.float32), (2, torch.int64)
@@ -153,7 +153,7 @@ def bad_values(call: Call) -> Iterator[tuple[dict[str, Tensor], type[Exception],
                 yield {name: bad}, ValueError, f"{name}: is {value} at position {at}, must be 0 or 1"
         elif name in ("index", "labels"):
             size = call.tensors["logits"].shape[-1] if "logits" in call.tensors else len(call.tensors["weight"])
-            counts = good != -100 if name == "labels" else call.tensors.get("row_mask", call.tensors.get("mask"))
+            counts = good != -100 if name == "labels" else call.tensors.get("mask")
             at = tuple(counts.nonzero()[-1].tolist())
             for value, dtype in ((size, torch.int64), (-1, torch.int32)):
                 bad = _put(good, at, value, dtype)

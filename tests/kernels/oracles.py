@@ -71,7 +71,7 @@ def whiten(rows, masks):
 
 def reduce(losses, mask, reduction):
     """Lists of rows."""
-    rows = [[x for x, m in zip(row, row_mask, strict=True) if m] for row, row_mask in zip(losses, mask, strict=True)]
+    rows = [[x for x, m in zip(row, mask, strict=True) if m] for row, mask in zip(losses, mask, strict=True)]
     rows = [row for row in rows if row]
     if not rows:
         return 0.0

@@ -32,7 +32,7 @@ def rollout():
 
 def ppo(hidden, weight, values, index, old, ref, scores, mask):
     advantages, returns, rewards, kl = k.ppo_advantages(scores, old, ref, values, mask, beta=0.1)
-    logprobs, entropy = k.linear_selective_log_softmax_and_entropy(hidden, weight, index, row_mask=mask)
+    logprobs, entropy = k.linear_selective_log_softmax_and_entropy(hidden, weight, index, mask=mask)
     policy, stats = k.ppo_policy_loss(logprobs, old, advantages, mask)
     fused, fused_stats = k.linear_ppo_policy_loss(hidden, weight, index, old, advantages, mask, dual_clip=3.0)
     value, value_stats = k.ppo_value_loss(values, values.detach() + 0.1, returns, mask)
@@ -135,7 +135,7 @@ def test_inductor(backend, rollout):
     """The default compiler, on the part that is differentiated."""
 
     def loss(logits, index, old, mask):
-        logprobs, entropy = k.selective_log_softmax_and_entropy(logits, index, row_mask=mask)
+        logprobs, entropy = k.selective_log_softmax_and_entropy(logits, index, mask=mask)
         return k.ppo_policy_loss(logprobs, old, old, mask)[0] - entropy.mean()
 
     logits = torch.randn(B, T, V, requires_grad=True)

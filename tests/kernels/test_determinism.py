@@ -48,7 +48,7 @@ def test_a_row_of_linear_log_probs_is_the_same_alone_in_8_and_in_512(threads, dt
         same(part, [x[some] for x in whole])
     # Masked neighbours are dropped before the matmul, and change nothing either.
     mask = torch.rand(512) < 0.3
-    masked = k.linear_selective_log_softmax_and_entropy(hidden, weight, index, row_mask=mask)
+    masked = k.linear_selective_log_softmax_and_entropy(hidden, weight, index, mask=mask)
     same([x[mask] for x in masked], [x[mask] for x in whole])
 
 

@@ -45,10 +45,10 @@ def test_values_match_float64_loops(backend, rows, vocabulary, width, dtype, sof
     hidden = oracles.garbage(hidden, mask[..., None].expand_as(hidden)).requires_grad_()
     weight.requires_grad_()
     logprobs, entropy = linear_selective_log_softmax_and_entropy(
-        hidden, weight, index, bias=bias if with_bias else None, temperature=0.7, softcap=softcap, row_mask=mask
+        hidden, weight, index, bias=bias if with_bias else None, temperature=0.7, softcap=softcap, mask=mask
     )
     alone = linear_selective_log_softmax(
-        hidden, weight, index, bias=bias if with_bias else None, temperature=0.7, softcap=softcap, row_mask=mask
+        hidden, weight, index, bias=bias if with_bias else None, temperature=0.7, softcap=softcap, mask=mask
     )
     assert torch.equal(alone, logprobs)
     assert logprobs.dtype == torch.float32
@@ -95,7 +95,7 @@ def test_policy_loss_is_the_loss_of_the_log_probs(backend, reduction):
     index = torch.where(mask.bool(), torch.randint(0, 9, (3, 4)), -100)  # no token at masked positions
     advantages = oracles.garbage(torch.randn(3, 4), mask)
     options = {"clip_range": 0.1, "clip_range_high": 0.3, "dual_clip": 2.0, "reduction": reduction}
-    logprobs, entropy = linear_selective_log_softmax_and_entropy(hidden, weight, index, row_mask=mask)
+    logprobs, entropy = linear_selective_log_softmax_and_entropy(hidden, weight, index, mask=mask)
     old = oracles.garbage(logprobs.detach() + 0.3 * torch.randn(3, 4), mask)
     expected, expected_stats = ppo_policy_loss(logprobs, old, advantages, mask, **options)
     loss, stats = linear_ppo_policy_loss(hidden, weight, index, old, advantages, mask, **options)

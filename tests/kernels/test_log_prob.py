@@ -41,8 +41,8 @@ def test_values_and_gradients_match_float64_loops(backend, problem):
         logits.shape
     )
     logits.requires_grad_()
-    logprobs, entropy = selective_log_softmax_and_entropy(logits, index, temperature=temperature, row_mask=mask)
-    alone = selective_log_softmax(logits, index, temperature=temperature, row_mask=mask)
+    logprobs, entropy = selective_log_softmax_and_entropy(logits, index, temperature=temperature, mask=mask)
+    alone = selective_log_softmax(logits, index, temperature=temperature, mask=mask)
     assert torch.equal(alone, logprobs)
     assert logprobs.dtype == entropy.dtype == (torch.float64 if logits.dtype == torch.float64 else torch.float32)
     finite = torch.where(torch.isinf(logprobs), 0.0, logprobs)
@@ -78,7 +78,7 @@ def test_gradcheck(backend):
     index, mask = torch.tensor([0, 4, 2]), torch.tensor([True, False, True])
 
     def both(x):
-        return selective_log_softmax_and_entropy(x, index, temperature=0.8, row_mask=mask)
+        return selective_log_softmax_and_entropy(x, index, temperature=0.8, mask=mask)
 
     assert torch.autograd.gradcheck(both, logits)
     assert torch.autograd.gradgradcheck(both, logits)
@@ -163,8 +163,8 @@ def test_inplace_backward_refuses_a_second_pass(backend):
         ({"temperature": 0.0}, ValueError, r"temperature: is 0.0, must be finite and in \(0.0, inf\)"),
         ({"temperature": math.nan}, ValueError, "temperature: is nan, must be finite"),
         ({"temperature": "1"}, TypeError, "temperature: is str, must be a number"),
-        ({"row_mask": torch.ones(3)}, ValueError, r"row_mask: has shape \(3,\), must be \(2,\)"),
-        ({"row_mask": torch.tensor([1.0, 0.5])}, ValueError, r"row_mask: is 0.5 at position \(1,\), must be 0 or 1"),
+        ({"mask": torch.ones(3)}, ValueError, r"mask: has shape \(3,\), must be \(2,\)"),
+        ({"mask": torch.tensor([1.0, 0.5])}, ValueError, r"mask: is 0.5 at position \(1,\), must be 0 or 1"),
         ({"ignore_index": None}, TypeError, "ignore_index: is None of type NoneType, must be an int"),
         ({"inplace_backward": 1}, TypeError, "inplace_backward: is 1 of type int, must be True or False"),
         (
@@ -205,5 +205,5 @@ def test_a_bad_index_is_nan_where_values_are_not_looked_at(backend):
 
 
 def test_a_bad_index_in_a_masked_row_is_fine(backend):
-    logprobs = selective_log_softmax(torch.zeros(2, 4), torch.tensor([99, 1]), row_mask=torch.tensor([0, 1]))
+    logprobs = selective_log_softmax(torch.zeros(2, 4), torch.tensor([99, 1]), mask=torch.tensor([0, 1]))
     assert logprobs.tolist() == pytest.approx([0, -math.log(4)])

@@ -52,7 +52,7 @@ def test_without_waiting_for_the_number_of_rows_the_results_are_the_same(name, m
         call = calls()[name]
         want = call.run()
         monkeypatch.setattr(linear_log_prob, "may_wait", lambda tensor: False)
-        mask = call.tensors.get("row_mask", call.tensors.get("mask"))
+        mask = call.tensors.get("mask")
         wanted = call.tensors["labels"] != -100 if mask is None else mask
         rubbish = torch.where(wanted[..., None], call.tensors["hidden"], torch.nan)
         got = call.run(hidden=rubbish)

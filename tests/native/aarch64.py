@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from build import ROOT, TOOLCHAIN, build_for_aarch64, cmake, missing_for_aarch64, tool
+from native_build import ROOT, TOOLCHAIN, build_for_aarch64, cmake, missing_for_aarch64, tool
 
 FOLDER = ROOT / "build" / "aarch64"
 # The last whose wheel is for CPUs alone, of 139 MiB: from 2.11 on it has 400.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from build import build, build_for_aarch64, missing_for_aarch64, tool
+from native_build import build, build_for_aarch64, missing_for_aarch64, tool
 
 
 def hold(folder: Path):

@@ -1,0 +1,89 @@
+// Advantages and returns, for CPU tensors.
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/ops/mask.h"
+#include "cpu/ops/memory.h"
+#include "cpu/ops/sequences.h"
+#include "tensors.h"
+
+namespace rlhf_kernels::cpu::ops {
+namespace {
+
+using namespace tensors;
+
+// GAE, with rewards shaped on the way if there is a shaping; then whitening over everything unmasked.
+std::tuple<Tensor, Tensor> advantages_of(const Tensor& like, GaeArguments in, const KlShaping* shaping,
+                                         bool whiten) {
+  Tensor advantages = empty(sizes(like), ScalarType::Float), returns = empty(sizes(like), ScalarType::Float);
+  in.advantages = mutable_data<float>(advantages);
+  in.returns = mutable_data<float>(returns);
+  std::vector<Moments> moments(whiten ? in.sequences.count : 0);
+  in.moments = whiten ? moments.data() : nullptr;
+  // By position: packed sequences are not of one length.
+  const auto sequence_from = [&](int64_t position) {
+    if (!in.sequences.boundaries) return divide_up(position, in.sequences.length);
+    const int64_t* first = in.sequences.boundaries;
+    return static_cast<int64_t>(std::lower_bound(first, first + in.sequences.count, position) - first);
+  };
+  // Whitening reads the advantages again at once.
+  constexpr int64_t cached_bytes = int64_t{4} << 20;
+  const bool past_caches = !whiten && like.numel() * static_cast<int64_t>(2 * sizeof(float)) > cached_bytes;
+  parallel(like.numel(), 4, [&](int64_t begin, int64_t end) {
+    kernels().gae(in, shaping, past_caches, sequence_from(begin), sequence_from(end));
+  });
+  if (whiten) {
+    Moments all;
+    for (const auto& sequence : moments) merge(all, sequence);
+    constexpr double variance_floor = 1e-8;
+    const double scale = all.count > 0 ? 1.0 / std::sqrt(all.squares / all.count + variance_floor) : 0.0;
+    parallel(like.numel(), 1, [&](int64_t begin, int64_t end) {
+      kernels().whiten(in.advantages, in.wanted, all.mean, scale, begin, end);
+    });
+  }
+  return {advantages, returns};
+}
+
+std::tuple<Tensor, Tensor> masked_gae(Tensor rewards, Tensor values, Tensor wanted, double gamma, double lam,
+                                      OptionalTensor bootstrap, bool whiten, OptionalTensor cu_seqlens) {
+  const Mask mask("mask", wanted);
+  const OptionalTensor last = as_float(bootstrap), boundaries = as_int64(cu_seqlens);
+  return advantages_of(rewards,
+                       {view_of(rewards), view_of(values), mask.data(),
+                        sequences_of(rewards, "cu_seqlens", boundaries), gamma, lam, data<float>(last), nullptr, nullptr,
+                        nullptr},
+                       nullptr, whiten);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_advantages(Tensor scores, Tensor logprobs, Tensor ref_logprobs,
+                                                          Tensor values, Tensor wanted, double beta, double gamma,
+                                                          double lam, bool whiten, OptionalTensor bootstrap,
+                                                          std::string estimator, std::optional<double> score_clip,
+                                                          OptionalTensor cu_seqlens) {
+  const Mask mask("mask", wanted);
+  const Tensor row_scores = cast(scores, ScalarType::Float);
+  const OptionalTensor last = as_float(bootstrap), boundaries = as_int64(cu_seqlens);
+  Tensor rewards = empty(sizes(logprobs), ScalarType::Float), kl = empty(sizes(logprobs), ScalarType::Float);
+  const auto shaping = shaping_of(row_scores, logprobs, ref_logprobs, beta, estimator, score_clip, rewards, kl);
+  const auto [advantages, returns] = advantages_of(
+      logprobs,
+      {{}, view_of(values), mask.data(), sequences_of(logprobs, "cu_seqlens", boundaries), gamma, lam,
+       data<float>(last), nullptr, nullptr, nullptr},
+      &shaping, whiten);
+  return {advantages, returns, rewards, kl};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(rlhf_kernels, CPU, library) {
+  library.impl("masked_gae", TORCH_BOX(&masked_gae));
+  library.impl("ppo_advantages", TORCH_BOX(&ppo_advantages));
+}
+
+}  // namespace rlhf_kernels::cpu::ops

@@ -1,0 +1,71 @@
+// Tokens as the kernels of the small ops take them: in rows, which the reduction of a loss weighs.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/ops/memory.h"
+#include "tensors.h"
+
+namespace rlhf_kernels::cpu {
+
+// A 1-D tensor is cut into rows of this length, so that its sums are made in one order on any number of threads.
+inline constexpr int64_t kFlatRow = 4096;
+
+struct TokenRows {
+  int64_t count, length, positions;
+  bool matrix;
+
+  explicit TokenRows(const Tensor& tensor) : TokenRows(tensor, tensor.dim() == 2) {}
+
+  // A row has its price: where rows mean nothing, and nothing lies between them, short ones are better forgotten.
+  TokenRows(const Tensor& a, const Tensor& b, const Tensor& c, const std::string& reduction)
+      : TokenRows(a, a.dim() == 2 && !(reduction == "token-mean" && a.is_contiguous() && b.is_contiguous() &&
+                                       c.is_contiguous())) {}
+
+  TokenRows(const Tensor& tensor, bool as_matrix) : matrix(as_matrix) {
+    positions = tensor.numel();
+    length = matrix ? tensor.size(1) : kFlatRow;
+    count = matrix ? tensor.size(0) : divide_up(positions, kFlatRow);
+  }
+
+  View view(const Tensor& tensor) const {
+    View result = tensors::view_of(tensor);
+    if (!matrix && tensor.dim() == 2) result.stride = 1;  // where a dimension has one entry, its stride says nothing
+    if (!matrix) result.row_stride = length * result.stride;
+    return result;
+  }
+};
+
+// How a reduction weighs the positions of each row, from the mask alone.
+struct Weights {
+  std::vector<double> rows;
+  int64_t positions = 0;
+
+  Weights(const uint8_t* wanted, int64_t count, int64_t length, int64_t all, const std::string& reduction)
+      : rows(count) {
+    std::vector<int64_t> counts(count);
+    parallel(count, length / 8, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) {
+        const int64_t stop = std::min(length, all - row * length);
+        counts[row] = kernels().count_wanted(wanted + row * length, stop);
+      }
+    });
+    int64_t some = 0;
+    for (const int64_t here : counts) {
+      positions += here;
+      some += here > 0;
+    }
+    for (int64_t row = 0; row < count; ++row) {
+      if (reduction == "token-mean") {
+        rows[row] = positions ? 1.0 / static_cast<double>(positions) : 0.0;
+      } else {
+        const double share = some ? 1.0 / static_cast<double>(some) : 0.0;
+        rows[row] = reduction == "seq-mean-token-mean" && counts[row] ? share / static_cast<double>(counts[row]) : share;
+      }
+    }
+  }
+};
+
+}  // namespace rlhf_kernels::cpu

@@ -1,0 +1,74 @@
+// PPO's losses, for CUDA tensors.
+
+#include <string>
+#include <tuple>
+
+#include "cuda/kernels.h"
+#include "cuda/ops/launch.h"
+#include "cuda/ops/rows.h"
+#include "tensors.h"
+
+namespace rlhf_kernels::cuda::ops {
+namespace {
+
+using namespace tensors;
+
+cuda::Reduction reduction_of(const std::string& name) {
+  if (name == "token-mean") return cuda::Reduction::token_mean;
+  return name == "seq-mean-token-mean" ? cuda::Reduction::seq_mean_token_mean : cuda::Reduction::seq_mean_token_sum;
+}
+
+// run(arguments, workspace) launches.
+template <class Run>
+std::tuple<Tensor, Tensor, Tensor> token_loss(const Launch& launch, const Tensor& first, const Tensor& second,
+                                              const Tensor& third, const Tensor& wanted, const std::string& reduction,
+                                              bool with_gradient, int64_t statistics, Run&& run) {
+  Tensor gradient = with_gradient ? launch.empty_like(first) : launch.nothing();
+  if (first.numel() == 0) return {launch.zeros({}), launch.zeros({statistics}), gradient};
+  const Tensor mask = dense(wanted);
+  Tensor loss = launch.empty({}), values = launch.empty({statistics});
+  cuda::TokenLoss in{{view_of(first), view_of(second), view_of(third)}, data<uint8_t>(mask), TokenRows(first).count,
+                     TokenRows(first).length, reduction_of(reduction),
+                     with_gradient ? mutable_data<float>(gradient) : nullptr, mutable_data<float>(loss),
+                     mutable_data<float>(values)};
+  // Where rows mean nothing, and nothing lies between them, a short one need not have a block.
+  if (in.reduction == cuda::Reduction::token_mean && first.is_contiguous() && second.is_contiguous() &&
+      third.is_contiguous()) {
+    in.length = first.numel();
+    in.rows = 1;
+    for (auto& view : in.inputs) view.stride = 1;
+  }
+  const Tensor workspace = launch.bytes(cuda::token_loss_workspace(in.rows, in.length));
+  run(in, workspace.mutable_data_ptr());
+  return {loss, values, gradient};
+}
+
+std::tuple<Tensor, Tensor, Tensor> ppo_policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages,
+                                                   Tensor wanted, double clip_low, double clip_high,
+                                                   std::optional<double> dual_clip, std::string reduction,
+                                                   bool with_gradient) {
+  const Launch launch(logprobs);
+  return token_loss(launch, logprobs, old_logprobs, advantages, wanted, reduction, with_gradient, 4,
+                    [&](const cuda::TokenLoss& in, void* workspace) {
+                      cuda::ppo_policy_loss(in, policy_clip(clip_low, clip_high, dual_clip), workspace, launch.stream);
+                    });
+}
+
+std::tuple<Tensor, Tensor, Tensor> ppo_value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor wanted,
+                                                  std::optional<double> clip_range, std::string reduction,
+                                                  bool with_gradient) {
+  const Launch launch(values);
+  return token_loss(launch, values, old_values, returns, wanted, reduction, with_gradient, 3,
+                    [&](const cuda::TokenLoss& in, void* workspace) {
+                      cuda::ppo_value_loss(in, static_cast<float>(clip_range.value_or(-1.0)), workspace, launch.stream);
+                    });
+}
+
+}  // namespace
+
+RLHF_CUDA_OPS(library) {
+  library.impl("ppo_policy_loss", TORCH_BOX(&ppo_policy_loss));
+  library.impl("ppo_value_loss", TORCH_BOX(&ppo_value_loss));
+}
+
+}  // namespace rlhf_kernels::cuda::ops
