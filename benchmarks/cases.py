@@ -11,7 +11,8 @@ from bounds import Work
 from torch import Tensor
 
 from rlhf_kernels import use_backend
-from rlhf_kernels.backends import ON_GPU, missing
+from rlhf_kernels.backends import has
+from rlhf_kernels.ops import OPS
 
 Inputs = dict[str, Tensor]
 
@@ -92,7 +93,7 @@ def compiled(plain: Implementation, mode: str) -> Implementation:
 
 def installed(on_gpu: tuple[str, ...]) -> list[str]:
     """Those of the backends that this install has, and has a GPU for."""
-    return [name for name in on_gpu if missing(name) is None] if torch.cuda.is_available() else []
+    return [name for name in on_gpu if has(name)] if torch.cuda.is_available() else []
 
 
 def forced(implementation: Implementation, backend: str) -> Implementation:
@@ -113,7 +114,7 @@ def forced(implementation: Implementation, backend: str) -> Implementation:
 def ours(op: Callable[..., Any], takes: tuple[str, ...] = ()) -> Implementation:
     """The op under test, on the backend that it chooses by itself."""
     called = getattr(op, "func", op).__name__  # a partial has the function within
-    on_gpu = next(backends for name, backends in ON_GPU.items() if called.startswith(name))
+    on_gpu = next(op.on_gpu for name, op in OPS.items() if called.startswith(name))
     return Implementation(OURS, lambda: op, takes, on_gpu=on_gpu)
 
 

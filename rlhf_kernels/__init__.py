@@ -17,6 +17,9 @@ from rlhf_kernels.log_prob import selective_log_softmax, selective_log_softmax_a
 from rlhf_kernels.packing import pack_sequences
 from rlhf_kernels.ppo_loss import ppo_policy_loss, ppo_value_loss
 from rlhf_kernels.ranking_loss import pairwise_ranking_loss
+from rlhf_kernels.registration import register_triton
+
+register_triton()
 
 __version__ = "0.1.0"
 

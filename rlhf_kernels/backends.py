@@ -2,7 +2,7 @@
 
 ``RLHF_KERNELS_BACKEND=name`` or ``with use_backend("name"):`` forces a backend for every op; forcing one that this
 install, this device or the op does not have raises, and says why. Otherwise the device decides: the native kernels on
-the CPU; on NVIDIA GPUs, from Ampere on, what :data:`ON_GPU` says; the reference elsewhere and for float64, which it
+the CPU; on NVIDIA GPUs, from Ampere on, what :mod:`rlhf_kernels.ops` says; the reference elsewhere and for float64, which it
 alone has.
 """
 
@@ -21,27 +21,11 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels import install
+from rlhf_kernels.ops import OPS
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
-# For each op, the backends that a GPU may run it on; the first that this install has is used. On an H100 the
-# CUDA kernels were faster than Triton's for log-probs and the ranking loss; the other small ops take less time than
-# their launch, which is cheaper from C++; the linear family is in Triton only.
-ON_GPU = {
-    "selective_log_softmax": ("cuda", "triton"),
-    "linear_selective_log_softmax": ("triton",),
-    "linear_ppo_policy_loss": ("triton",),
-    "linear_cross_entropy": ("triton",),
-    "kl_penalty": ("cuda", "triton"),
-    "kl_shaped_rewards": ("cuda", "triton"),
-    "masked_gae": ("cuda", "triton"),
-    "ppo_advantages": ("cuda", "triton"),
-    "ppo_policy_loss": ("cuda", "triton"),
-    "ppo_value_loss": ("cuda", "triton"),
-    "pairwise_ranking_loss": ("cuda", "triton"),
-}
 OLDEST_GPU = (8, 0)
-
 
 # The library of csrc/cuda as built by tests/native, which runs on CPU tensors.
 _EMULATED_CUDA = os.environ.get("RLHF_KERNELS_EMULATED_CUDA")
@@ -92,6 +76,11 @@ def missing(name: str) -> str | None:
     return _MISSING[name]
 
 
+def has(name: str) -> bool:
+    """Whether this install has backend ``name``."""
+    return missing(name) is None
+
+
 def emulated(name: str) -> bool:
     """Whether a GPU's backend runs on the CPU here, as in the tests."""
     return bool(_EMULATED_CUDA) if name == "cuda" else name == "triton" and _INTERPRETED_TRITON
@@ -99,7 +88,7 @@ def emulated(name: str) -> bool:
 
 def available_backends() -> list[str]:
     """The backends this install has."""
-    return [name for name in BACKENDS if missing(name) is None]
+    return [name for name in BACKENDS if has(name)]
 
 
 def _checked(name: str, source: str) -> str:
@@ -185,7 +174,7 @@ def _on_cpu() -> str:
 
 
 def _on_gpu(op: str) -> str:
-    return next((name for name in ON_GPU[op] if missing(name) is None), "reference")
+    return next((name for name in OPS[op].on_gpu if has(name)), "reference")
 
 
 @functools.cache
@@ -221,6 +210,6 @@ def choose(op: str, first: Tensor, *others: Tensor | None) -> str:
         raise RuntimeError(f"backend {_forced!r} was asked for, but these tensors are on {first.device}")
     if double:
         raise RuntimeError(f"backend {_forced!r} was asked for, which has no float64; the reference has")
-    if _forced == "cuda" and "cuda" not in ON_GPU[op]:
+    if _forced == "cuda" and "cuda" not in OPS[op].on_gpu:
         raise RuntimeError(f"backend 'cuda' was asked for, which does not have {op}; on GPUs it is in 'triton'")
     return _forced

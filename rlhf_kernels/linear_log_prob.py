@@ -14,7 +14,8 @@ from torch import Tensor
 from rlhf_kernels import checks, reference
 from rlhf_kernels.backends import choose
 from rlhf_kernels.log_prob import check_rows, read_rows
-from rlhf_kernels.ppo_loss import POLICY_STATISTICS, check_clipping, check_reduction
+from rlhf_kernels.ops import OPS
+from rlhf_kernels.ppo_loss import check_clipping, check_reduction
 from rlhf_kernels.registration import autograd, call, fake, needs_gradient, run, scaled
 
 
@@ -151,7 +152,7 @@ def linear_ppo_policy_loss(
         backend, "linear_ppo_policy_loss", hidden, weight, index, old_logprobs, advantages, wanted, bias, temperature,
         softcap, *clip, needs_gradient(hidden), needs_gradient(weight, bias),
     )  # fmt: skip
-    return loss, dict(zip((*POLICY_STATISTICS, "entropy"), statistics.unbind(), strict=True))
+    return loss, OPS["linear_ppo_policy_loss"].named(statistics)
 
 
 def linear_cross_entropy(
@@ -275,23 +276,32 @@ def _(
 
 
 @fake("linear_selective_log_softmax_backward")
-def _(hidden: Tensor, weight: Tensor, index: Tensor, wanted: Tensor, bias: Tensor | None, *rest: Any) -> Any:
-    return _gradients_like(hidden, weight, bias, *rest[-2:])
+def _(
+    hidden: Tensor, weight: Tensor, index: Tensor, wanted: Tensor, bias: Tensor | None, temperature: float,
+    softcap: float | None, entropies: Tensor, maxima: Tensor, log_sums: Tensor, grad_logprobs: Tensor,
+    grad_entropies: Tensor | None, needs_hidden: bool, needs_weight: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    return _gradients_like(hidden, weight, bias, needs_hidden, needs_weight)
 
 
 @fake("linear_ppo_policy_loss")
 def _(
-    hidden: Tensor, weight: Tensor, index: Tensor, old: Tensor, advantages: Tensor, wanted: Tensor,
-    bias: Tensor | None, *rest: Any,
-) -> Any:  # fmt: skip
-    loss, statistics = (hidden.new_empty(shape, dtype=torch.float32) for shape in ((), (5,)))
-    return loss, statistics, *_gradients_like(hidden, weight, bias, *rest[-2:])
+    hidden: Tensor, weight: Tensor, index: Tensor, old_logprobs: Tensor, advantages: Tensor, wanted: Tensor,
+    bias: Tensor | None, temperature: float, softcap: float | None, clip_low: float, clip_high: float,
+    dual_clip: float | None, reduction: str, needs_hidden: bool, needs_weight: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    loss = hidden.new_empty((), dtype=torch.float32)
+    statistics = loss.new_empty(len(OPS["linear_ppo_policy_loss"].statistics))
+    return loss, statistics, *_gradients_like(hidden, weight, bias, needs_hidden, needs_weight)
 
 
 @fake("linear_cross_entropy")
-def _(hidden: Tensor, weight: Tensor, labels: Tensor, wanted: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+def _(
+    hidden: Tensor, weight: Tensor, labels: Tensor, wanted: Tensor, bias: Tensor | None, temperature: float,
+    softcap: float | None, mean: bool, needs_hidden: bool, needs_weight: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     loss = hidden.new_empty((), dtype=torch.float32)
-    return loss, *_gradients_like(hidden, weight, bias, *rest[-2:])
+    return loss, *_gradients_like(hidden, weight, bias, needs_hidden, needs_weight)
 
 
 def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -133,9 +133,7 @@ def check_rows(index: Tensor, like: Tensor, rows: tuple[int, ...], mask: Tensor 
         checks.mask("mask", mask, like, rows)
 
 
-def read_rows(
-    backend: str, index: Tensor, mask: Tensor | None, ignore_index: int, size: int
-) -> tuple[Tensor, Tensor]:
+def read_rows(backend: str, index: Tensor, mask: Tensor | None, ignore_index: int, size: int) -> tuple[Tensor, Tensor]:
     """The index, and the mask of rows that count, as a backend takes them."""
     if mask is None:
         wanted = index != ignore_index

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from rlhf_kernels import checks, reference
 from rlhf_kernels.backends import choose
+from rlhf_kernels.ops import OPS
 from rlhf_kernels.registration import autograd, call, fake, needs_gradient, scaled
 
-POLICY_STATISTICS = ("ratio_mean", "ratio_max_deviation", "approx_kl", "clip_fraction")
-VALUE_STATISTICS = ("value_mean", "return_mean", "clip_fraction")
 REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
 
 
@@ -38,7 +37,7 @@ def ppo_policy_loss(
         advantages: the same shape.
         mask: the same shape, bool or {0, 1}: which positions are response tokens. None: all of them.
         clip_range: ε in (0, 1].
-        clip_range_high: ε_high > 0, when it differs from ε (Yu et al. 2025, arXiv 2503.14476, "clip-higher").
+        clip_range_high: ε_high in (0, 1], when it differs from ε (Yu et al. 2025, arXiv 2503.14476, "clip-higher").
         dual_clip: c > 1: where A < 0 the loss is at most −c·A (Ye et al. 2020, arXiv 1912.09729, eq. 5).
         reduction: "token-mean": over all unmasked positions; "seq-mean-token-mean" and "seq-mean-token-sum": mean or
             sum within each row, then the mean over rows that have an unmasked position. Only the first for (N,).
@@ -65,7 +64,7 @@ def ppo_policy_loss(
     if backend == "reference":
         return reference.ppo_loss.ppo_policy_loss(*arguments)
     loss, statistics, _ = call(backend, "ppo_policy_loss", *arguments, needs_gradient(logprobs))
-    return loss, dict(zip(POLICY_STATISTICS, statistics.unbind(), strict=True))
+    return loss, OPS["ppo_policy_loss"].named(statistics)
 
 
 def ppo_value_loss(
@@ -108,7 +107,7 @@ def ppo_value_loss(
     if backend == "reference":
         return reference.ppo_loss.ppo_value_loss(*arguments)
     loss, statistics, _ = call(backend, "ppo_value_loss", *arguments, needs_gradient(values))
-    return loss, dict(zip(VALUE_STATISTICS, statistics.unbind(), strict=True))
+    return loss, OPS["ppo_value_loss"].named(statistics)
 
 
 def _check_tokens(
@@ -128,7 +127,7 @@ def check_clipping(clip_range: float, clip_range_high: float | None, dual_clip: 
     """The options of the policy loss."""
     checks.number("clip_range", clip_range, 0.0, 1.0, exclusive_low=True)
     if clip_range_high is not None:
-        checks.number("clip_range_high", clip_range_high, 0.0, exclusive_low=True)
+        checks.number("clip_range_high", clip_range_high, 0.0, 1.0, exclusive_low=True)
     if dual_clip is not None:
         checks.number("dual_clip", dual_clip, 1.0, exclusive_low=True)
 
@@ -140,20 +139,26 @@ def check_reduction(reduction: str, dims: int) -> None:
         raise ValueError(f"reduction: is {reduction!r}, which needs (B, T) inputs; these have {dims} dimension(s)")
 
 
-def _results(like: Tensor, statistics: int, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    shapes = ((), (statistics,), like.shape if with_gradient else (0,))
-    loss, values, gradient = (like.new_empty(shape, dtype=torch.float32) for shape in shapes)
-    return loss, values, gradient
+def _results(name: str, like: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    shapes = ((), (len(OPS[name].statistics),), like.shape if with_gradient else (0,))
+    loss, statistics, gradient = (like.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return loss, statistics, gradient
 
 
 @fake("ppo_policy_loss")
-def _(logprobs: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _results(logprobs, len(POLICY_STATISTICS), rest[-1])
+def _(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, wanted: Tensor, clip_low: float, clip_high: float,
+    dual_clip: float | None, reduction: str, with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _results("ppo_policy_loss", logprobs, with_gradient)
 
 
 @fake("ppo_value_loss")
-def _(values: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _results(values, len(VALUE_STATISTICS), rest[-1])
+def _(
+    values: Tensor, old_values: Tensor, returns: Tensor, wanted: Tensor, clip_range: float | None, reduction: str,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return _results("ppo_value_loss", values, with_gradient)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from rlhf_kernels.backends import emulated, missing
+from rlhf_kernels.backends import emulated, has
+from rlhf_kernels.ops import OPS
 
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
@@ -23,16 +24,28 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers shapes and dtypes of an op's results, for compilers and ``meta`` tensors."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
-        if missing("cpu") is None:
+        if has("cpu"):
             torch.library.register_fake(f"rlhf_kernels::{name}", function)
-            # For code compiled for a GPU, if the CUDA kernels have not registered theirs. Eager code goes directly.
-            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"rlhf_kernels::{name}", "CUDA"):
-                torch.library.impl(
-                    f"rlhf_kernels::{name}", "cuda", lambda *inputs: implementation("triton", name)(*inputs)
-                )
         return function
 
     return register
+
+
+def register_triton() -> None:
+    """Makes Triton's kernels torch's for GPUs where there are none in CUDA C++: compiled code finds them so.
+
+    Eager code goes to them directly. Called once, after the families have been imported.
+    """
+    if not has("cpu"):
+        return
+    for op, facts in OPS.items():
+        for name in (op, *facts.derivative):
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"rlhf_kernels::{name}", "CUDA"):
+                torch.library.impl(f"rlhf_kernels::{name}", "cuda", functools.partial(_run_triton, name))
+
+
+def _run_triton(name: str, *inputs: Any) -> Any:
+    return implementation("triton", name)(*inputs)
 
 
 class _Derivative(NamedTuple):
@@ -74,7 +87,7 @@ def autograd(name: str, save: Callable[..., None], variables: tuple[int, ...]) -
         def eager(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
             return *once(ctx, *gradients), None
 
-        if missing("cpu") is None:
+        if has("cpu"):
             torch.library.register_autograd(f"rlhf_kernels::{name}", once, setup_context=traced)
         methods = {"forward": staticmethod(forward), "backward": staticmethod(eager)}
         _DERIVATIVES[name] = _Derivative(type(name, (torch.autograd.Function,), methods), variables)
@@ -111,7 +124,7 @@ def call(backend: str, name: str, *inputs: Any) -> Any:
     derivative = _DERIVATIVES.get(name)
     if derivative is not None and not needs_gradient(*[inputs[at] for at in derivative.variables]):
         derivative = None  # whatever else requires a gradient: results don't, then
-    if torch.compiler.is_compiling() and missing("cpu") is None:
+    if torch.compiler.is_compiling() and has("cpu"):
         if derivative is not None:
             return run(None, name, *inputs)
         with torch.no_grad():

@@ -43,18 +43,20 @@ struct RowLoss {
 };
 
 struct RowLossResults {
-  double* loss;        // per row, weighted
-  float* statistics;   // per row: ratio, |ρ − 1|, kl, clipped, entropy; null for cross-entropy
+  double* loss;                               // per row, weighted
+  LinearPolicyStatistics<float>* statistics;  // per row; null for cross-entropy
 };
 
 // -------------------------------------------------------------------------------------------------- small families
 
-// A row's share of the loss and of the statistics, summed over its unmasked positions (deviation: the largest).
+// A row's share of the loss, and its statistics summed over its unmasked positions.
 struct PolicySums {
-  double loss, ratio, deviation, kl, clipped;
+  double loss = 0;
+  PolicyStatistics<double> statistics;
 };
 struct ValueSums {
-  double loss, value, target, clipped;
+  double loss = 0;
+  ValueStatistics<double> statistics;
 };
 
 struct PolicyArguments {

@@ -223,8 +223,12 @@ void linear_loss(const Projection& p, const RowLoss& in, const RowLossResults& o
       out.loss[row] = term.loss * in.weights[row];
       coefficient = static_cast<float>(term.gradient);
       h = static_cast<float>(entropy(sums));
-      const double statistics[] = {ratio.value, ratio.deviation, ratio.kl, term.clipped, h};
-      for (int k = 0; k < 5; ++k) out.statistics[row * 5 + k] = static_cast<float>(statistics[k]);
+      auto& statistics = out.statistics[row];
+      statistics.ratio = static_cast<float>(ratio.value);
+      statistics.deviation = static_cast<float>(ratio.deviation);
+      statistics.kl = static_cast<float>(ratio.kl);
+      statistics.clipped = static_cast<float>(term.clipped);
+      statistics.entropy = h;
     } else {
       out.loss[row] = -log_p * in.weights[row];
     }

@@ -71,11 +71,12 @@ void policy_rows(const PolicyArguments& in, int64_t begin, int64_t end) {
     }
     PolicySums& sums = in.sums[row];
     sums.loss = loss.value() * in.weights[row];
-    sums.ratio = sum(ratio_total);
+    const double ratios_of_row = sum(ratio_total);
+    sums.statistics.ratio = ratios_of_row;
     // Where a ratio was NaN, so is their sum; the largest deviation has passed over it.
-    sums.deviation = std::isnan(sums.ratio) ? NAN : static_cast<double>(largest(deviation));
-    sums.kl = sum(kl_total);
-    sums.clipped = sum(clipped_total);
+    sums.statistics.deviation = std::isnan(ratios_of_row) ? NAN : static_cast<double>(largest(deviation));
+    sums.statistics.kl = sum(kl_total);
+    sums.statistics.clipped = sum(clipped_total);
   }
 }
 
@@ -108,7 +109,7 @@ void value_rows(const ValueArguments& in, int64_t begin, int64_t end) {
       target_total += widened(target);
       clipped_total += widened(clipped);
     }
-    in.sums[row] = {loss.value() * in.weights[row], sum(value_total), sum(target_total), sum(clipped_total)};
+    in.sums[row] = {loss.value() * in.weights[row], {sum(value_total), sum(target_total), sum(clipped_total)}};
   }
 }
 

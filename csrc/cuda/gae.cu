@@ -14,7 +14,6 @@ namespace {
 constexpr int kMostThreads = 256;
 constexpr int kMostWarps = kMostThreads / kWarp;
 constexpr int kWhitenThreads = 256;
-constexpr double kVarianceFloor = 1e-8;
 
 // Of at most eight advantages.
 __device__ __forceinline__ Moments moments_of(const float (&advantages)[kVector], unsigned counts) {
@@ -105,7 +104,7 @@ __global__ void __launch_bounds__(kMostThreads, kShaped ? 2 : 3) sequence_kernel
       const bool here = counts >> i & 1;
       if (kShaped) rewards[i] = here ? static_cast<float>((own.seen ? 0 : score) + reward(i)) : 0.0f;
       if (here) {
-        const double delta = own.next + (reward(i) - values[i]);
+        const double delta = gae_delta(reward(i), values[i], own.next);
         own = {gae_advantage(delta, gamma_lambda, own.advantage), in.gamma * values[i], true};
       }
       advantages[i] = here ? static_cast<float>(own.advantage) : 0.0f;
@@ -134,7 +133,7 @@ __global__ void __launch_bounds__(kWhitenThreads) whiten_kernel(float* advantage
   all = block_merge(all, between, [](Moments& a, const Moments& b) { merge(a, b); });
   if (threadIdx.x == 0) {
     mean = all.mean;
-    scale = all.count > 0 ? 1.0 / sqrt(all.squares / all.count + kVarianceFloor) : 0.0;
+    scale = whitening_scale(all);
   }
   __syncthreads();
   const int64_t stride = int64_t{gridDim.x} * blockDim.x * kVector;

@@ -55,7 +55,7 @@ struct TokenLoss {
   Reduction reduction;
   float* gradient;    // may be null
   float* loss;
-  float* statistics;  // 4 of the policy loss, 3 of the value loss
+  float* statistics;  // PolicyStatistics or ValueStatistics
 };
 
 // What a loss keeps in between, none of it set to anything: its bytes, for so many rows.

@@ -11,7 +11,6 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kChunk = kThreads * kVector;
-constexpr int kStatistics = 4;
 
 // What the mask says: in how many positions, and in how many rows, something counts. Each block of the first launch has
 // its own, and each row the number of its positions.
@@ -19,21 +18,27 @@ struct Counts {
   int64_t positions = 0, rows = 0;
 };
 
+template <class Statistics>
 struct Sums {
-  double loss = 0, values[kStatistics] = {};
+  double loss = 0;
+  Statistics statistics;
 };
+
+// Room for either loss.
+constexpr int64_t kSumsBytes = sizeof(Sums<PolicyStatistics<double>>);
+static_assert(kSumsBytes >= sizeof(Sums<ValueStatistics<double>>));
 
 struct Workspace {
   unsigned* ticket;
   Counts* counts;       // kMostBlocks
   int64_t* row_counts;  // where rows have weights of their own
-  Sums* sums;           // one per block of the second launch
+  void* sums;           // Sums of each block of the second launch
 
   Workspace(void* memory, int64_t rows) {
     ticket = static_cast<unsigned*>(memory);
     counts = reinterpret_cast<Counts*>(static_cast<char*>(memory) + 16);
     row_counts = reinterpret_cast<int64_t*>(counts + kMostBlocks);
-    sums = reinterpret_cast<Sums*>(row_counts + rows);
+    sums = row_counts + rows;
   }
 };
 
@@ -79,53 +84,38 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const uint8_t* wanted, 
   if (blockIdx.x == 0 && threadIdx.x == 0) *ticket = 0;
 }
 
-__device__ __forceinline__ void add(Sums& a, const Sums& b, bool second_is_largest) {
-  a.loss += b.loss;
-#pragma unroll
-  for (int i = 0; i < kStatistics; ++i) {
-    if (i == 1 && second_is_largest) {
-      a.values[i] = b.values[i] > a.values[i] || b.values[i] != b.values[i] ? b.values[i] : a.values[i];
-    } else {
-      a.values[i] += b.values[i];
-    }
-  }
-}
-
 // The terms of the two losses at one position: added to a thread's sums, and the weighted gradient returned. A masked
 // position has inputs of 0.
 struct Policy {
+  using Statistics = PolicyStatistics<double>;
   PolicyClip clip;
-  static constexpr bool kSecondIsLargest = true;
-  static constexpr int kCount = 4;
 
   __device__ __forceinline__ float term(float logprob, float old, float advantage, bool counts, float weight,
-                                        float weight_lost, Sums& sums) const {
+                                        float weight_lost, Sums<Statistics>& sums) const {
     const float log_ratio = logprob - old;
     const auto ratio = policy_ratio(log_ratio);
     const auto term = policy_term(log_ratio, ratio.value, ratio.lost, advantage, clip, weight, weight_lost);
     const double exact = static_cast<double>(term.loss) + term.loss_lost;
     sums.loss += isfinite(term.loss) ? exact : static_cast<double>(term.loss);
-    sums.values[0] += counts ? ratio.value : 0.0f;
-    const bool larger = ratio.deviation > sums.values[1] || ratio.deviation != ratio.deviation;
-    sums.values[1] = larger ? ratio.deviation : sums.values[1];
-    sums.values[2] += ratio.kl;
-    sums.values[3] += term.clipped;
+    PolicyStatistics<float> here;
+    here.ratio = counts ? ratio.value : 0.0f;
+    here.deviation = ratio.deviation;
+    here.kl = ratio.kl;
+    here.clipped = term.clipped;
+    sums.statistics.add(here);
     return term.gradient;
   }
 };
 
 struct Value {
+  using Statistics = ValueStatistics<double>;
   float clip_range;
-  static constexpr bool kSecondIsLargest = false;
-  static constexpr int kCount = 3;
 
   __device__ __forceinline__ float term(float value, float old, float target, bool, float weight, float,
-                                        Sums& sums) const {
+                                        Sums<Statistics>& sums) const {
     const auto term = value_term(value, old, target, clip_range);
     sums.loss += term.loss;
-    sums.values[0] += value;
-    sums.values[1] += target;
-    sums.values[2] += term.clipped;
+    sums.statistics.add(ValueStatistics<float>{value, target, term.clipped});
     return term.gradient * weight;
   }
 };
@@ -134,8 +124,10 @@ struct Value {
 template <class Loss>
 __global__ void __launch_bounds__(kThreads) loss_kernel(TokenLoss in, Loss loss, Workspace workspace, unsigned per_row,
                                                         int64_t counters) {
+  using LossSums = Sums<typename Loss::Statistics>;
   __shared__ Counts count_between[kWarps];
-  __shared__ Sums between[kWarps];
+  __shared__ LossSums between[kWarps];
+  auto* const of_blocks = static_cast<LossSums*>(workspace.sums);
   __shared__ double row_weight, position_share;
   const int64_t row = blockIdx.x / per_row, t = int64_t{blockIdx.x % per_row} * kChunk + threadIdx.x * kVector;
   Counts all;
@@ -158,7 +150,7 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(TokenLoss in, Loss loss,
   }
   __syncthreads();
   const int64_t count = in.length - t, flat = row * in.length + t;
-  Sums sums;
+  LossSums sums;
   if (count > 0) {
     const unsigned counts = load_mask(in.wanted, flat, count);
     Packed packed[3];
@@ -176,23 +168,22 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(TokenLoss in, Loss loss,
     }
     if (in.gradient) store_vector(in.gradient, Dtype::float32, flat, count, gradient);
   }
-  const auto merge = [](Sums& a, const Sums& b) { add(a, b, Loss::kSecondIsLargest); };
+  const auto merge = [](LossSums& a, const LossSums& b) {
+    a.loss += b.loss;
+    a.statistics.add(b.statistics);
+  };
   sums = block_merge(sums, between, merge);
   if (threadIdx.x == 0) {
     sums.loss *= row_weight;
-    workspace.sums[blockIdx.x] = sums;
+    of_blocks[blockIdx.x] = sums;
   }
   if (!is_last_block(workspace.ticket)) return;
-  Sums total;
-  for (int64_t block = threadIdx.x; block < gridDim.x; block += kThreads) merge(total, workspace.sums[block]);
+  LossSums total;
+  for (int64_t block = threadIdx.x; block < gridDim.x; block += kThreads) merge(total, of_blocks[block]);
   total = block_merge(total, between, merge);
   if (threadIdx.x != 0) return;
   *in.loss = static_cast<float>(total.loss);
-#pragma unroll
-  for (int i = 0; i < Loss::kCount; ++i) {
-    const bool as_it_is = i == 1 && Loss::kSecondIsLargest;
-    in.statistics[i] = static_cast<float>(as_it_is ? total.values[i] : total.values[i] * position_share);
-  }
+  total.statistics.store(in.statistics, position_share);
 }
 
 template <class Loss>
@@ -208,7 +199,7 @@ void run(const TokenLoss& in, const Loss& loss, void* memory, Stream stream) {
 
 int64_t token_loss_workspace(int64_t rows, int64_t length) {
   return 16 + static_cast<int64_t>(sizeof(Counts)) * kMostBlocks + 8 * rows +
-         static_cast<int64_t>(sizeof(Sums)) * rows * chunks_of(length);
+         kSumsBytes * rows * chunks_of(length);
 }
 
 void ppo_policy_loss(const TokenLoss& in, const PolicyClip& clip, void* workspace, Stream stream) {

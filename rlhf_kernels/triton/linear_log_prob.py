@@ -14,12 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlhf_kernels.ops import OPS
 from rlhf_kernels.triton.common import LN_2, LOG2_E, blocks
 from rlhf_kernels.triton.log_prob import empty_results, gradient_block, reduce_block, reduce_rows, write_gradient
 from rlhf_kernels.triton.ppo_loss import clip_ends, policy_results, policy_term, row_weights
 
 # Rows of a matmul of the log-probs: part of the result's definition.
 ROWS = 512
+# Of a row: as many floats as the loss has statistics.
+STATISTICS = tl.constexpr(len(OPS["linear_ppo_policy_loss"].statistics))
 # What the backward and the losses keep of logits and their gradient: so much that a matmul over it is bound by
 # arithmetic, with a vocabulary of 128 000 and half precision still a thousand rows.
 WORKSPACE_BYTES = 768 << 20
@@ -229,7 +232,7 @@ def _row_losses(
         )
         coefficient = (slope * weight).to(tl.float32)
         entropy = (log_sum - weighted.to(tl.float64) * LN_2 / total).to(tl.float32)
-        to = statistics + row * 5
+        to = statistics + row * STATISTICS
         tl.store(to, tl.where(counts, ratio, 0.0))
         tl.store(to + 1, tl.where(counts, deviation, 0.0))
         tl.store(to + 2, tl.where(counts, kl, 0.0))
@@ -259,7 +262,7 @@ def _losses(
     count, vocabulary = len(rows), rows.weight.shape[0]
     device = rows.hidden.device
     losses = torch.empty(count, dtype=torch.float64, device=device)
-    statistics = torch.empty(count, 5 if policy else 0, device=device)
+    statistics = torch.empty(count, STATISTICS.value if policy else 0, device=device)
     old, advantages, ends, dual = policy or (losses, losses, (0.0,) * 4, None)
     gradients = Gradients(rows, needs_hidden, needs_weight)
     with_gradient = needs_hidden or needs_weight

@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlhf_kernels.ops import OPS
 from rlhf_kernels.triton.common import blocks, exponential, two_floats
 
 BLOCK = 1024
-# What a block's sums are, after the number of positions that count and the loss: ratio, largest deviation, KL, clipped.
-POLICY_SUMS = 4
-VALUE_SUMS = 3
+# What a block keeps: how many positions count, the loss, then the sums (of the deviation the maximum) behind the statistics.
+SUMS = tl.constexpr(2 + len(OPS["ppo_policy_loss"].statistics))
 LARGEST_LOG_RATIO = tl.constexpr(88.0)  # e^88 is the largest power that is finite in float32
 
 
@@ -82,7 +82,7 @@ def _terms(
     x = tl.load(first + at, mask=counts, other=0.0).to(tl.float32)
     y = tl.load(second + at, mask=counts, other=0.0).to(tl.float32)
     z = tl.load(third + at, mask=counts, other=0.0).to(tl.float32)
-    to = sums + (row * per_row + block) * 6
+    to = sums + (row * per_row + block) * SUMS
     if POLICY:
         # A masked position has advantage 0 and ratio 1: only the ratio must be kept out of the sums.
         loss, slope, ratio, deviation, kl, clipped = policy_term(
@@ -137,7 +137,7 @@ def _finish(
     for start in range(0, rows, ROWS):
         r = start + tl.arange(0, ROWS)
         inside = (r < rows)[:, None] & (p < per_row)[None, :]
-        entry = sums + (r.to(tl.int64)[:, None] * per_row + p[None, :]) * 6
+        entry = sums + (r.to(tl.int64)[:, None] * per_row + p[None, :]) * SUMS
         counts = tl.sum(_column(entry, 0, inside), 1)
         losses = tl.sum(_column(entry, 1, inside), 1)
         if REDUCTION == "seq-mean-token-mean":
@@ -171,7 +171,7 @@ def _finish(
             tl.store(statistics + 2, (three * share).to(tl.float32))
     if GRADIENT:
         if REDUCTION == "seq-mean-token-mean":
-            mine = tl.sum(_column(sums + (row * per_row + p) * 6, 0, p < per_row), 0)
+            mine = tl.sum(_column(sums + (row * per_row + p) * SUMS, 0, p < per_row), 0)
             weight = weight * _reciprocal(mine)
         t = block * BLOCK + tl.arange(0, BLOCK)
         at = row * length + t
@@ -211,7 +211,8 @@ def _run(
     first = inputs[0]
     device = first.device
     gradient = torch.empty(first.shape if with_gradient else 0, device=device)
-    statistics = torch.empty(POLICY_SUMS if policy else VALUE_SUMS, device=device)
+    op = OPS["ppo_policy_loss" if policy else "ppo_value_loss"]
+    statistics = torch.empty(len(op.statistics), device=device)
     if first.numel() == 0:
         return torch.zeros((), device=device), statistics.zero_(), gradient
     loss = torch.empty((), device=device)
@@ -223,7 +224,7 @@ def _run(
         rows, length = first.shape
         block = blocks(length, BLOCK)
         per_row = triton.cdiv(length, block)
-    sums = torch.empty(rows * per_row * 6, dtype=torch.float64, device=device)
+    sums = torch.empty(rows * per_row * SUMS.value, dtype=torch.float64, device=device)
     _terms[(rows, per_row)](
         *(x.contiguous() for x in inputs), gradient, sums, size, length, per_row, *options, POLICY=policy,
         OPTION=option, GRADIENT=with_gradient, BLOCK=block,
@@ -255,7 +256,8 @@ def policy_results(losses: Tensor, statistics: Tensor, share: Tensor) -> tuple[T
     """The loss and its statistics from rows' weighted losses (float64), their terms, and one over how many count."""
     loss = losses.sum().float()
     if not len(losses):
-        return loss, statistics.new_zeros(5)
+        return loss, statistics.new_zeros(statistics.shape[1])
     values = statistics.sum(0, dtype=torch.float64) * share
-    values[1] = statistics[:, 1].amax()
+    deviation = OPS["linear_ppo_policy_loss"].statistics.index("ratio_max_deviation")
+    values[deviation] = statistics[:, deviation].amax()
     return loss, values.float()

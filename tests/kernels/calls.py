@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import rlhf_kernels as k
+from rlhf_kernels.ops import OPS
 
 
 class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
@@ -121,6 +122,11 @@ def calls(rows: int = 6, length: int = 9, dtype: torch.dtype = torch.float32) ->
 
 
 NAMES = tuple(calls())
+
+
+def lacks(backend: str, name: str) -> bool:
+    """Whether a backend does not have the op that a call is of."""
+    return backend == "cuda" and "cuda" not in OPS[name.removesuffix("_and_entropy")].on_gpu
 
 
 def packed_calls() -> dict[str, Call]:

@@ -8,7 +8,7 @@ import sys
 import oracles
 import pytest
 import torch
-from calls import NAMES, calls
+from calls import NAMES, calls, lacks
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -40,7 +40,7 @@ def relaid(draw, x):
 
 @given(st.data(), st.sampled_from(NAMES), st.integers(1, 5), st.integers(1, 40), st.sampled_from(oracles.DTYPES))
 def test_strides(backend, data, name, rows, length, dtype):
-    assume(backend != "cuda" or not name.startswith("linear"))
+    assume(not lacks(backend, name))
     call = calls(rows, length, dtype)[name]
     want = call.run()
     got = call.run(**{n: data.draw(relaid(x), label=n) for n, x in call.tensors.items()})
@@ -55,7 +55,7 @@ def test_strides(backend, data, name, rows, length, dtype):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_stride_of_a_single_entry_says_nothing(backend, name, shape):
     """torch calls such tensors contiguous whatever it is."""
-    if backend == "cuda" and name.startswith("linear"):
+    if lacks(backend, name):
         pytest.skip("not in CUDA C++")
     call = calls(*shape)[name]
     odd = {
@@ -86,7 +86,7 @@ def laid_out(mask):
 
 @pytest.mark.parametrize("name", [n for n in NAMES if "mask" in calls()[n].tensors])
 def test_masks_of_every_dtype_and_layout_are_that_mask(backend, name):
-    if backend == "cuda" and name.startswith("linear"):
+    if lacks(backend, name):
         pytest.skip("not in CUDA C++")
     call = calls(*(5, 70) if backend == "cpu" else (2, 5))[name]
     key = "mask"

@@ -171,6 +171,7 @@ def test_targets_are_constants(backend):
     [
         (ppo_policy_loss, {"clip_range": 1.5}, ValueError, r"clip_range: is 1.5, must be finite and in \(0.0, 1.0\]"),
         (ppo_policy_loss, {"clip_range_high": -0.1}, ValueError, "clip_range_high: is -0.1, must be"),
+        (ppo_policy_loss, {"clip_range_high": 1.28}, ValueError, "clip_range_high: is 1.28, must be"),
         (ppo_policy_loss, {"dual_clip": 1.0}, ValueError, r"dual_clip: is 1.0, must be finite and in \(1.0"),
         (ppo_policy_loss, {"reduction": "mean"}, ValueError, "reduction: is 'mean', must be one of 'token-mean'"),
         (ppo_policy_loss, {"reduction": "seq-mean-token-sum"}, ValueError, r"reduction: is 'seq-mean-.* \(B, T\)"),

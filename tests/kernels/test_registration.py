@@ -10,7 +10,7 @@ from calls import NAMES, Recorder, calls
 import rlhf_kernels as k
 from rlhf_kernels import backends
 
-pytestmark = pytest.mark.skipif(backends.missing("cpu") is not None, reason="no native kernels in this install")
+pytestmark = pytest.mark.skipif(not backends.has("cpu"), reason="no native kernels in this install")
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 from native_build import build, build_for_aarch64, missing_for_aarch64, tool
 
 

@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <cmath>
 #include <tuple>
 #include <vector>
 
@@ -41,8 +40,7 @@ std::tuple<Tensor, Tensor> advantages_of(const Tensor& like, GaeArguments in, co
   if (whiten) {
     Moments all;
     for (const auto& sequence : moments) merge(all, sequence);
-    constexpr double variance_floor = 1e-8;
-    const double scale = all.count > 0 ? 1.0 / std::sqrt(all.squares / all.count + variance_floor) : 0.0;
+    const double scale = whitening_scale(all);
     parallel(like.numel(), 1, [&](int64_t begin, int64_t end) {
       kernels().whiten(in.advantages, in.wanted, all.mean, scale, begin, end);
     });

@@ -282,7 +282,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_selective_log_softmax_backward(
 // that counts.
 std::tuple<double, std::tuple<Tensor, Tensor, Tensor>> linear_losses(const LinearInputs& in, const Tensor& hidden,
                                                                      const Tensor& weight, RowLoss loss,
-                                                                     float* statistics, Needs needs) {
+                                                                     LinearPolicyStatistics<float>* statistics,
+                                                                     Needs needs) {
   const auto& k = kernels();
   const bool with_gradient = needs.hidden || needs.weight;
   LinearGradients gradients(in, hidden, weight, needs);
@@ -303,7 +304,7 @@ std::tuple<double, std::tuple<Tensor, Tensor, Tensor>> linear_losses(const Linea
     here.weights += first;
     if (here.old_logprobs) here.old_logprobs += first;
     if (here.advantages) here.advantages += first;
-    const RowLossResults out{losses.data() + first, statistics ? statistics + 5 * first : nullptr};
+    const RowLossResults out{losses.data() + first, statistics ? statistics + first : nullptr};
     parallel(count, part.vocabulary, [&](int64_t begin, int64_t end) {
       k.linear_loss(part, here, out, logits, with_gradient, begin, end);
     });
@@ -347,22 +348,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_ppo_policy_loss(
     row_old.push_back(data<float>(old)[row]);
     row_gains.push_back(data<float>(gains)[row]);
   }
-  std::vector<float> statistics(5 * in.count());
+  std::vector<LinearPolicyStatistics<float>> statistics(in.count());
   const auto [loss, gradients] =
       linear_losses(in, hidden, weight,
                     {in.index.data(), row_weights.data(), row_old.data(), row_gains.data(),
                      policy_clip(clip_low, clip_high, dual_clip)},
                     statistics.data(), {needs_hidden, needs_weight});
-  double all[5] = {};
-  for (int64_t row = 0; row < in.count(); ++row) {
-    for (int i = 0; i < 5; ++i) {
-      const double value = statistics[5 * row + i];
-      all[i] = i != 1 ? all[i] + value : value > all[i] || value != value ? value : all[i];
-    }
-  }
-  const double share = in.count() ? 1.0 / static_cast<double>(in.count()) : 0.0;
-  Tensor result = without_pages({5}, ScalarType::Float);
-  for (int i = 0; i < 5; ++i) mutable_data<float>(result)[i] = static_cast<float>(i == 1 ? all[i] : all[i] * share);
+  LinearPolicyStatistics<double> all;
+  for (const auto& row : statistics) all.add(row);
+  Tensor result = without_pages({all.kCount}, ScalarType::Float);
+  all.store(mutable_data<float>(result), in.count() ? 1.0 / static_cast<double>(in.count()) : 0.0);
   return {scalar(loss), result, std::get<0>(gradients), std::get<1>(gradients), std::get<2>(gradients)};
 }
 

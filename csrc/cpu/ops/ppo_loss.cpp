@@ -16,6 +16,20 @@ namespace {
 
 using namespace tensors;
 
+// The loss and the statistics of all rows, in one order.
+template <class Sums>
+std::tuple<Tensor, Tensor> added_up(const std::vector<Sums>& rows, const Weights& weights) {
+  Sums all;
+  for (const auto& row : rows) {
+    all.loss += row.loss;
+    all.statistics.add(row.statistics);
+  }
+  Tensor statistics = without_pages({all.statistics.kCount}, ScalarType::Float);
+  all.statistics.store(mutable_data<float>(statistics),
+                       weights.positions ? 1.0 / static_cast<double>(weights.positions) : 0.0);
+  return {scalar(all.loss), statistics};
+}
+
 std::tuple<Tensor, Tensor, Tensor> ppo_policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages,
                                                    Tensor wanted, double clip_low, double clip_high,
                                                    std::optional<double> dual_clip, std::string reduction,
@@ -31,19 +45,8 @@ std::tuple<Tensor, Tensor, Tensor> ppo_policy_loss(Tensor logprobs, Tensor old_l
                                 with_gradient ? mutable_data<float>(gradient) : nullptr, sums.data()};
   parallel(rows.count, rows.length * 4,
            [&](int64_t begin, int64_t end) { kernels().ppo_policy(in, begin, end); });
-  PolicySums all{};
-  for (const auto& row : sums) {
-    all.loss += row.loss;
-    all.ratio += row.ratio;
-    all.deviation = row.deviation > all.deviation || row.deviation != row.deviation ? row.deviation : all.deviation;
-    all.kl += row.kl;
-    all.clipped += row.clipped;
-  }
-  const double share = weights.positions ? 1.0 / static_cast<double>(weights.positions) : 0.0;
-  Tensor statistics = without_pages({4}, ScalarType::Float);
-  const double values[] = {all.ratio * share, all.deviation, all.kl * share, all.clipped * share};
-  for (int i = 0; i < 4; ++i) mutable_data<float>(statistics)[i] = static_cast<float>(values[i]);
-  return {scalar(all.loss), statistics, gradient};
+  const auto [loss, statistics] = added_up(sums, weights);
+  return {loss, statistics, gradient};
 }
 
 std::tuple<Tensor, Tensor, Tensor> ppo_value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor wanted,
@@ -59,18 +62,8 @@ std::tuple<Tensor, Tensor, Tensor> ppo_value_loss(Tensor values, Tensor old_valu
                                clip_range ? static_cast<float>(*clip_range) : -1.0f,
                                with_gradient ? mutable_data<float>(gradient) : nullptr, sums.data()};
   parallel(rows.count, rows.length, [&](int64_t begin, int64_t end) { kernels().ppo_value(in, begin, end); });
-  ValueSums all{};
-  for (const auto& row : sums) {
-    all.loss += row.loss;
-    all.value += row.value;
-    all.target += row.target;
-    all.clipped += row.clipped;
-  }
-  const double share = weights.positions ? 1.0 / static_cast<double>(weights.positions) : 0.0;
-  Tensor statistics = without_pages({3}, ScalarType::Float);
-  const double shares[] = {all.value * share, all.target * share, all.clipped * share};
-  for (int i = 0; i < 3; ++i) mutable_data<float>(statistics)[i] = static_cast<float>(shares[i]);
-  return {scalar(all.loss), statistics, gradient};
+  const auto [loss, statistics] = added_up(sums, weights);
+  return {loss, statistics, gradient};
 }
 
 }  // namespace

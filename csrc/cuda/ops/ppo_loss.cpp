@@ -48,7 +48,8 @@ std::tuple<Tensor, Tensor, Tensor> ppo_policy_loss(Tensor logprobs, Tensor old_l
                                                    std::optional<double> dual_clip, std::string reduction,
                                                    bool with_gradient) {
   const Launch launch(logprobs);
-  return token_loss(launch, logprobs, old_logprobs, advantages, wanted, reduction, with_gradient, 4,
+  return token_loss(launch, logprobs, old_logprobs, advantages, wanted, reduction, with_gradient,
+                    PolicyStatistics<double>::kCount,
                     [&](const cuda::TokenLoss& in, void* workspace) {
                       cuda::ppo_policy_loss(in, policy_clip(clip_low, clip_high, dual_clip), workspace, launch.stream);
                     });
@@ -58,7 +59,8 @@ std::tuple<Tensor, Tensor, Tensor> ppo_value_loss(Tensor values, Tensor old_valu
                                                   std::optional<double> clip_range, std::string reduction,
                                                   bool with_gradient) {
   const Launch launch(values);
-  return token_loss(launch, values, old_values, returns, wanted, reduction, with_gradient, 3,
+  return token_loss(launch, values, old_values, returns, wanted, reduction, with_gradient,
+                    ValueStatistics<double>::kCount,
                     [&](const cuda::TokenLoss& in, void* workspace) {
                       cuda::ppo_value_loss(in, static_cast<float>(clip_range.value_or(-1.0)), workspace, launch.stream);
                     });

@@ -11,6 +11,11 @@ RLHF_HOST_DEVICE T gae_delta(T reward, T value, T next_value, T gamma) {
   return multiply_add(gamma, next_value, reward - value);
 }
 
+// The same where γ·V_{t+1} is at hand already.
+RLHF_HOST_DEVICE double gae_delta(double reward, double value, double discounted_next) {
+  return discounted_next + (reward - value);
+}
+
 // A_t = δ_t + γλ·A_{t+1}.
 template <class T>
 RLHF_HOST_DEVICE T gae_advantage(T delta, T gamma_lambda, T after) {
@@ -34,7 +39,7 @@ struct GaeMap {
 
   // Takes in the position to the left of the stretch, one that counts.
   RLHF_HOST_DEVICE void take(double reward, double value, double gamma, double gamma_lambda) {
-    offset = counts ? fma(gamma_lambda, offset, next + (reward - value)) : reward - value;
+    offset = counts ? fma(gamma_lambda, offset, gae_delta(reward, value, next)) : reward - value;
     following = counts ? gamma_lambda * following : 1;
     slope = gamma_lambda * slope;
     next = gamma * value;
@@ -74,6 +79,14 @@ RLHF_HOST_DEVICE void merge(Moments& all, const Moments& part) {
   all.mean += distance * part.count / count;
   all.squares += part.squares + distance * distance * all.count * part.count / count;
   all.count = count;
+}
+
+// Added to the variance before its root is taken.
+constexpr double kVarianceFloor = 1e-8;
+
+// What whitening multiplies by, after taking off the mean.
+RLHF_HOST_DEVICE double whitening_scale(const Moments& all) {
+  return all.count > 0 ? 1.0 / sqrt(all.squares / all.count + kVarianceFloor) : 0.0;
 }
 
 }  // namespace rlhf_kernels

@@ -5,6 +5,72 @@
 
 namespace rlhf_kernels {
 
+// What the losses tell of an update, in the order of the statistics in rlhf_kernels/ops.py: of a position, summed over
+// positions, or on average. T is float or double.
+template <class T>
+struct PolicyStatistics {
+  static constexpr int kCount = 4;
+  T ratio = 0;      // ρ
+  T deviation = 0;  // |ρ − 1|; of several positions the largest, and NaN if one is
+  T kl = 0;         // (ρ − 1) − log ρ
+  T clipped = 0;    // 1 where the clipped loss is the one chosen
+
+  template <class U>
+  RLHF_HOST_DEVICE void add(const PolicyStatistics<U>& other) {
+    ratio += other.ratio;
+    deviation = other.deviation > deviation || other.deviation != other.deviation ? other.deviation : deviation;
+    kl += other.kl;
+    clipped += other.clipped;
+  }
+
+  // Of sums: the averages, where `share` is one over how many positions count.
+  RLHF_HOST_DEVICE void store(float* to, double share) const {
+    to[0] = static_cast<float>(ratio * share);
+    to[1] = static_cast<float>(deviation);
+    to[2] = static_cast<float>(kl * share);
+    to[3] = static_cast<float>(clipped * share);
+  }
+};
+
+// The linear loss tells the entropy as well.
+template <class T>
+struct LinearPolicyStatistics : PolicyStatistics<T> {
+  static constexpr int kCount = PolicyStatistics<T>::kCount + 1;
+  T entropy = 0;
+
+  template <class U>
+  RLHF_HOST_DEVICE void add(const LinearPolicyStatistics<U>& other) {
+    PolicyStatistics<T>::add(other);
+    entropy += other.entropy;
+  }
+
+  RLHF_HOST_DEVICE void store(float* to, double share) const {
+    PolicyStatistics<T>::store(to, share);
+    to[kCount - 1] = static_cast<float>(entropy * share);
+  }
+};
+
+template <class T>
+struct ValueStatistics {
+  static constexpr int kCount = 3;
+  T value = 0;
+  T target = 0;
+  T clipped = 0;  // 1 where the clipped error is the larger
+
+  template <class U>
+  RLHF_HOST_DEVICE void add(const ValueStatistics<U>& other) {
+    value += other.value;
+    target += other.target;
+    clipped += other.clipped;
+  }
+
+  RLHF_HOST_DEVICE void store(float* to, double share) const {
+    to[0] = static_cast<float>(value * share);
+    to[1] = static_cast<float>(target * share);
+    to[2] = static_cast<float>(clipped * share);
+  }
+};
+
 struct PolicyClip {
   double low;   // 1 − ε
   double high;  // 1 + ε_high

@@ -1,0 +1,92 @@
+"""Every op of the table is in every place that must know it, and nothing else is."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from calls import Recorder, calls
+
+import rlhf_kernels as k
+from rlhf_kernels import backends, registration
+from rlhf_kernels.ops import OPS
+
+ROOT = Path(__file__).parents[2]
+ALL = {name for op, facts in OPS.items() for name in (op, *facts.derivative)}
+IN_CUDA = {name for op, facts in OPS.items() if "cuda" in facts.on_gpu for name in (op, *facts.derivative)}
+native = pytest.mark.skipif(not backends.has("cpu"), reason="no native kernels in this install")
+
+
+def registered(library, key):
+    """The ops of a library that have a kernel under a dispatch key."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    names = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith(f"{library}::")}
+    return {name.partition("::")[2] for name in names if has(name, key)}
+
+
+@native
+def test_schemas():
+    source = (ROOT / "csrc/schemas.h").read_text()
+    assert set(re.findall(r'library\.def\(\s*"(\w+)\(', source)) == ALL
+    assert registered("rlhf_kernels", "CPU") >= ALL
+
+
+@native
+def test_gpus_have_a_kernel_for_compiled_code():
+    assert registered("rlhf_kernels", "CUDA") >= ALL
+
+
+@pytest.mark.skipif(not backends.emulated("cuda"), reason="CUDA kernels are not emulated here")
+def test_cuda():
+    assert registered("rlhf_kernels_emulated", "CPU") == IN_CUDA
+
+
+@pytest.mark.skipif(not backends.has("triton"), reason="no Triton in this install")
+def test_triton():
+    from rlhf_kernels.triton import OPS as IN_TRITON
+
+    assert IN_TRITON.keys() == ALL
+
+
+@native
+def test_fake_kernels():
+    for name in ALL:
+        assert torch._library.simple_registry.singleton.find(f"rlhf_kernels::{name}").fake_impl.kernel, name
+
+
+def test_derivatives():
+    assert {name for name, call in calls().items() if call.variables} >= set(registration._DERIVATIVES)
+    assert {name for name, op in OPS.items() if op.derivative} <= set(registration._DERIVATIVES)
+
+
+@native
+def test_calls_reach_every_op():
+    """What ``calls.py`` leaves out would be held to no contract."""
+    in_place = {"selective_log_softmax_backward_"}  # test_log_prob has it
+    with k.use_backend("cpu"), Recorder() as recorder:
+        for call in calls().values():
+            call.run()
+    assert {op._schema.name.partition("::")[2] for op, _ in recorder.seen} == ALL - in_place
+
+
+def test_public_functions():
+    """Every op has a function of its name; two have another besides, with the entropy."""
+    functions = set(k.__all__) - {"available_backends", "use_backend", "pack_sequences"}
+    assert {name.removesuffix("_and_entropy") for name in functions} == set(OPS)
+    assert set(calls()) == functions
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_reference_and_benchmark(name):
+    files = {path: path.read_text() for path in (ROOT / "rlhf_kernels/reference").glob("*.py")}
+    assert any(f"def {name}" in text for text in files.values())
+    assert any(name in path.read_text() for path in (ROOT / "benchmarks").glob("*.py"))
+
+
+def test_statistics():
+    """The names, the native structs and the results agree on how many there are and which is which."""
+    for name, op in OPS.items():
+        if op.statistics:
+            call = calls()[name]
+            result = call.function(**call.tensors, **call.options)[1]
+            assert tuple(result) == op.statistics
