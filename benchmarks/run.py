@@ -11,6 +11,7 @@ installed costs one line. Ctrl-C prints, and writes, what was measured so far.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import os
 import sys
@@ -21,24 +22,17 @@ from pathlib import Path
 from types import ModuleType
 
 import bounds
-import gae
-import kl_reward
-import linear_log_prob
-import log_prob
 import machine
 import plot
-import ppo_loss
-import ranking_loss
 import report
 import torch
 from console import Console
 from measure import FULL, QUICK, Group, Task, measure
 
 import rlhf_kernels
+from rlhf_kernels import ops
 
-FAMILIES: dict[str, ModuleType] = {
-    module.__name__: module for module in (log_prob, linear_log_prob, kl_reward, gae, ppo_loss, ranking_loss)
-}
+FAMILIES: dict[str, ModuleType] = {family: importlib.import_module(family) for family in ops.FAMILIES}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

@@ -266,8 +266,8 @@ class GenerateConfig(Settings):
     """The causal LM: a directory or a hub name."""
     prompts: Data
     """{"prompt"} records."""
-    output: str
-    """The JSONL file to write: {"prompt", "completions"} records, ready to be ranked."""
+    output_dir: str
+    """Where completions.jsonl goes: {"prompt", "completions"} records, ready to be ranked."""
     samples: int = 1
     """Completions per prompt (the paper's labellers ranked 4 to 9)."""
     temperature: float = 1.0
@@ -287,7 +287,7 @@ class GenerateConfig(Settings):
         super().__post_init__()
         check(bool(self.model), "model", self.model, "a directory or a hub name")
         check(bool(self.prompts), "prompts", self.prompts, "at least one file or data set")
-        check(bool(self.output), "output", self.output, "a file")
+        check(bool(self.output_dir), "output_dir", self.output_dir, "a directory")
         check(self.samples > 0, "samples", self.samples, "at least 1")
         check(self.batch_size > 0, "batch_size", self.batch_size, "at least 1")
         check(self.temperature >= 0, "temperature", self.temperature, "at least 0")

@@ -247,13 +247,13 @@ def pretraining_loss(model: LanguageModel, chunks: torch.Tensor, tokens_per_forw
 
 
 def generate(config: GenerateConfig) -> Path:
-    """Samples ``config.samples`` completions of every prompt, and writes them to ``config.output``."""
+    """Writes ``config.samples`` completions of every prompt to ``completions.jsonl``, and returns its path."""
     device = find_device(config.device)
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     prompts = load_prompts(config, tokenizer, [config.model])
-    output = Path(config.output)
+    output = Path(config.output_dir) / "completions.jsonl"
     if output.exists():
-        raise ConfigError(f"output: {output} exists; choose another name, or remove it first")
+        raise ConfigError(f"output_dir: {output} exists; choose another directory, or remove it first")
     model = LanguageModel.load(config.model, device=device).eval()
     ends = end_token_ids(config.model, tokenizer)
     torch.manual_seed(config.seed)

@@ -2,8 +2,8 @@
 
 ``RLHF_KERNELS_BACKEND=name`` or ``with use_backend("name"):`` forces a backend for every op; forcing one that this
 install, this device or the op does not have raises, and says why. Otherwise the device decides: the native kernels on
-the CPU; on NVIDIA GPUs, from Ampere on, what :mod:`rlhf_kernels.ops` says; the reference elsewhere and for float64, which it
-alone has.
+the CPU; on NVIDIA GPUs, from Ampere on, what :mod:`rlhf_kernels.ops` says; the reference elsewhere and for float64,
+which it alone has.
 """
 
 from __future__ import annotations

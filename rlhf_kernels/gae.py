@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_kernels import checks, reference
+from rlhf_kernels import checks
 from rlhf_kernels.backends import choose
 from rlhf_kernels.kl_reward import ESTIMATORS, check_shaping
+from rlhf_kernels.reference import gae as reference
 from rlhf_kernels.registration import call, fake
 
 
@@ -55,7 +56,7 @@ def masked_gae(
     cu_seqlens = checks.read_boundaries(backend, "cu_seqlens", cu_seqlens, rewards.shape[0])
     arguments = (rewards, values, wanted, gamma, lam, bootstrap, whiten, cu_seqlens)
     if backend == "reference":
-        return reference.gae.masked_gae(*arguments)
+        return reference.masked_gae(*arguments)
     return call(backend, "masked_gae", *arguments)
 
 
@@ -114,7 +115,7 @@ def ppo_advantages(
         cu_seqlens,
     )  # fmt: skip
     if backend == "reference":
-        return reference.gae.ppo_advantages(*arguments)
+        return reference.ppo_advantages(*arguments)
     return call(backend, "ppo_advantages", *arguments)
 
 

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_kernels import checks, reference
+from rlhf_kernels import checks
 from rlhf_kernels.backends import choose
+from rlhf_kernels.reference import kl_reward as reference
 from rlhf_kernels.registration import autograd, call, fake, run
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
@@ -35,7 +36,7 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1")
     _check(logprobs, ref_logprobs, estimator)
     backend = choose("kl_penalty", logprobs, ref_logprobs)
     if backend == "reference":
-        return reference.kl_reward.kl_penalty(logprobs, ref_logprobs, estimator)
+        return reference.kl_penalty(logprobs, ref_logprobs, estimator)
     if logprobs.dim() in (1, 2):
         return call(backend, "kl_penalty", logprobs, ref_logprobs, estimator)
     flat = call(backend, "kl_penalty", logprobs.reshape(-1), ref_logprobs.reshape(-1), estimator)
@@ -85,7 +86,7 @@ def kl_shaped_rewards(
     wanted = checks.read_mask(backend, "mask", mask)
     arguments = (scores, logprobs, ref_logprobs, wanted, beta, estimator, score_clip)
     if backend == "reference":
-        return reference.kl_reward.kl_shaped_rewards(*arguments)
+        return reference.kl_shaped_rewards(*arguments)
     return call(backend, "kl_shaped_rewards", *arguments)
 
 

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_kernels import checks, reference
+from rlhf_kernels import checks
 from rlhf_kernels.backends import choose
 from rlhf_kernels.log_prob import check_rows, read_rows
 from rlhf_kernels.ops import OPS
 from rlhf_kernels.ppo_loss import check_clipping, check_reduction
+from rlhf_kernels.reference import linear_log_prob as reference
 from rlhf_kernels.registration import autograd, call, fake, needs_gradient, run, scaled
 
 
@@ -144,7 +145,7 @@ def linear_ppo_policy_loss(
     wanted = checks.read_mask(backend, "mask", mask)
     index = checks.read_index(backend, "index", index, wanted, weight.shape[0])
     if backend == "reference":
-        return reference.linear_log_prob.linear_ppo_policy_loss(
+        return reference.linear_ppo_policy_loss(
             hidden, weight, index, old_logprobs, advantages, wanted, bias, temperature, softcap, *clip
         )
     hidden, weight, bias = _operands(hidden, weight, bias)
@@ -198,9 +199,7 @@ def linear_cross_entropy(
     wanted = labels != ignore_index
     labels = checks.read_index(backend, "labels", labels, wanted, weight.shape[0])
     if backend == "reference":
-        return reference.linear_log_prob.linear_cross_entropy(
-            hidden, weight, labels, wanted, bias, temperature, softcap, reduction
-        )
+        return reference.linear_cross_entropy(hidden, weight, labels, wanted, bias, temperature, softcap, reduction)
     hidden, weight, bias = _operands(hidden, weight, bias)
     return call(
         backend, "linear_cross_entropy", hidden, weight, labels, wanted, bias, temperature, softcap,
@@ -233,7 +232,7 @@ def _run(
     backend = choose("linear_selective_log_softmax", hidden, weight, bias)
     index, wanted = read_rows(backend, index, mask, ignore_index, weight.shape[0])
     if backend == "reference":
-        return reference.linear_log_prob.linear_selective_log_softmax_and_entropy(
+        return reference.linear_selective_log_softmax_and_entropy(
             hidden, weight, index, wanted, bias, temperature, softcap, with_entropy=with_entropy
         )
     hidden, weight, bias = _operands(hidden, weight, bias)

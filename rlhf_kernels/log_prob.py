@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_kernels import checks, reference
+from rlhf_kernels import checks
 from rlhf_kernels.backends import choose
+from rlhf_kernels.reference import log_prob as reference
 from rlhf_kernels.registration import autograd, call, fake, run
 
 
@@ -77,7 +78,7 @@ def _run(
     backend = choose("selective_log_softmax", logits)
     index, wanted = read_rows(backend, index, mask, ignore_index, logits.shape[-1])
     if backend == "reference":
-        return reference.log_prob.selective_log_softmax_and_entropy(
+        return reference.selective_log_softmax_and_entropy(
             logits, index, wanted, temperature, inplace_backward, with_entropy=with_entropy
         )
     logprobs, entropies, _, _ = call(

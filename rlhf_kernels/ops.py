@@ -11,6 +11,8 @@ from torch import Tensor
 class Op:
     """What there is to know of an op besides its schema (``csrc/schemas.h``). The CPU and Triton have all of them."""
 
+    family: str
+    """The name of its files."""
     on_gpu: tuple[str, ...]
     """The backends that a GPU may run it on; the first that an install has is used."""
     statistics: tuple[str, ...] = ()
@@ -23,23 +25,27 @@ class Op:
         return dict(zip(self.statistics, statistics.unbind(), strict=True))
 
 
-# On an H100 the CUDA kernels were faster than Triton's for log-probs and the ranking loss; the other small ops take less
-# time than their launch, which is cheaper from C++. The linear family is in Triton only.
+# On an H100 the CUDA kernels were faster than Triton's for log-probs and the ranking loss; the other small ops take
+# less time than their launch, which is cheaper from C++. The linear family is in Triton only.
 BOTH = ("cuda", "triton")
 POLICY_STATISTICS = ("ratio_mean", "ratio_max_deviation", "approx_kl", "clip_fraction")
 
 OPS = {
     "selective_log_softmax": Op(
-        BOTH, derivative=("selective_log_softmax_backward", "selective_log_softmax_backward_")
+        "log_prob", BOTH, derivative=("selective_log_softmax_backward", "selective_log_softmax_backward_")
     ),
-    "linear_selective_log_softmax": Op(("triton",), derivative=("linear_selective_log_softmax_backward",)),
-    "linear_ppo_policy_loss": Op(("triton",), statistics=(*POLICY_STATISTICS, "entropy")),
-    "linear_cross_entropy": Op(("triton",)),
-    "kl_penalty": Op(BOTH, derivative=("kl_penalty_backward",)),
-    "kl_shaped_rewards": Op(BOTH),
-    "masked_gae": Op(BOTH),
-    "ppo_advantages": Op(BOTH),
-    "ppo_policy_loss": Op(BOTH, statistics=POLICY_STATISTICS),
-    "ppo_value_loss": Op(BOTH, statistics=("value_mean", "return_mean", "clip_fraction")),
-    "pairwise_ranking_loss": Op(BOTH),
+    "linear_selective_log_softmax": Op(
+        "linear_log_prob", ("triton",), derivative=("linear_selective_log_softmax_backward",)
+    ),
+    "linear_ppo_policy_loss": Op("linear_log_prob", ("triton",), statistics=(*POLICY_STATISTICS, "entropy")),
+    "linear_cross_entropy": Op("linear_log_prob", ("triton",)),
+    "kl_penalty": Op("kl_reward", BOTH, derivative=("kl_penalty_backward",)),
+    "kl_shaped_rewards": Op("kl_reward", BOTH),
+    "masked_gae": Op("gae", BOTH),
+    "ppo_advantages": Op("gae", BOTH),
+    "ppo_policy_loss": Op("ppo_loss", BOTH, statistics=POLICY_STATISTICS),
+    "ppo_value_loss": Op("ppo_loss", BOTH, statistics=("value_mean", "return_mean", "clip_fraction")),
+    "pairwise_ranking_loss": Op("ranking_loss", BOTH),
 }  # fmt: skip
+
+FAMILIES = tuple(dict.fromkeys(op.family for op in OPS.values()))

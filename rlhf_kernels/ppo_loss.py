@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_kernels import checks, reference
+from rlhf_kernels import checks
 from rlhf_kernels.backends import choose
 from rlhf_kernels.ops import OPS
+from rlhf_kernels.reference import ppo_loss as reference
 from rlhf_kernels.registration import autograd, call, fake, needs_gradient, scaled
 
 REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
@@ -62,7 +63,7 @@ def ppo_policy_loss(
     wanted = checks.read_mask(backend, "mask", mask)
     arguments = (logprobs, old_logprobs, advantages, wanted, clip_range, high, dual_clip, reduction)
     if backend == "reference":
-        return reference.ppo_loss.ppo_policy_loss(*arguments)
+        return reference.ppo_policy_loss(*arguments)
     loss, statistics, _ = call(backend, "ppo_policy_loss", *arguments, needs_gradient(logprobs))
     return loss, OPS["ppo_policy_loss"].named(statistics)
 
@@ -105,7 +106,7 @@ def ppo_value_loss(
     wanted = checks.read_mask(backend, "mask", mask)
     arguments = (values, old_values, returns, wanted, clip_range, reduction)
     if backend == "reference":
-        return reference.ppo_loss.ppo_value_loss(*arguments)
+        return reference.ppo_value_loss(*arguments)
     loss, statistics, _ = call(backend, "ppo_value_loss", *arguments, needs_gradient(values))
     return loss, OPS["ppo_value_loss"].named(statistics)
 

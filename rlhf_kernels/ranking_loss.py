@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_kernels import checks, reference
+from rlhf_kernels import checks
 from rlhf_kernels.backends import choose
+from rlhf_kernels.reference import ranking_loss as reference
 from rlhf_kernels.registration import autograd, call, fake, needs_gradient, scaled
 
 
@@ -66,7 +67,7 @@ def pairwise_ranking_loss(
     offsets = checks.read_boundaries(backend, "offsets", offsets, scores.shape[0])
     arguments = (scores, ranks, offsets, wanted, margin or 0.0)
     if backend == "reference":
-        return reference.ranking_loss.pairwise_ranking_loss(*arguments)
+        return reference.pairwise_ranking_loss(*arguments)
     loss, accuracy, _ = call(backend, "pairwise_ranking_loss", *arguments, needs_gradient(scores))
     return loss, accuracy
 

@@ -1,5 +1,5 @@
 // What the CPU kernels take and do: plain functions on raw pointers, one build of them per instruction set.
-// Nothing here knows of torch; csrc/library.cpp checks, allocates and splits the work over threads.
+// Nothing here knows of torch; csrc/cpu/ops checks, allocates and splits the work over threads.
 #pragma once
 
 #include <cstdint>
@@ -97,6 +97,7 @@ struct RankingArguments {
 // All kernels of one instruction set. Ranges are of rows, blocks, sequences or groups of prompts.
 struct Kernels {
   const char* isa;
+  int64_t sequences_per_group;
 
   // A byte per entry, 1 where the mask is 1; whether it is 0 everywhere else.
   bool (*read_mask)(const MaskType&, const void* mask, int64_t count, uint8_t* wanted);
@@ -145,9 +146,16 @@ struct Kernels {
   void (*whiten)(float* advantages, const uint8_t* wanted, double mean, double scale, int64_t begin, int64_t end);
   void (*ppo_policy)(const PolicyArguments&, int64_t begin, int64_t end);
   void (*ppo_value)(const ValueArguments&, int64_t begin, int64_t end);
-  int64_t sequences_per_group;
   void (*ranking)(const RankingArguments&, int64_t begin, int64_t end);
 };
+
+// Every kernel above by name: each instruction set declares and lists them from this.
+#define RLHF_KERNELS(X) \
+  X(read_mask) X(log_prob) X(log_prob_backward) X(tile_rows) X(packed_rows_size) X(pack_rows) X(depth_panels) \
+  X(packed_depth_size) X(pack_depth) X(vocabulary_blocks) X(linear_partials) X(linear_logits) X(linear_loss) \
+  X(linear_gradient) X(linear_grad_hidden) X(store_rows) X(linear_grad_weight) X(kl_penalty) \
+  X(kl_penalty_backward) X(kl_shaped_rewards) X(gae) X(count_wanted) X(whiten) X(ppo_policy) X(ppo_value) \
+  X(ranking)
 
 // The best this processor runs, or the one that RLHF_KERNELS_ISA names.
 const Kernels& kernels();

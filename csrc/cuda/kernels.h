@@ -1,5 +1,5 @@
 // What the CUDA kernels take and do: functions that launch on a stream and do not wait. Nothing here knows of torch;
-// csrc/cuda/ops.cpp checks and allocates.
+// csrc/cuda/ops checks and allocates.
 #pragma once
 
 #include <cstdint>

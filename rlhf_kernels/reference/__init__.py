@@ -3,7 +3,3 @@
 Computes in float32, or in float64 when given float64. Autograd differentiates it; no function here has a backward of
 its own but the in-place one of :mod:`rlhf_kernels.reference.log_prob`.
 """
-
-from rlhf_kernels.reference import gae, kl_reward, linear_log_prob, log_prob, ppo_loss, ranking_loss
-
-__all__ = ["gae", "kl_reward", "linear_log_prob", "log_prob", "ppo_loss", "ranking_loss"]

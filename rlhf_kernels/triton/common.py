@@ -1,6 +1,6 @@
 """What the Triton kernels share: layouts, and arithmetic that the language lacks.
 
-Every function here and beside it has the signature of the native op of its name (csrc/library.cpp), with arguments
+Every function here and beside it has the signature of the native op of its name (csrc/schemas.h), with arguments
 checked by the public function of its family.
 """
 

@@ -13,7 +13,7 @@ from rlhf_kernels.ops import OPS
 from rlhf_kernels.triton.common import blocks, exponential, two_floats
 
 BLOCK = 1024
-# What a block keeps: how many positions count, the loss, then the sums (of the deviation the maximum) behind the statistics.
+# What a block keeps: how many positions count, the loss, then sums for the statistics, of the deviation the maximum.
 SUMS = tl.constexpr(2 + len(OPS["ppo_policy_loss"].statistics))
 LARGEST_LOG_RATIO = tl.constexpr(88.0)  # e^88 is the largest power that is finite in float32
 

@@ -9,7 +9,7 @@ from calls import Recorder, calls
 
 import rlhf_kernels as k
 from rlhf_kernels import backends, registration
-from rlhf_kernels.ops import OPS
+from rlhf_kernels.ops import FAMILIES, OPS
 
 ROOT = Path(__file__).parents[2]
 ALL = {name for op, facts in OPS.items() for name in (op, *facts.derivative)}
@@ -81,6 +81,15 @@ def test_reference_and_benchmark(name):
     files = {path: path.read_text() for path in (ROOT / "rlhf_kernels/reference").glob("*.py")}
     assert any(f"def {name}" in text for text in files.values())
     assert any(name in path.read_text() for path in (ROOT / "benchmarks").glob("*.py"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_has_its_file_in_every_column(family):
+    columns = ["rlhf_kernels/{}.py", "rlhf_kernels/reference/{}.py", "rlhf_kernels/triton/{}.py", "csrc/cpu/{}.cpp"]
+    columns += ["csrc/cpu/ops/{}.cpp", "tests/kernels/test_{}.py", "benchmarks/{}.py"]
+    if any("cuda" in op.on_gpu for op in OPS.values() if op.family == family):
+        columns += ["csrc/cuda/{}.cu", "csrc/cuda/ops/{}.cpp"]
+    assert [column for column in columns if not (ROOT / column.format(family)).exists()] == []
 
 
 def test_statistics():

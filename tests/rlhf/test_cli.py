@@ -40,7 +40,7 @@ def commands(bare, data, tmp_path):
         "reward": ["--model", bare.lm, "--data", data.comparisons, *out],
         "ppo": ["--policy", bare.lm, "--reward_model", bare.reward, "--prompts", data.prompts, *out, *short],
         "evaluate": ["--model", bare.lm, "--baseline", bare.lm, "--prompts", data.prompts, *out, *short],
-        "generate": ["--model", bare.lm, "--prompts", data.prompts, "--output", tmp_path / "out.jsonl", *short],
+        "generate": ["--model", bare.lm, "--prompts", data.prompts, "--output_dir", tmp_path / "samples", *short],
     }
 
 
@@ -367,7 +367,7 @@ def test_the_recipe_end_to_end(rlhf, base, data, tmp_path):
         code, error = rlhf(*arguments)
         assert code == 0, error
 
-    answers = tmp_path / "answers.jsonl"
+    answers = tmp_path / "answers"
     sft, reward, ppo, evaluation = (tmp_path / name for name in ("sft", "reward", "ppo", "evaluation"))
     succeeds(
         "sft",
@@ -384,9 +384,9 @@ def test_the_recipe_end_to_end(rlhf, base, data, tmp_path):
         *common,
     )
     succeeds(
-        "generate", "--model", sft / "model", "--prompts", data.prompts, "--samples", 4, "--output", answers, *short
+        "generate", "--model", sft / "model", "--prompts", data.prompts, "--samples", 4, "--output_dir", answers, *short
     )
-    records = [json.loads(line) for line in answers.read_text().splitlines()]
+    records = [json.loads(line) for line in (answers / "completions.jsonl").read_text().splitlines()]
     # The labeller likes what goes on with more words.
     ranked = [
         record

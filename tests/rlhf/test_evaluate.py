@@ -269,7 +269,7 @@ def test_output_dir_is_a_file(make, tmp_path):
 @pytest.fixture
 def generation(tmp_path, base, data):
     def config(**options):
-        settings = {"model": base, "prompts": data.prompts, "output": str(tmp_path / "answers" / "out.jsonl")}
+        settings = {"model": base, "prompts": data.prompts, "output_dir": str(tmp_path / "answers")}
         lengths = LengthConfig(max_prompt_tokens=16, max_response_tokens=6)
         return GenerateConfig(**settings | {"lengths": lengths, "device": "cpu"} | options)
 
@@ -306,18 +306,16 @@ def test_generate_keeps_the_order_of_prompts(generation, data):
 def test_generate_greedily(generation, tmp_path):
     """Temperature 0 has no luck in it: neither the seed nor the batch changes a word."""
     first = generate(generation(temperature=0.0, samples=2))
-    second = generate(
-        generation(temperature=0.0, seed=5, batch_size=7, samples=2, output=str(tmp_path / "again.jsonl"))
-    )
+    second = generate(generation(temperature=0.0, seed=5, batch_size=7, samples=2, output_dir=str(tmp_path / "again")))
     assert first.read_bytes() == second.read_bytes()
     assert all(len(set(json.loads(line)["completions"])) == 1 for line in first.read_text().splitlines())
 
 
 def test_generate_does_not_overwrite(generation, tmp_path):
-    path = tmp_path / "answers" / "out.jsonl"
+    path = tmp_path / "answers/completions.jsonl"
     path.parent.mkdir()
     path.write_text("kept")
-    with pytest.raises(ConfigError, match="exists; choose another name"):
+    with pytest.raises(ConfigError, match="exists; choose another directory"):
         generate(generation())
     assert path.read_text() == "kept"
 

@@ -96,9 +96,9 @@ def test_generate_and_evaluate_stop_there(chat, prompts, tmp_path):
     path, _ = chat
     lengths = LengthConfig(max_prompt_tokens=16, max_response_tokens=20)
     common = {"lengths": lengths, "device": "cpu", "prompts": prompts}
-    generate(GenerateConfig(model=path, output=str(tmp_path / "out.jsonl"), samples=4, **common))
+    generate(GenerateConfig(model=path, output_dir=str(tmp_path / "samples"), samples=4, **common))
     evaluate(EvaluateConfig(model=path, baseline=path, output_dir=str(tmp_path / "evaluation"), **common))
-    generated = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    generated = [json.loads(line) for line in (tmp_path / "samples/completions.jsonl").read_text().splitlines()]
     judged = [json.loads(line) for line in (tmp_path / "evaluation/completions.jsonl").read_text().splitlines()]
     texts = [text for record in generated for text in record["completions"]] + [r["model"] for r in judged]
     assert not any("<end_of_turn>" in text for text in texts)

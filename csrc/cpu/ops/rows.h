@@ -19,7 +19,8 @@ struct TokenRows {
 
   explicit TokenRows(const Tensor& tensor) : TokenRows(tensor, tensor.dim() == 2) {}
 
-  // A row has its price: where rows mean nothing, and nothing lies between them, short ones are better forgotten.
+  // Each row costs some time by itself. With token-mean the rows do not matter, so contiguous inputs are read as flat ones,
+  // in rows long enough for that time not to show.
   TokenRows(const Tensor& a, const Tensor& b, const Tensor& c, const std::string& reduction)
       : TokenRows(a, a.dim() == 2 && !(reduction == "token-mean" && a.is_contiguous() && b.is_contiguous() &&
                                        c.is_contiguous())) {}

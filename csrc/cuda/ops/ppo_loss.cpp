@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor, Tensor> token_loss(const Launch& launch, const Tensor
                      TokenRows(first).length, reduction_of(reduction),
                      with_gradient ? mutable_data<float>(gradient) : nullptr, mutable_data<float>(loss),
                      mutable_data<float>(values)};
-  // Where rows mean nothing, and nothing lies between them, a short one need not have a block.
+  // With token-mean the rows do not matter: contiguous inputs are read as one row, so that short rows share a block.
   if (in.reduction == cuda::Reduction::token_mean && first.is_contiguous() && second.is_contiguous() &&
       third.is_contiguous()) {
     in.length = first.numel();
