@@ -23,14 +23,14 @@ int64_t count_wanted(const uint8_t* wanted, int64_t length) {
 
 namespace {
 
-// Of one block, in two passes over what the cache holds; masked entries are 0 already.
+// The moments of one block of advantages, read twice while it is in the cache. Masked entries are 0 already.
 Moments moments_of(const float* values, const uint8_t* wanted, int64_t count) {
   Moments result;
   result.count = static_cast<double>(count_wanted(wanted, count));
   if (result.count == 0) return result;
   Vec total(0.0f), squares(0.0f), drift(0.0f);
   for_lanes(count, [&](int64_t i, int64_t lanes) { total = total + load_lanes(values + i, lanes); });
-  // Of rounded additions, and rounded itself: what it is off by, the distances below add up to.
+  // This mean is rounded. The distances to it, summed below, say by how much it is off, which is then put right.
   const float mean = static_cast<float>(sum(total) / result.count);
   for_lanes(count, [&](int64_t i, int64_t lanes) {
     const Vec distance = kept(lanes_of(wanted + i, lanes), load_lanes(values + i, lanes) - Vec(mean));
@@ -49,10 +49,10 @@ struct Carry {
   float value;
 };
 
-// What counts of a vector's worth of a sequence is moved together, so that the recursion steps over the rest as if it
-// were not there. The recursion waits for its own last result: so the sums over these positions alone are made first, in
-// steps that double their reach (Hillis and Steele 1986), and then what comes from the right is added. In double: long
-// sequences lose no digits.
+// The recursion over a vector's worth of positions at a time. Unmasked positions are first moved side by side, so that
+// masked ones are skipped. One after another, each step would wait for the one before it. So the sums within the vector
+// are made by a parallel scan, in steps that double their reach (Hillis and Steele 1986), and what comes from the right is
+// added last. All in double: long sequences lose no digits.
 class Recursion {
  public:
   Recursion(double gamma, double lambda) : gamma_(gamma) {
@@ -62,7 +62,8 @@ class Recursion {
     for (int i = 0; i < 3; ++i) steps_[i] = Doubles(powers_[kLanes - (1 << i)]);
   }
 
-  // Of a block. What does not count becomes 0. Past the caches: where the results lie so that whole vectors can go there.
+  // Advantages and returns of a block; masked positions become 0. past_caches: results that are aligned to whole vectors
+  // are written past the caches.
   void operator()(const float* rewards, const float* values, const uint8_t* wanted, int64_t length, Carry& carry,
                   bool past_caches, float* advantages, float* returns) const {
     const Pointers at{rewards, values, wanted, advantages, returns,
@@ -93,13 +94,13 @@ class Recursion {
     bool past_caches;
   };
 
-  // A Carry: the advantage in every lane, the value in the first. The others hold anything.
+  // A Carry in vectors: the advantage in every lane, the value in the first lane only. Its other lanes mean nothing.
   struct State {
     Doubles advantage;
     Vec value;
   };
 
-  // Of vectors side by side, each step for all of them before the next: they don't wait for each other.
+  // Several neighbouring vectors, one step for all of them before the next step: their scans do not wait for each other.
   template <int... n>
   [[gnu::always_inline]] State take(const Pointers& at, int64_t start, int64_t lanes, State right,
                                     std::integer_sequence<int, n...>) const {
@@ -111,7 +112,7 @@ class Recursion {
       return right;
     }
     const Vec values[] = {load_lanes(at.values + start + n * kLanes, lanes)...};
-    // Behind what counts of a vector: the value that follows.
+    // The unmasked values of each vector, followed by the first value of the vector to its right.
     Vec together[] = {values[n]..., right.value};
     const auto move = [&](int i) { together[i] = compressed(keep[i], values[i], first_everywhere(together[i + 1])); };
     (move(last - n), ...);
@@ -135,7 +136,7 @@ class Recursion {
     return {right.advantage, together[0]};
   }
 
-  // 0 but for the lanes that are there.
+  // δ of each position, and 0 in lanes beyond the last position.
   WideVec delta(const Vec& rewards, const WideVec& value, const Doubles& following, const Lanes& there) const {
     const WideVec reward = widened(rewards);
     const auto half = [&](int i, const Doubles& behind) {
@@ -145,7 +146,7 @@ class Recursion {
     return {{half(0, value.half[1]), half(1, following)}};
   }
 
-  // Of sums Σ (γλ)^k·δ over a lane and the kCount − 1 after it in its half, those over twice as many.
+  // From sums Σ (γλ)^k·δ over kCount lanes (a lane and those after it in its half) to sums over twice as many.
   template <int kCount>
   WideVec reaching(const WideVec& sums) const {
     const auto half = [&](const Doubles& sum) {
@@ -168,7 +169,7 @@ class Recursion {
 
   static constexpr int kVectors = 4;
   Doubles gamma_, steps_[3];
-  double powers_[2 * kLanes];  // of γλ, from that of kLanes down to that of 0, which goes on
+  double powers_[2 * kLanes];  // (γλ)^kLanes, …, (γλ)^1, (γλ)^0, and then 1 again to the end
 };
 
 }  // namespace
@@ -204,7 +205,7 @@ void gae(const GaeArguments& in, const KlShaping* shaping, bool past_caches, int
 }
 
 void whiten(float* advantages, const uint8_t* wanted, double mean, double scale, int64_t begin, int64_t end) {
-  // The mean in two parts: advantages far from 0 against their spread would lose digits to its rounding.
+  // The mean is taken off in two parts: where advantages lie far from 0 and close together, rounding it would cost digits.
   const float high = static_cast<float>(mean), low = static_cast<float>(mean - high);
   for_lanes(end - begin, [&](int64_t i, int64_t lanes) {
     float* at = advantages + begin + i;

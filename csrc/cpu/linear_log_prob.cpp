@@ -66,8 +66,9 @@ void finish_logits(const Projection& p, float* logits, int64_t stride, int64_t r
   });
 }
 
-// The gradient of one row's log-prob and entropy, over its logits, or over a block of them, which need not have the
-// chosen one; bfloat16 where the matmuls behind take pairs: an entry of it never lies ahead of the logits still to be read.
+// Replaces one row's logits, or a block of them, by the gradient of its log-prob and entropy. The block need not hold the
+// chosen logit. Where the matmuls that follow take bfloat16, so is the gradient: it is narrower than the logits, so it never
+// overwrites one that is still to be read.
 template <class T>
 void gradient_in_place(const Projection& p, float* logits, int64_t index, float maximum, float log_sum, float entropy,
                        float grad_logprob, float grad_entropy) {

@@ -42,7 +42,8 @@ void policy_rows(const PolicyArguments& in, int64_t begin, int64_t end) {
       const T* old = read_as<T>(in.old_logprobs, row, t, count, scratch[1]);
       const T* advantages = read_as<T>(in.advantages, row, t, count, scratch[2]);
       Vec ratio(0.0f), kl(0.0f), clipped(0.0f);
-      // Apart from what follows, to which an exponential is a long way: a processor has room for only so much that waits.
+      // The ratios have a loop of their own: exponentials take long, and in one loop with the rest more instructions would
+      // wait for them than a processor can hold.
       for_lanes(count, [&](int64_t i, int64_t lanes) {
         const Lanes keep = lanes_of(in.wanted + flat + i, lanes);
         const Vec log_ratio = kept(keep, load_lanes(logprobs + i, lanes) - load_lanes(old + i, lanes));
@@ -58,7 +59,7 @@ void policy_rows(const PolicyArguments& in, int64_t begin, int64_t end) {
       for_lanes(count, [&](int64_t i, int64_t lanes) {
         const Lanes keep = lanes_of(in.wanted + flat + i, lanes);
         const auto at = [&](const Scratch& from) { return load_lanes(from.values + i); };
-        const Vec log_ratio = kGradient ? at(log_ratios) : Vec(0.0f);  // the gradient's alone
+        const Vec log_ratio = kGradient ? at(log_ratios) : Vec(0.0f);  // only the gradient needs it
         const Vec advantage = kept(keep, load_lanes(advantages + i, lanes));
         const auto term = policy_term(log_ratio, at(ratios), at(lost), advantage, in.clip, weight, weight_lost);
         loss.add(term.loss, term.loss_lost);

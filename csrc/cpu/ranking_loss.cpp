@@ -14,10 +14,10 @@ inline namespace RLHF_ISA {
 
 namespace {
 
-// float32 has every rank below this as it is.
+// float32 holds every integer below this exactly.
 constexpr float kExactRank = 16777216.0f;
 
-// Where a group's prompts lie: one behind another from the first on.
+// Where the completions of a group's prompts lie: prompt after prompt.
 struct Group {
   int64_t first, count = 0, lanes, widest = 0;
   int64_t start[kLanes], length[kLanes] = {};
@@ -37,7 +37,7 @@ struct Group {
   }
 };
 
-// A row per prompt, one behind another, to a lane per prompt. Rows are read past their ends, lanes written in whole squares.
+// From a row per prompt, row after row, to a lane per prompt, by transposing squares. Rows are read past their ends.
 void rows_to_lanes(const Group& group, const float* rows, Vec* lanes) {
   for (int64_t k = 0; k < group.widest; k += kLanes) {
     Vec square[kLanes];
@@ -46,7 +46,8 @@ void rows_to_lanes(const Group& group, const float* rows, Vec* lanes) {
   }
 }
 
-// Rows are written past their ends too, the last squares first: what comes after is right.
+// And back. A row is written past its end, over the beginning of the next one, which is written later: squares go from the
+// last to the first.
 void lanes_to_rows(const Group& group, const Vec* lanes, float* rows) {
   for (int64_t k = (group.widest + kLanes - 1) / kLanes * kLanes - kLanes; k >= 0; k -= kLanes) {
     Vec square[kLanes];
@@ -66,7 +67,7 @@ void order_ranks(const int64_t* ranks, int64_t length, float* result) {
   }
 }
 
-// The ranks as rows, and NaN for what the mask says is no completion: that has no order with anything.
+// The ranks as rows, with NaN for what the mask leaves out: NaN compares with nothing, so it is in no pair.
 void read_ranks(const RankingArguments& in, const Group& group, float* rows) {
   const int64_t* ranks = in.ranks + group.first;
   Vec farthest(0.0f);
@@ -76,7 +77,7 @@ void read_ranks(const RankingArguments& in, const Group& group, float* rows) {
     store_lanes(rows + i, values, lanes);
   });
   if (count(not_less(farthest, Vec(kExactRank)))) {
-    // Some float32 may be that of several ranks. Only their order matters.
+    // Several large ranks may round to one float32. Only their order matters, so they are numbered anew.
     for (int64_t lane = 0; lane < group.lanes; ++lane) {
       order_ranks(ranks + group.start[lane], group.length[lane], rows + group.start[lane]);
     }
@@ -88,8 +89,8 @@ void read_ranks(const RankingArguments& in, const Group& group, float* rows) {
   });
 }
 
-// Pairs that are worked on together: their float32 additions, or factors, follow on one another. More lose digits,
-// overflow, and a float32 counts to 2^24 only.
+// How many pairs are summed, or multiplied, in float32 before the result goes into a double. More would lose digits or
+// overflow.
 constexpr int64_t kPairBlock = 64;
 
 // A group's rows; the same with a prompt per lane, completion by completion; and a block of their pairs.
@@ -111,7 +112,7 @@ struct Columns {
   }
 };
 
-// All pairs, i before j, for one long loop: of loops over j most are short.
+// All pairs, i before j, in one list: a loop over j for every i would be short most times.
 struct Pair {
   int64_t i = 0, j = 1;
 
@@ -134,7 +135,7 @@ struct Totals {
   WideVec losses, rights, pairs;
 
   void add(const Block& block, double margin) {
-    // What is no pair counts as one in order. Scores that are equal, or cannot be compared, count half.
+    // Two completions that are no pair count as if in order, and are taken off later. Equal scores, and NaN, count half.
     const Vec pair_count = block.pairs.value(), no_pairs = Vec(static_cast<float>(block.length)) - pair_count;
     rights += widened(Vec(0.5f) * (pair_count + (block.order - no_pairs)));
     pairs += widened(pair_count);
@@ -142,14 +143,14 @@ struct Totals {
     const Doubles margins(margin);
     losses = losses - WideVec{{shortfall(differences.half[0], short_pairs.half[0], margins),
                                shortfall(differences.half[1], short_pairs.half[1], margins)}};
-    // At the end: gcc keeps nothing in a register that is needed after a call.
+    // Last, because gcc keeps nothing in registers across a call.
     const WideVec products = widened(block.product);
     losses += WideVec{{products.half[0].log1p(), products.half[1].log1p()}};
   }
 };
 
-// A loop for what comes before the exponentials, one for them and one for what comes after: instructions of one pair wait
-// for each other longer than a processor looks ahead, those of several pairs don't.
+// One loop for what comes before the exponentials, one for them and one for what comes after. Within a pair each step waits
+// for the one before; several pairs at the same step do not wait for each other.
 template <bool kGradient, bool kMargin>
 Block add_block(Columns& lanes, int64_t widest, int64_t length, const Vec& margin, Pair& pair) {
   const Vec zero(0.0f), infinity(INFINITY);
@@ -158,8 +159,8 @@ Block add_block(Columns& lanes, int64_t widest, int64_t length, const Vec& margi
   Tally pairs, short_pairs;
   for (int64_t n = 0; n < length; ++n, pair.next(widest)) {
     const Vec rank_i = lanes.ranks[pair.i], rank_j = lanes.ranks[pair.j];
-    // Not at a tie, nor where the rank of one of them is NaN. Those are infinitely far in the right order, which adds
-    // nothing; they are cut out, not multiplied: a score that is infinite or NaN stays in its own pairs.
+    // Ties, and NaN ranks, are no pairs: they are treated as infinitely far in the right order, which adds nothing. They are
+    // selected away, not multiplied by 0, so that an infinite or NaN score affects its own pairs only.
     const Lanes is_pair = different(rank_i, rank_j);
     const Vec downhill = flipped(rank_i - rank_j, lanes.scores[pair.j] - lanes.scores[pair.i]);
     const Vec difference = select(is_pair, downhill, infinity), x = difference - margin;

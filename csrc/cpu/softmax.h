@@ -6,8 +6,8 @@
 namespace rlhf_kernels::cpu {
 inline namespace RLHF_ISA {
 
-// Read once, unless its maximum is a new one for the row: then a second time, from the L1 cache. Longer blocks would be
-// read again for longer, shorter ones have more of what is done once per block.
+// Logits in a block. A block is read once, and a second time, from the L1 cache, if it raises the row's maximum. Longer
+// blocks would make that second read longer, shorter ones would repeat the work per block more often.
 constexpr int64_t kBlock = 1024;
 
 // Four vectors of what lies a page ahead, into the L2 cache: the arithmetic is too slow for the processor to see a stream

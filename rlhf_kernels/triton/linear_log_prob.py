@@ -179,7 +179,7 @@ class Gradients:
         )
 
     def add(self, slopes: Tensor, rows: slice, tokens: slice) -> None:
-        """Gradients of the logits of these rows and tokens, of which the first come first."""
+        """Adds the share of these rows and tokens, given their logits' gradient. Parts come in order."""
         if self.hidden is not None:
             accumulate(self.hidden[rows], slopes, self.rows.weight[tokens], is_first=not tokens.start)
         if self.weight is not None:

@@ -81,15 +81,17 @@ inline Vec exp2(const Vec& n, const Vec& f) {
   return scaled_by_power(p, n);
 }
 
-// A sum of terms of at most 1, as exact as a compensated one (Kahan 1965), but no term waits for what the one before it
-// lost. High parts are multiples of one power of two, coarse enough for their sums to be exact.
+// A sum of terms of at most 1, as exact as a compensated one (Kahan 1965), without each addition waiting for the error of
+// the one before. Every term is split in two: a high part, a multiple of one power of two so coarse that these sums are
+// exact, and the small rest.
 struct SplitSum {
   Vec high{0.0f}, low{0.0f};
 
   SplitSum() = default;
   SplitSum(const Vec& term, const Vec& grid) : high((term + grid) - grid), low(term - high) {}
 
-  // What leaves, added and subtracted again, multiples of 2^-24 times the number of terms, that rounded up to a power of two.
+  // Adding this number to a term and subtracting it again leaves the high part: a multiple of 2^-24 times the number of
+  // terms, rounded up to a power of two.
   static Vec grid_for(int64_t terms) {
     return Vec(0.75f * static_cast<float>(std::bit_ceil(static_cast<uint64_t>(terms < 4 ? 4 : terms))));
   }
