@@ -122,6 +122,20 @@ def test_ranking_accuracy():
     assert reward.ranking_accuracy(model, batch, 1) == pytest.approx((0 + 2 / 3) / 2)
 
 
+def test_ranks_are_where_the_scores_are(run, monkeypatch):
+    devices, loss = [], torch.tensor(1.0, requires_grad=True)
+
+    def keep(scores, ranks, offsets):
+        devices.append((ranks.device.type, offsets.device.type))
+        return loss, torch.tensor(0.5)
+
+    monkeypatch.setattr(reward, "pairwise_ranking_loss", keep)
+    model = Scores([2.0, 0.5]).to("meta")
+    reward.ranking_step(run, model, [comparison(1, 2)], prompts=1)
+    reward.ranking_accuracy(model, [comparison(1, 2)], 100)
+    assert devices == [("meta", "meta")] * 2
+
+
 def test_one_forward_pass_per_completion(run):
     """Not one for each of its pairs."""
     seen = []
