@@ -278,7 +278,7 @@ def sampled(monkeypatch):
 
     def keep(policy, prompts, **options):
         completions = sample(policy, prompts, **options)
-        batches.append((list(prompts), [completion.tokens for completion in completions]))
+        batches.append((list(prompts), [completion.tokens for completion in completions], options))
         return completions
 
     monkeypatch.setattr(ppo, "sample", keep)
@@ -318,8 +318,10 @@ def test_ppo(ppo_config, data, base, reward_model, told, sampled):
     assert len(sampled) == 2
 
     expected, forwards = [], []
-    for iteration, (asked, responses) in enumerate(sampled):
+    for iteration, (asked, responses, options) in enumerate(sampled):
         assert asked == [prompts[i] for i in batch_indices(len(prompts), 8, iteration, seed=3)]
+        ends = {tokenizer.eos_token_id}
+        assert options == {"end_token_ids": ends, "max_new_tokens": 6, "temperature": 0.8, "batch_size": 3}
         figures = {"step": iteration, "reward": 0.0, "kl": 0.0, "response_tokens": 0.0, "ended": 0.0}
         episodes = []
         for prompt, response in zip(asked, responses, strict=True):
