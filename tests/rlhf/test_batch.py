@@ -91,6 +91,14 @@ def test_a_response_may_be_empty(pairs):
     assert batch.input_ids.flatten()[batch.last[0]] == prompts[0][-1]
 
 
+def test_all_responses_may_be_empty():
+    """As when a model without a cache samples its next token."""
+    batch = lay_out([[1, 2], [3]], [[], []])
+    assert batch.before.dtype == batch.targets.dtype == torch.int64
+    assert batch.before.tolist() == batch.targets.tolist() == []
+    assert batch.input_ids.flatten()[batch.last].tolist() == [2, 3]
+
+
 def test_prompts_and_responses_must_pair_up():
     with pytest.raises(ValueError, match="zip"):
         lay_out([[1], [2]], [[3]])
