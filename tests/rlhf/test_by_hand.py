@@ -104,9 +104,9 @@ def scalars(model, prompt, response):
 
 
 def parted(examples):
-    """For a prompt and completion each, or a prompt and all its completions, in parts of 40 tokens."""
+    """For a prompt and completion each, or a prompt and all its completions, in parts of 20 tokens."""
     groups = [[len(prompt) + len(each) for each in responses] for prompt, responses in examples]
-    return groups, 40
+    return groups, 20
 
 
 def alone(examples):
@@ -147,7 +147,7 @@ def test_sft(sft_config, data, base, told):
     config = sft_config(
         seed=3, epochs=2, batch_size=7, held_out_fraction=0.2, residual_dropout=0.0, adam=adam,
         lengths={"max_prompt_tokens": 3, "max_response_tokens": 7}, pretraining_data=data.texts,
-        pretraining_fraction=0.3, pretraining_tokens=10, tokens_per_forward=40,
+        pretraining_fraction=0.3, pretraining_tokens=10, tokens_per_forward=20,
     )  # fmt: skip
     path = sft.train(config)
 
@@ -213,7 +213,7 @@ def test_reward(reward_config, data, base, told):
     adam = Adam(3e-3, beta1=0.7, beta2=0.8, eps=1e-3, max_grad_norm=0.3)
     config = reward_config(
         seed=3, epochs=2, batch_size=5, held_out_fraction=0.25, adam=adam, demonstrations=data.demonstrations,
-        lengths={"max_prompt_tokens": 3, "max_response_tokens": 4}, tokens_per_forward=40,
+        lengths={"max_prompt_tokens": 3, "max_response_tokens": 4}, tokens_per_forward=20,
     )  # fmt: skip
     path = reward.train(config)
 
@@ -303,7 +303,7 @@ def test_ppo(ppo_config, data, base, reward_model, told, sampled):
         kl_coefficient=0.4, kl_estimator="k3", gamma=0.9, lam=0.8, whiten_advantages=True, clip_range=0.05,
         value_clip_range=0.1, temperature=0.8, missing_eos_penalty=0.5, warmup_iterations=3, adam=adam,
         value_adam=value_adam, ema_decay=0.7, gamma_ptx=0.6, pretraining_per_episode=2, pretraining_tokens=10,
-        lengths={"max_prompt_tokens": 3, "max_response_tokens": 6}, rollout_batch_size=3, tokens_per_forward=40,
+        lengths={"max_prompt_tokens": 3, "max_response_tokens": 6}, rollout_batch_size=3, tokens_per_forward=20,
         keep_every=1,
     )  # fmt: skip
     path = ppo.train(config)

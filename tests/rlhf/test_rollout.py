@@ -8,6 +8,7 @@ import pytest
 import torch
 from tools import tiny_gpt2
 
+from rlhf import rollout
 from rlhf.models import LanguageModel
 from rlhf.rollout import NotFiniteError, sample, sampling_batches
 from rlhf_kernels import linear_selective_log_softmax
@@ -161,3 +162,16 @@ def test_a_model_without_numbers_has_no_next_token(base):
     torch.nn.init.constant_(model.model.transformer.ln_f.bias, float("nan"))
     with pytest.raises(NotFiniteError, match=r"^the model's logits are not finite$"):
         draw(model, PROMPTS)
+
+
+def test_batches_are_of_the_size_asked_for(lm, monkeypatch):
+    """Which bounds the memory that the cache takes."""
+    sizes, decoder = [], rollout.Decoder
+
+    def keep(model, prompts, decoding):
+        sizes.append(len(prompts))
+        return decoder(model, prompts, decoding)
+
+    monkeypatch.setattr(rollout, "Decoder", keep)
+    draw(lm, PROMPTS, batch_size=3)
+    assert sizes == [3, 3, 1]
