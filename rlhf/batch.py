@@ -52,11 +52,6 @@ class Batch:
         }
         return Batch(**moved)
 
-    @property
-    def cu_seqlens(self) -> Tensor:
-        """(S+1,) int64: where each sequence's response tokens begin and end among the M."""
-        return torch.nn.functional.pad(self.lengths.cumsum(0), (1, 0))
-
 
 def lay_out(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], layout: Layout = "packed") -> Batch:
     """``prompt + response`` for every pair, in rows as long as the longest of them (``one_row``: as long as all).

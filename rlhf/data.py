@@ -144,7 +144,7 @@ def tokenize(
                 f"has {len(prompt_ids)} tokens, which leaves no room for a completion in the model's context of "
                 f"{limits.context_length}; a lower max_prompt_tokens drops such prompts",
             )
-        for name, ids in zip(record.fields[1:], completion_ids, strict=False):
+        for name, ids in zip(record.fields[1:], completion_ids, strict=True):
             if not ids:
                 raise field_error(record.where, name, "the tokenizer makes no token of it")
         kept.append((record, prompt_ids, [ids[:room] for ids in completion_ids]))

@@ -107,7 +107,7 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
         value,
         make_optimizer(policy, config.adam),
         make_optimizer(value, config.value_adam),
-        extra={"average": average},
+        also=[average],
     )
     actors = Actors(policy, value, reference, rewards)
 

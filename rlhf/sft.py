@@ -85,7 +85,7 @@ def train(config: SFTConfig, *, resume: bool = False) -> Path:
         norm = optimizer_step(run, model, optimizer, config.adam, factor)
         metrics = before | {"loss": loss, "learning_rate": config.adam.learning_rate * factor, "gradient_norm": norm}
         epoch_done = (step + 1) * demonstration_size // len(training) > step * demonstration_size // len(training)
-        if validation and (epoch_done or step + 1 == steps):
+        if validation and epoch_done:  # as it is after the last step
             metrics["held_out_loss"] = mean_loss(run, model, validation)
         run.log(step, metrics, show=["loss", "held_out_loss"])
 

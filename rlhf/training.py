@@ -23,7 +23,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,17 +121,16 @@ class Run:
         """Whether the run has saved its model already."""
         return (self.directory / "model").exists()
 
-    def prepare(self, *models_and_optimizers: Any, extra: Mapping[str, Any] | None = None) -> list[Any]:
+    def prepare(self, *models_and_optimizers: Any, also: Sequence[Any] = ()) -> list[Any]:
         """Places models and optimizers on their devices and brings them to the checkpoint's state, if there is one.
 
-        ``extra`` maps names to further objects with ``state_dict`` and ``load_state_dict``.
+        ``also``: further objects with ``state_dict`` and ``load_state_dict`` that belong into the checkpoint.
         """
         if self.is_main:
             with describing(f"{self.directory}: cannot be used for output"):
                 self._open_directory()
         prepared = [self.accelerator.prepare(item) for item in models_and_optimizers]
-        if extra:
-            self.accelerator.register_for_checkpointing(*extra.values())
+        self.accelerator.register_for_checkpointing(*also)
         if self.checkpoint:
             self.accelerator.load_state(str(self.checkpoint))
         self._open_metrics(self.first_step)

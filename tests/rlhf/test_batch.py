@@ -66,17 +66,15 @@ def test_flat_indices_agree_with_a_recomputation(pairs, one_row):
     assert sorted(last) == sorted(ends)
     assert [ends[end] for end in last] == [prompt + response for prompt, response in pairs]
 
-    before, targets, bounds = [], [], [0]
+    before, targets = [], []
     for end, (_, response) in zip(last, pairs, strict=True):
         for offset, token in enumerate(response):
             before.append(end - len(response) + offset)
             targets.append(token)
-        bounds.append(len(targets))
     assert batch.before.tolist() == before
     assert batch.targets.tolist() == targets
     assert batch.lengths.tolist() == [len(response) for _, response in pairs]
-    assert batch.cu_seqlens.tolist() == bounds
-    for name in ("before", "targets", "last", "lengths", "cu_seqlens"):
+    for name in ("before", "targets", "last", "lengths"):
         assert getattr(batch, name).dtype == torch.int64, name
     assert torch.equal(batch.input_ids.flatten()[batch.before + 1], batch.targets)
 
