@@ -10,7 +10,8 @@ can be called from Python::
 
 Where the command line takes a path, a setting takes a ``Path`` as well; ``data`` and ``prompts`` take a list of
 records (dicts) or a ``datasets.Dataset``, ``model`` and the like a model of transformers (a copy is trained, the object
-stays as it is), ``tokenizer`` a tokenizer, ``reward`` and ``judge`` a function, and a group of settings a dict.
+stays as it is), ``tokenizer`` a tokenizer, ``reward`` and ``judge`` a function, and a group of settings a dict. What
+can go wrong is a ``ConfigError``, ``DataError``, ``ModelError`` or ``RunError``, each of one line.
 """
 
 from __future__ import annotations
@@ -31,25 +32,34 @@ from rlhf.settings import ConfigError
 
 if TYPE_CHECKING:
     from rlhf import evaluate, ppo, reward, sft
+    from rlhf.fields import DataError
+    from rlhf.loading import ModelError
+    from rlhf.training import RunError
 
 STAGES = ("evaluate", "ppo", "reward", "sft")
+ERRORS = {"DataError": "rlhf.fields", "ModelError": "rlhf.loading", "RunError": "rlhf.training"}
 
 
 def __getattr__(name: str) -> Any:
-    """A stage, imported when it is asked for: that takes torch and transformers, which settings and --help do not."""
+    """A stage or an error, imported when it is asked for: that takes torch, which settings and --help do not need."""
     if name in STAGES:
         return importlib.import_module(f"rlhf.{name}")
+    if name in ERRORS:
+        return getattr(importlib.import_module(ERRORS[name]), name)
     raise AttributeError(f"module 'rlhf' has no attribute {name!r}")
 
 
 __all__ = [
     "Adam",
     "ConfigError",
+    "DataError",
     "EvaluateConfig",
     "GenerateConfig",
     "LengthConfig",
+    "ModelError",
     "PPOConfig",
     "RewardConfig",
+    "RunError",
     "SFTConfig",
     "evaluate",
     "ppo",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
+import json
 import logging
 import re
 import sys
@@ -19,7 +20,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from rlhf import interrupts
 from rlhf.config import EvaluateConfig, GenerateConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf.demo.config import DemoConfig
-from rlhf.settings import ConfigError, no_such_setting, setting_names
+from rlhf.settings import ConfigError, list_settings, no_such_setting, setting_names
 
 DESCRIPTION = """The InstructGPT recipe: supervised fine-tuning, a reward model, PPO and PPO-ptx.
 
@@ -156,6 +157,7 @@ def expand(argv: list[str]) -> list[str]:
     for i, word in enumerate(words[:-1]):
         if word == "--config":
             words[i + 1] = recipe(words[i + 1])
+    words = gathered(words)
     if "--resume" not in words:
         return words
     at = words.index("--resume")
@@ -169,6 +171,27 @@ def expand(argv: list[str]) -> list[str]:
         raise ConfigError(f"resume: {directory} holds no run")
     own = ["--config", str(Path(directory) / "config.yaml"), "--output_dir", directory]
     return [*before[:1], *own, *before[1:], "--resume", *after]
+
+
+def gathered(words: list[str]) -> list[str]:
+    """``--data A --data B`` as ``--data [A, B]``, of which the parser would take the last alone."""
+    stage = words[0] if words else ""
+    for name in list_settings(STAGES[stage][0]) if stage in STAGES else []:
+        option = f"--{name}"
+        words = [part for word in words for part in (word.split("=", 1) if word.startswith(option + "=") else [word])]
+        at = [i for i, (word, _) in enumerate(itertools.pairwise(words)) if word == option]
+        if len(at) < 2:
+            continue
+        values = [value for i in at for value in listed(words[i + 1])]
+        taken = {j for i in at for j in (i, i + 1)}
+        words = [word for i, word in enumerate(words) if i not in taken] + [option, json.dumps(values)]
+    return words
+
+
+def listed(value: str) -> list[str]:
+    """The items of a setting that is written as one or as a list."""
+    found = yaml.safe_load(value) if value.startswith("[") else value
+    return found if isinstance(found, list) else [value]
 
 
 def split_option(word: str) -> list[str]:
@@ -206,3 +229,9 @@ def run(stage: str, settings: dict[str, Any], resume: bool) -> int:
         print(f"\nrlhf {stage}: interrupted{hint}", file=sys.stderr)
         return 130
     return 0
+
+
+if __name__ == "__main__":
+    from rlhf.__main__ import main as start
+
+    sys.exit(start())

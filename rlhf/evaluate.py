@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -44,6 +45,8 @@ from rlhf.rollout import NotFiniteError, sample
 from rlhf.settings import ConfigError
 from rlhf.training import console, describing, find_device
 from rlhf_kernels import linear_cross_entropy, linear_selective_log_softmax
+
+logger = logging.getLogger(__name__)
 
 Judge = Callable[[Any, str, str], float]
 
@@ -259,6 +262,8 @@ def generate(config: GenerateConfig) -> Path:
     torch.manual_seed(config.seed)
     repeated = [example.prompt_ids for example in prompts for _ in range(config.samples)]
     responses = [decode(tokenizer, ids, ends) for ids in sample_all(model, repeated, ends, config)]
+    if empty := sum(not text.strip() for text in responses):
+        logger.warning("%d of %d completions are empty, which a record of rankings may not have", empty, len(responses))
     temporary = output.with_name(output.name + ".tmp")
     with describing(f"{output}: could not be written"):
         output.parent.mkdir(parents=True, exist_ok=True)

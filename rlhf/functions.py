@@ -24,7 +24,8 @@ def load_function(setting: str, value: Any) -> Callable[..., Any]:
     if not (colon and module and name):
         raise ConfigError(f"{setting}: is {value!r}, must be module:function")
     if module.endswith(".py"):
-        raise ConfigError(f"{setting}: is {value!r}, must name a module: {Path(module).stem}:{name}")
+        dotted = ".".join(Path(module).with_suffix("").parts)
+        raise ConfigError(f"{setting}: is {value!r}, must name a module: {dotted}:{name}")
     here = str(Path.cwd())
     if here not in sys.path:  # as for `python -m`; a console script does not look there
         sys.path.insert(0, here)

@@ -12,7 +12,7 @@ and every further field of the records is a list as well, None where a record la
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -92,9 +92,13 @@ def call(name: str, function: Callable[..., Any], prompts: Sequence[PromptExampl
     fields = sorted({field for example in prompts for field in example.extra} - {"prompts", "completions"})
     columns = {field: [example.extra.get(field) for example in prompts] for field in fields}
     try:
-        found = list(function(prompts=[example.text for example in prompts], completions=completions, **columns))
+        returned = function(prompts=[example.text for example in prompts], completions=completions, **columns)
+        is_list = isinstance(returned, Iterable) and not isinstance(returned, (str, bytes, Mapping))
+        found = list(returned) if is_list else []
     except Exception as error:  # the function is the user's: anything may happen in it
         raise RewardError(f"the reward {name} failed: {type_and_line(error)}") from error
+    if not is_list:
+        raise RewardError(f"the reward {name} returned {returned!r}, must be a list of numbers, one a completion")
     if len(found) != len(completions):
         raise RewardError(f"the reward {name} returned {len(found)} values for {len(completions)} completions")
     return torch.tensor([number(name, value, example) for value, example in zip(found, prompts, strict=True)])

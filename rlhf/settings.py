@@ -91,6 +91,11 @@ def setting_names(group: Any) -> list[str]:
     return names
 
 
+def list_settings(group: Any) -> list[str]:
+    """The settings of a stage that take one value or a list of them, as data do."""
+    return [name for name, hint in hints(group).items() if get_origin(hint) is Annotated and fits_type([], hint)]
+
+
 def with_changes(settings: Any, changes: Mapping[str, Any], name: str) -> Any:
     """A group with some of its settings replaced, from a dict; errors name them as ``group.setting``."""
     known = [item.name for item in fields(settings)]

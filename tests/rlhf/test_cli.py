@@ -531,6 +531,26 @@ def test_a_run_that_was_moved_goes_on_where_it_is(stopped, rlhf, tmp_path):
     assert not stopped.directory.exists()
 
 
+def test_a_setting_that_takes_a_list_may_be_given_again(rlhf, base, data, tmp_path):
+    """Both files are read, whichever way they are written; of another setting the last one counts."""
+    path = data.demonstrations
+    for i, more in enumerate((["--data", path], [f"--data={path}"], ["--data", f"['{path}']", "--epochs", 1])):
+        command = ["sft", "--model", base, "--epochs", 1 if i < 2 else 9, "--data", path, "--device", "cpu", *more]
+        code, error = rlhf(*command, "--output_dir", tmp_path / f"run{i}")
+        assert code == 0, error
+        assert yaml.safe_load((tmp_path / f"run{i}" / "config.yaml").read_text())["data"] == [path, path]
+        report = (tmp_path / f"run{i}" / "report.md").read_text()
+        assert "| demonstrations | 80 |" in report
+        assert "| epochs | 1 |" in report
+
+
+def test_cli_is_a_module_that_runs():
+    """As some launchers are told to start it."""
+    done = subprocess.run([sys.executable, "-m", "rlhf.cli", "sft"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("rlhf sft: error: ")
+
+
 def test_what_resumes_nothing_says_so(stopped, rlhf, caplog, tmp_path):
     code, error = rlhf("sft", "--resume", tmp_path / "absent")
     assert code == 2

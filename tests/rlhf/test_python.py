@@ -54,6 +54,7 @@ def test_stages_are_there_after_import_and_torch_is_not():
     code = """
 import sys, rlhf
 rlhf.SFTConfig, rlhf.PPOConfig, rlhf.RewardConfig, rlhf.EvaluateConfig, rlhf.GenerateConfig, rlhf.ConfigError
+assert issubclass(rlhf.DataError, ValueError)
 assert "torch" not in sys.modules
 for stage in (rlhf.sft, rlhf.reward, rlhf.ppo):
     assert callable(stage.train)
@@ -62,6 +63,8 @@ try:
     rlhf.dpo
 except AttributeError as error:
     assert str(error) == "module 'rlhf' has no attribute 'dpo'"
+assert rlhf.ModelError is sys.modules["rlhf.loading"].ModelError
+assert rlhf.RunError is sys.modules["rlhf.training"].RunError
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

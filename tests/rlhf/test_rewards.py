@@ -114,6 +114,9 @@ def test_missing_eos_penalty(ppo_config, tmp_path):
     ("function", "says"),
     [
         (lambda **_: [1.0], "the reward .* returned 1 values for 2 completions"),
+        (lambda **_: "12", "the reward .* returned '12', must be a list of numbers, one a completion"),
+        (lambda **_: {"a": 1, "b": 2}, "the reward .* returned .*, must be a list of numbers"),
+        (lambda **_: None, "the reward .* returned None, must be a list of numbers"),
         (lambda **_: 1 / 0, "the reward .* failed: ZeroDivisionError: division by zero"),
         (lambda **_: [1.0, None], "returned None, which is no number, for the prompt 'b'"),
         (lambda **_: [float("nan"), 1.0], "gives nan for the prompt 'a'"),
@@ -154,7 +157,7 @@ def test_function_of_the_current_directory(rlhf, base, data, tmp_path, monkeypat
         ("json:mine", "reward: 'json:mine' names no Python function: AttributeError"),
         ("json:__name__", "reward: 'json:__name__' is str, not a function"),
         ("json", "reward: is 'json', must be module:function"),
-        ("rewards/mine.py:count", "reward: is 'rewards/mine.py:count', must name a module: mine:count"),
+        ("rewards/mine.py:count", "reward: is 'rewards/mine.py:count', must name a module: rewards.mine:count"),
     ],
 )
 def test_no_such_function(rlhf, base, data, tmp_path, value, says):
