@@ -29,21 +29,18 @@ DESCRIPTION = """The InstructGPT recipe: supervised fine-tuning, a reward model,
   rlhf ppo      prompts, reward model    -> the policy               (step 3; --gamma_ptx 27.8 for PPO-ptx)
 """
 
+# The settings of each, the function that takes them, and what it does. The function's module waits for torch.
 STAGES = {
-    "sft": (SFTConfig, "step 1: supervised fine-tuning on demonstrations"),
-    "reward": (RewardConfig, "step 2: a reward model from ranked completions"),
-    "ppo": (PPOConfig, "step 3: PPO against the reward model; PPO-ptx with --gamma_ptx"),
-    "evaluate": (EvaluateConfig, "win rate, reward, KL and alignment tax of a model against a baseline"),
-    "generate": (GenerateConfig, "sample completions, for reading or for ranking"),
-    "demo": (DemoConfig, "the whole experiment in miniature, on two CPU cores"),
-}
-FUNCTIONS = {
-    "sft": "rlhf.sft:train",
-    "reward": "rlhf.reward:train",
-    "ppo": "rlhf.ppo:train",
-    "evaluate": "rlhf.evaluate:evaluate",
-    "generate": "rlhf.evaluate:generate",
-    "demo": "rlhf.demo.experiment:run",
+    "sft": (SFTConfig, "rlhf.sft:train", "step 1: supervised fine-tuning on demonstrations"),
+    "reward": (RewardConfig, "rlhf.reward:train", "step 2: a reward model from ranked completions"),
+    "ppo": (PPOConfig, "rlhf.ppo:train", "step 3: PPO against the reward model; PPO-ptx with --gamma_ptx"),
+    "evaluate": (
+        EvaluateConfig,
+        "rlhf.evaluate:evaluate",
+        "win rate, reward, KL and alignment tax of a model against a baseline",
+    ),
+    "generate": (GenerateConfig, "rlhf.evaluate:generate", "sample completions, for reading or for ranking"),
+    "demo": (DemoConfig, "rlhf.demo.experiment:run", "the whole experiment in miniature, on two CPU cores"),
 }
 RESUMABLE = {"sft", "reward", "ppo", "demo"}
 RESUME_HELP = "go on from the last checkpoint in output_dir; --resume DIRECTORY alone takes the settings from there too"
@@ -83,7 +80,7 @@ def make_parser() -> Parser:
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(prog="rlhf", allow_abbrev=False, description=DESCRIPTION, formatter_class=_formatter())
     subcommands = parser.add_subcommands(required=True, metavar="COMMAND", help="rlhf COMMAND --help explains each")
-    for name, (config, summary) in STAGES.items():
+    for name, (config, _, summary) in STAGES.items():
         sub = Parser(prog=f"rlhf {name}", allow_abbrev=False, description=(config.__doc__ or "").strip())
         sub.add_argument("--config", action="config", help="a YAML file of settings, or the name of a shipped recipe")
         sub.add_class_arguments(config)
@@ -153,7 +150,7 @@ def stage_of_run(path: str) -> str | None:
 
 def expand(argv: list[str]) -> list[str]:
     """The command line with shipped recipes as paths, and ``--resume DIRECTORY`` as the settings that it stands for."""
-    words = [part for word in argv for part in split_option(word)]
+    words = split_options(argv, "--config", "--resume")
     for i, word in enumerate(words[:-1]):
         if word == "--config":
             words[i + 1] = recipe(words[i + 1])
@@ -177,41 +174,42 @@ def gathered(words: list[str]) -> list[str]:
     """``--data A --data B`` as ``--data [A, B]``, of which the parser would take the last alone."""
     stage = words[0] if words else ""
     for name in list_settings(STAGES[stage][0]) if stage in STAGES else []:
-        option = f"--{name}"
-        words = [part for word in words for part in (word.split("=", 1) if word.startswith(option + "=") else [word])]
-        at = [i for i, (word, _) in enumerate(itertools.pairwise(words)) if word == option]
-        if len(at) < 2:
-            continue
-        values = [value for i in at for value in listed(words[i + 1])]
-        taken = {j for i in at for j in (i, i + 1)}
-        words = [word for i, word in enumerate(words) if i not in taken] + [option, json.dumps(values)]
+        split = split_options(words, option := f"--{name}")
+        at = [i for i, word in enumerate(split[:-1]) if word == option]
+        if len(at) > 1:
+            values = [value for i in at for value in listed(split[i + 1])]
+            rest = [word for i, word in enumerate(split) if i not in at and i - 1 not in at]
+            words = [*rest, option, json.dumps(values)]
     return words
 
 
 def listed(value: str) -> list[str]:
     """The items of a setting that is written as one or as a list."""
-    found = yaml.safe_load(value) if value.startswith("[") else value
+    try:
+        found = yaml.safe_load(value)
+    except yaml.YAMLError:  # a file may have any name
+        found = value
     return found if isinstance(found, list) else [value]
 
 
-def split_option(word: str) -> list[str]:
-    """``--config=FILE`` and ``--resume=DIRECTORY`` as the two words that they may also be written as."""
-    name, given, value = word.partition("=")
-    return [name, value] if given and name in ("--config", "--resume") else [word]
+def split_options(words: Sequence[str], *names: str) -> list[str]:
+    """``--config=FILE`` as the two words that it may also be written as, for the options of these names."""
+    return [part for word in words for part in (word.split("=", 1) if word.split("=", 1)[0] in names else [word])]
 
 
 def run(stage: str, settings: dict[str, Any], resume: bool) -> int:
     """Runs one stage, and turns the errors a user can mend into one line each."""
+    make_config, function, _ = STAGES[stage]
     try:
-        config = STAGES[stage][0](**settings)
+        config = make_config(**settings)
         # Imported here, so that --help and bad settings do not wait for torch and transformers.
         from rlhf import data, loading, training
 
         logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
         logging.getLogger("rlhf").setLevel(logging.INFO)
         training.quiet_libraries()
-        module, _, function = FUNCTIONS[stage].partition(":")
-        start = getattr(importlib.import_module(module), function)
+        module, _, name = function.partition(":")
+        start = getattr(importlib.import_module(module), name)
         interrupts.allow()
     except ConfigError as error:
         print(f"rlhf {stage}: error: {error}", file=sys.stderr)

@@ -37,7 +37,7 @@ from rlhf.loading import (
     shared_context,
 )
 from rlhf.models import LanguageModel, ScalarModel
-from rlhf.objects import described
+from rlhf.objects import described, is_function
 from rlhf.report import markdown_table, number
 from rlhf.reward import score
 from rlhf.rewards import RewardError, check_finite, decode, shown
@@ -190,7 +190,7 @@ def is_python_judge(judge: Any) -> bool:
     """Whether a judge is a Python function, or the name of one, and not a reward model."""
     if isinstance(judge, str):
         return ":" in judge and not Path(judge).exists()
-    return callable(judge) and not hasattr(judge, "config")
+    return is_function(judge)
 
 
 def load_judge(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[ScalarModel | None, Judge | None]:

@@ -54,10 +54,9 @@ class Settings:
 
     def __new__(cls, *_: Any, **given: Any) -> Any:
         """Refuses a setting that does not exist, with the one that may have been meant."""
-        known = setting_names(cls)
         for name in given:
-            if name not in {each.partition(".")[0] for each in known}:
-                raise ConfigError(no_such_setting(name, known))
+            if name not in hints(cast(Hashable, cls)):
+                raise ConfigError(no_such_setting(name, setting_names(cls)))
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
