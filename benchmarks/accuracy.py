@@ -27,13 +27,13 @@ def cotangent(position: int, output: Tensor) -> Tensor:
 def truth(case: Case, inputs: Inputs, *, with_gradients: bool) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs and gradients in float64, computed a chunk of rows at a time."""
     total = len(inputs[case.rows[0]]) if case.rows else 1
-    wanted = min(total, case.sample or total)
-    step = case.chunk or wanted
+    sampled = min(total, case.sample or total)
+    step = case.chunk or sampled
     whole = {name: widen(x) for name, x in inputs.items() if name not in case.rows}
     outputs: list[list[Tensor]] = []
     gradients: list[list[Tensor]] = []
-    for begin in range(0, wanted, step):
-        rows = slice(begin, min(begin + step, wanted))
+    for begin in range(0, sampled, step):
+        rows = slice(begin, min(begin + step, sampled))
         part = whole | {name: widen(inputs[name][rows]) for name in case.rows}
         leaves = [part[name].detach().requires_grad_(with_gradients) for name in case.gradients]
         part |= dict(zip(case.gradients, leaves, strict=True))

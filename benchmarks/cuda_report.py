@@ -106,14 +106,14 @@ def narrow(library: Path, console: Console) -> list[str]:
 def strangers(library: Path, console: Console) -> list[str]:
     """Symbols that are neither of the C and C++ libraries, whose have versions, nor of torch's stable shim."""
     listed = subprocess.run(["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True)
-    wanted = [line.split()[-1] for line in listed.stdout.splitlines() if line.split()[-2] == "U"]
+    undefined = [line.split()[-1] for line in listed.stdout.splitlines() if line.split()[-2] == "U"]
     include = Path(torch.__file__).parent / "include"
     shims = set(re.findall(r"\b((?:aoti_)?torch_\w+)\(", "".join((include / name).read_text() for name in SHIMS)))
-    of_torch = [name for name in wanted if name in shims]
+    of_torch = [name for name in undefined if name in shims]
     console.print(
-        f"symbols wanted: {len(of_torch)} of torch's stable shim, {len(wanted) - len(of_torch)} of the system"
+        f"undefined symbols: {len(of_torch)} of torch's stable shim, {len(undefined) - len(of_torch)} of the system"
     )
-    return [f"{name} is none of torch's stable shim" for name in wanted if "@" not in name and name not in shims]
+    return [f"{name} is none of torch's stable shim" for name in undefined if "@" not in name and name not in shims]
 
 
 def exports(library: Path, console: Console) -> list[str]:

@@ -122,8 +122,8 @@ class Trial:
         for i in range(len(self.cotangents), len(outputs)):  # in the first run, which is not timed
             self.cotangents.append(accuracy.cotangent(i, outputs[i]))
         arriving = [self.cotangents[i] for i, _ in sources]
-        wanted = [ready[name] for name in self.differentiated]
-        return outputs, list(torch.autograd.grad([x for _, x in sources], wanted, arriving))
+        variables = [ready[name] for name in self.differentiated]
+        return outputs, list(torch.autograd.grad([x for _, x in sources], variables, arriving))
 
     def errors(self, inputs: Inputs, found: Results, expected: Results) -> dict[str, float]:
         """The largest absolute errors of what a run gave."""

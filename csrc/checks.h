@@ -74,4 +74,11 @@ inline void check_boundaries(const char* name, const int64_t* boundaries, int64_
   }
 }
 
+// The sequences that boundaries of this name, dense and int64, cut `like` into.
+inline Sequences checked_sequences(const char* name, const Tensor& like, const tensors::OptionalTensor& boundaries) {
+  const Sequences sequences = tensors::sequences_of(like, boundaries);
+  if (boundaries) check_boundaries(name, tensors::data<int64_t>(*boundaries), sequences.count, like.size(0));
+  return sequences;
+}
+
 }  // namespace rlhf_kernels::checks

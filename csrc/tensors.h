@@ -91,6 +91,12 @@ inline View view_of(const Tensor& tensor) {
   return {tensor.const_data_ptr(), dtype_of(tensor), matrix ? tensor.stride(0) : 0, tensor.stride(matrix ? 1 : 0)};
 }
 
+// (B, T); or (N,), which boundaries cut into sequences, themselves unchecked.
+inline Sequences sequences_of(const Tensor& like, const OptionalTensor& boundaries) {
+  if (boundaries) return {boundaries->size(0) - 1, like.size(0), data<int64_t>(*boundaries)};
+  return {like.size(0), like.size(1), nullptr};
+}
+
 inline OptionalTensor as_int64(const OptionalTensor& tensor) {
   return tensor ? OptionalTensor(cast(*tensor, ScalarType::Long)) : std::nullopt;
 }

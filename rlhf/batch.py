@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -23,6 +23,23 @@ from rlhf_kernels import pack_sequences
 Layout: TypeAlias = Literal["packed", "one_row", "padded"]
 """``packed``: several sequences a row; ``one_row``: all in a single row, from which flash-attn takes the boundaries;
 ``padded``: a row each, padded on the right."""
+
+
+class Group(NamedTuple):
+    """A prompt and the responses to it, as token ids: what stays together in one forward pass."""
+
+    prompt: Sequence[int]
+    responses: Sequence[Sequence[int]]
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence, which is the prompt and one response."""
+        return [len(self.prompt) + len(response) for response in self.responses]
+
+
+def groups_of_one(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[Group]:
+    """One response to each prompt."""
+    return [Group(prompt, [response]) for prompt, response in zip(prompts, responses, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -53,12 +70,13 @@ class Batch:
         return Batch(**moved)
 
 
-def lay_out(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], layout: Layout = "packed") -> Batch:
-    """``prompt + response`` for every pair, in rows as long as the longest of them (``one_row``: as long as all).
+def lay_out(groups: Sequence[Group], layout: Layout = "packed") -> Batch:
+    """``prompt + response`` for every response, in rows as long as the longest of them (``one_row``: as long as all).
 
     Rows that long waste little (best-fit-decreasing packing) and keep the attention mask small.
     """
-    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+    sequences = [(group.prompt, response) for group in groups for response in group.responses]
+    lengths = [length for group in groups for length in group.lengths]
     capacity = sum(lengths) if layout == "one_row" else max(lengths)
     rows = [[i] for i in range(len(lengths))] if layout == "padded" else pack_sequences(lengths, capacity)
     input_ids = torch.zeros(len(rows), capacity, dtype=torch.long)
@@ -70,7 +88,8 @@ def lay_out(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
         column = 0
         for sequence in members:
             end = column + lengths[sequence]
-            input_ids[row, column:end] = torch.tensor([*prompts[sequence], *responses[sequence]])
+            prompt, response = sequences[sequence]
+            input_ids[row, column:end] = torch.tensor([*prompt, *response])
             position_ids[row, column:end] = torch.arange(lengths[sequence])
             start[sequence] = row * capacity + column
             column = end
@@ -79,28 +98,27 @@ def lay_out(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
 
     before = [
         torch.arange(begin + len(prompt) - 1, begin + length - 1)
-        for begin, prompt, length in zip(start, prompts, lengths, strict=True)
+        for begin, (prompt, _), length in zip(start, sequences, lengths, strict=True)
     ]
     return Batch(
         input_ids=input_ids,
         position_ids=None if layout == "padded" else position_ids,
         attention_mask=attention_mask if layout == "padded" else None,
         before=torch.cat(before),
-        targets=torch.tensor([token for response in responses for token in response], dtype=torch.long),
+        targets=torch.tensor([token for _, response in sequences for token in response], dtype=torch.long),
         last=torch.tensor([begin + length - 1 for begin, length in zip(start, lengths, strict=True)]),
-        lengths=torch.tensor([len(response) for response in responses]),
+        lengths=torch.tensor([len(response) for _, response in sequences]),
     )
 
 
-def split(groups: Sequence[Sequence[int]], tokens: int, layout: Layout = "packed") -> Iterator[list[int]]:
+def split(groups: Sequence[Group], tokens: int, layout: Layout = "packed") -> Iterator[list[int]]:
     """Parts of a batch small enough for one forward pass: indices of groups that take ``tokens`` positions at most.
 
-    A group is the lengths of sequences that stay together. Groups keep their order; one that is larger than ``tokens``
-    by itself is a part of its own.
+    Groups keep their order; one that is larger than ``tokens`` by itself is a part of its own.
     """
     part: list[int] = []
     rows = longest = size = 0
-    for index, lengths in enumerate(groups):
+    for index, lengths in enumerate(group.lengths for group in groups):
         padded = (rows + len(lengths)) * max(longest, *lengths)
         if part and (padded if layout == "padded" else size + sum(lengths)) > tokens:
             yield part

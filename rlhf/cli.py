@@ -125,12 +125,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stage = parsed.subcommand
         settings = parser.instantiate(parsed)[stage].as_dict()
         check_stage(stage, settings.pop("stage", stage))
-    except ConfigError as error:  # the stage's own settings come in `run`
+    except ConfigError as error:  # the stage's own settings come in `run_stage`
         print(f"rlhf {stage}: error: {error}", file=sys.stderr)
         return 2
     resume = settings.pop("resume", False)
     settings.pop("config", None)
-    return run(stage, settings, resume)
+    return run_stage(stage, settings, resume)
 
 
 def check_stage(stage: str, other: str) -> None:
@@ -197,7 +197,7 @@ def split_options(words: Sequence[str], *names: str) -> list[str]:
     return [part for word in words for part in (word.split("=", 1) if word.split("=", 1)[0] in names else [word])]
 
 
-def run(stage: str, settings: dict[str, Any], resume: bool) -> int:
+def run_stage(stage: str, settings: dict[str, Any], resume: bool) -> int:
     """Runs one stage, and turns the errors a user can mend into one line each."""
     make_config, function, _ = STAGES[stage]
     try:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.batch import Group
 from rlhf.encoding import encode, encode_records, eos_token_id, turn_end
 from rlhf.records import (
     Comparison,
@@ -54,6 +55,11 @@ class Example:
     prompt_ids: list[int]
     completion_ids: list[int]
 
+    @property
+    def group(self) -> Group:
+        """What a batch holds of it."""
+        return Group(self.prompt_ids, [self.completion_ids])
+
 
 @dataclass(frozen=True)
 class RankedExample:
@@ -62,6 +68,11 @@ class RankedExample:
     prompt_ids: list[int]
     completion_ids: list[list[int]]
     ranks: list[int]
+
+    @property
+    def group(self) -> Group:
+        """What a batch holds of it: all its completions, in one forward pass."""
+        return Group(self.prompt_ids, self.completion_ids)
 
 
 @dataclass(frozen=True)

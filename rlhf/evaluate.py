@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.batch import Group, groups_of_one
 from rlhf.config import EvaluateConfig, GenerateConfig
 from rlhf.data import Limits, PromptExample, read_prompts, read_texts, tokenize_prompts, tokenize_texts
 from rlhf.fields import type_and_line
@@ -109,7 +110,8 @@ def evaluate(config: EvaluateConfig) -> dict:
         figures["kl"] = kl_between(models["model"], models["baseline"], ids, samples["model"], config)
         if reward_model:
             scores = {
-                name: score(reward_model.to(device), ids, samples[name], config.tokens_per_forward) for name in samples
+                name: score(reward_model.to(device), groups_of_one(ids, samples[name]), config.tokens_per_forward)
+                for name in samples
             }
             for name, values in scores.items():
                 check_judged(f"judge: the score of the {name}'s completion", values, prompts)
@@ -232,7 +234,7 @@ def kl_between(
     """Mean over the model's own completions of log π_model − log π_baseline, in nats per completion."""
     difference = 0.0
     for sign, each in ((1, model), (-1, baseline)):
-        for batch in each.batches(prompts, responses, config.tokens_per_forward):
+        for batch in each.batches(groups_of_one(prompts, responses), config.tokens_per_forward):
             logprobs = each(batch, linear_selective_log_softmax, temperature=config.temperature)
             difference += sign * logprobs.double().sum().item()
     return difference / len(prompts)
@@ -243,8 +245,7 @@ def pretraining_loss(model: LanguageModel, chunks: torch.Tensor, tokens_per_forw
     """Mean loss per token on (chunks, length) pretraining text, in nats. A chunk's first token is not predicted."""
     loss = 0.0
     for part in chunks.split(max(1, tokens_per_forward // chunks.shape[1])):
-        rows = part.tolist()
-        batch = model.lay_out([row[:1] for row in rows], [row[1:] for row in rows])
+        batch = model.lay_out([Group(row[:1], [row[1:]]) for row in part.tolist()])
         loss += model(batch, linear_cross_entropy, reduction="sum").item()
     return loss / (chunks.shape[0] * (chunks.shape[1] - 1))
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf import probe
-from rlhf.batch import Batch, Layout, lay_out, split
+from rlhf.batch import Batch, Group, Layout, lay_out, split
 from rlhf.decoding import Decoding
 from rlhf.fields import type_and_line
 from rlhf.loading import (
@@ -116,21 +116,18 @@ class Backbone(nn.Module):
             )
         return layout
 
-    def lay_out(self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Batch:
+    def lay_out(self, groups: Sequence[Group]) -> Batch:
         """Prompts and responses as a batch on the model's device, in the layout that is right for it."""
-        return lay_out(prompts, responses, self.layout).to(self.device)
+        return lay_out(groups, self.layout).to(self.device)
 
-    def parts(self, groups: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
-        """Indices of groups of sequences, given their lengths, in parts that fit a batch of ``tokens`` positions."""
+    def parts(self, groups: Sequence[Group], tokens: int) -> list[list[int]]:
+        """Indices of groups, in order, in parts that fit a batch of ``tokens`` positions."""
         return list(split(groups, tokens, self.layout))
 
-    def batches(
-        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], tokens: int
-    ) -> Iterator[Batch]:
-        """All prompts with their responses, in order, in batches of ``tokens`` positions."""
-        lengths = [[len(prompt) + len(response)] for prompt, response in zip(prompts, responses, strict=True)]
-        for part in self.parts(lengths, tokens):
-            yield self.lay_out([prompts[i] for i in part], [responses[i] for i in part])
+    def batches(self, groups: Sequence[Group], tokens: int) -> Iterator[Batch]:
+        """All groups, in order, in batches of ``tokens`` positions."""
+        for part in self.parts(groups, tokens):
+            yield self.lay_out([groups[i] for i in part])
 
     def hidden(self, batch: Batch, positions: Tensor) -> Tensor:
         """(len(positions), D) last hidden states at flat positions of the batch."""
@@ -227,7 +224,7 @@ class LanguageModel(Backbone):
     @torch.no_grad()
     def next_logits(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """(len(sequences), V) float32 logits of the token after each sequence, by a whole pass over all of them."""
-        batch = self.lay_out(sequences, [[] for _ in sequences])
+        batch = self.lay_out([Group(sequence, [[]]) for sequence in sequences])
         return self.project(self.hidden(batch, batch.last))
 
     def forward(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from rlhf import report
-from rlhf.batch import Batch
+from rlhf.batch import Batch, Group, groups_of_one
 from rlhf.config import PPOConfig, warmup_from_tenth
 from rlhf.data import Limits, PromptExample, read_prompts, read_texts, tokenize_prompts
 from rlhf.loading import (
@@ -40,7 +40,17 @@ from rlhf.rewards import RewardError, Rewards, load_functions, make_rewards
 from rlhf.rollout import NotFiniteError, sample
 from rlhf.settings import check
 from rlhf.sft import language_model_step, pretraining_examples
-from rlhf.training import Run, RunError, accumulate, batch_indices, make_optimizer, mine, optimizer_step, total
+from rlhf.training import (
+    Run,
+    RunError,
+    accumulate,
+    backward,
+    batch_indices,
+    make_optimizer,
+    optimizer_step,
+    process_share,
+    sum_over_processes,
+)
 from rlhf_kernels import linear_ppo_policy_loss, linear_selective_log_softmax, ppo_advantages, ppo_value_loss
 
 logger = logging.getLogger(__name__)
@@ -60,6 +70,11 @@ class Episode:
     values: Tensor
     advantages: Tensor
     returns: Tensor
+
+    @property
+    def group(self) -> Group:
+        """What a batch holds of it."""
+        return Group(self.prompt, [self.response])
 
 
 @dataclass(frozen=True)
@@ -114,7 +129,7 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
     iterations = config.episodes // config.batch_size
     for iteration in run.steps(iterations, unit="iterations"):
         chosen = batch_indices(len(prompts), config.batch_size, iteration, seed=config.seed)
-        episodes, metrics = collect(run, actors, [prompts[i] for i in mine(run, chosen)])
+        episodes, metrics = collect(run, actors, [prompts[i] for i in process_share(run, chosen)])
         factor = warmup_from_tenth(iteration, config.warmup_iterations)
 
         minibatches = config.batch_size // config.minibatch_size * config.inner_epochs
@@ -134,7 +149,7 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
                 )
                 # Its gradient adds to the policy loss's before the one optimizer step (C.4).
                 stats["pretraining_loss"] = language_model_step(
-                    run, policy, mine(run, [pretraining[i] for i in chunks]), weight=config.gamma_ptx
+                    run, policy, process_share(run, [pretraining[i] for i in chunks]), weight=config.gamma_ptx
                 )
             run.require_finite(**{name: stats[name] for name in ("policy_loss", "pretraining_loss") if name in stats})
             stats["gradient_norm"] = optimizer_step(run, policy, policy_optimizer, config.adam, factor)
@@ -196,7 +211,7 @@ def collect(run: Run, actors: Actors, examples: list[PromptExample]) -> tuple[li
     def each(model: Any, read: Callable[[Batch], Tensor]) -> Tensor:
         """What ``read`` gives of every batch that the completions are laid out in for ``model``."""
         found = []
-        for batch in unwrap(model).batches(prompts, responses, config.tokens_per_forward):
+        for batch in unwrap(model).batches(groups_of_one(prompts, responses), config.tokens_per_forward):
             with run.accelerator.autocast():
                 found.append(read(batch))
         return torch.cat(found)
@@ -237,24 +252,23 @@ def collect(run: Run, actors: Actors, examples: list[PromptExample]) -> tuple[li
     per_token = [tensor.split(lengths.tolist()) for tensor in (logprobs, value, advantages, returns)]
     episodes = [Episode(*parts) for parts in zip(prompts, responses, *per_token, strict=True)]
 
-    count = total(run, len(prompts))
+    count = sum_over_processes(run, len(prompts))
     sums: dict[str, Any] = {
         "reward": score.sum(),
         "kl": kl.sum(),
         "response_tokens": lengths.sum(),
         "ended": sum(ended),
     }
-    return episodes, {name: (total(run, value) / count).item() for name, value in sums.items()}
+    return episodes, {name: (sum_over_processes(run, value) / count).item() for name, value in sums.items()}
 
 
 def policy_step(run: Run, policy: LanguageModel, episodes: list[Episode]) -> dict[str, float]:
     """Accumulates the gradient of the clipped policy loss over a minibatch, and returns its statistics."""
     config: PPOConfig = run.config
-    tokens = total(run, sum(len(episode.response) for episode in episodes)).item()
+    tokens = sum_over_processes(run, sum(len(episode.response) for episode in episodes)).item()
     sums: dict[str, float] = {}
     deviation = 0.0
-    for part in accumulate(run, policy, forward_parts(run, policy, episodes)):
-        batch = unwrap(policy).lay_out([e.prompt for e in part], [e.response for e in part])
+    for part, batch in accumulate(run, policy, episodes):
         with run.accelerator.autocast():
             loss, stats = policy(
                 batch,
@@ -266,21 +280,20 @@ def policy_step(run: Run, policy: LanguageModel, episodes: list[Episode]) -> dic
                 temperature=config.temperature,
             )
         share = len(batch.targets) / tokens
-        run.accelerator.backward(loss * (share * run.accelerator.num_processes))
+        backward(run, loss, share)
         deviation = max(deviation, stats["ratio_max_deviation"].item())
         for name, value in {"policy_loss": loss, **stats}.items():
             sums[name] = sums.get(name, 0.0) + value.item() * share
-    means = {name: total(run, value).item() for name, value in sums.items()}
+    means = {name: sum_over_processes(run, value).item() for name, value in sums.items()}
     return means | {"ratio_max_deviation": deviation}
 
 
 def value_step(run: Run, value_model: ScalarModel, episodes: list[Episode]) -> float:
     """Accumulates the gradient of the clipped value loss over a minibatch, and returns the loss."""
     config: PPOConfig = run.config
-    tokens = total(run, sum(len(episode.response) for episode in episodes)).item()
+    tokens = sum_over_processes(run, sum(len(episode.response) for episode in episodes)).item()
     loss_sum = 0.0
-    for part in accumulate(run, value_model, forward_parts(run, value_model, episodes)):
-        batch = unwrap(value_model).lay_out([e.prompt for e in part], [e.response for e in part])
+    for part, batch in accumulate(run, value_model, episodes):
         with run.accelerator.autocast():
             values = value_model(batch, batch.before)
         loss, _ = ppo_value_loss(
@@ -291,9 +304,9 @@ def value_step(run: Run, value_model: ScalarModel, episodes: list[Episode]) -> f
             clip_range=config.value_clip_range,
         )
         share = len(batch.targets) / tokens
-        run.accelerator.backward(loss * (share * run.accelerator.num_processes))
+        backward(run, loss, share)
         loss_sum += loss.item() * share
-    return total(run, loss_sum).item()
+    return sum_over_processes(run, loss_sum).item()
 
 
 def check_ratio(iteration: int, deviation: float, mixed_precision: str) -> None:
@@ -317,9 +330,3 @@ def frozen_copy(policy: LanguageModel) -> LanguageModel:
 def update_average(average: LanguageModel, policy: LanguageModel, decay: float) -> None:
     """Average ← decay · average + (1 − decay) · policy."""
     torch._foreach_lerp_(list(average.parameters()), list(policy.parameters()), 1 - decay)
-
-
-def forward_parts(run: Run, model: Any, episodes: list[Episode]) -> list[list[Episode]]:
-    """The episodes in parts of ``tokens_per_forward``."""
-    lengths = [[len(episode.prompt) + len(episode.response)] for episode in episodes]
-    return [[episodes[i] for i in part] for part in unwrap(model).parts(lengths, run.config.tokens_per_forward)]

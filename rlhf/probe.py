@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rlhf.batch import Layout, lay_out
+from rlhf.batch import Group, Layout, lay_out
 from rlhf.decoding import Decoder, Decoding
 from rlhf.loading import context_length
 
@@ -65,7 +65,7 @@ def layout_error(model: Backbone, layout: Layout) -> float:
     room = min(LONGEST, context_length(model.model.config))
     # The second and the third share a row, whose last position is unused.
     sequences = probe_sequences(model, (room, room // 2, room // 2 - 1))
-    batch = lay_out([ids[:1] for ids in sequences], [ids[1:] for ids in sequences], layout).to(model.device)
+    batch = lay_out([Group(ids[:1], [ids[1:]]) for ids in sequences], layout).to(model.device)
     together = model.hidden(batch, batch.before).split(batch.lengths.tolist())
     alone = [
         model.inner(torch.tensor([ids], device=model.device), use_cache=False).last_hidden_state[0, :-1]

@@ -12,6 +12,7 @@ constant is added to r, so after training a bias makes the demonstrations score 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from rlhf import report
+from rlhf.batch import Group
 from rlhf.config import RewardConfig, cosine_to_tenth
 from rlhf.data import (
     Limits,
@@ -34,12 +36,13 @@ from rlhf.models import ScalarModel, unwrap
 from rlhf.training import (
     Run,
     accumulate,
+    backward,
     batch_indices,
     hold_out,
     make_optimizer,
-    mine,
     optimizer_step,
-    total,
+    process_share,
+    sum_over_processes,
 )
 from rlhf_kernels import pairwise_ranking_loss
 
@@ -67,7 +70,7 @@ def train(config: RewardConfig, *, resume: bool = False) -> Path:
         batch = [comparisons[training[i]] for i in indices]
         factor = cosine_to_tenth(step, steps)
         # A process without a share of a short last batch runs along, since the others wait for its gradient.
-        share = mine(run, batch) or [RankedExample(batch[0].prompt_ids, batch[0].completion_ids[:1], [1])]
+        share = process_share(run, batch) or [RankedExample(batch[0].prompt_ids, batch[0].completion_ids[:1], [1])]
         loss, accuracy = ranking_step(run, model, share, prompts=len(batch))
         run.require_finite(loss=loss)
         norm = optimizer_step(run, model, optimizer, config.adam, factor)
@@ -87,8 +90,7 @@ def train(config: RewardConfig, *, resume: bool = False) -> Path:
             reward_model, [comparisons[i] for i in held_out], config.tokens_per_forward
         )
     if demonstrations:
-        prompts = [example.prompt_ids for example in demonstrations]
-        scores = score(reward_model, prompts, [e.completion_ids for e in demonstrations], config.tokens_per_forward)
+        scores = score(reward_model, [example.group for example in demonstrations], config.tokens_per_forward)
         run.require_finite(score_of_the_demonstrations=scores.mean().item())
         reward_model.bias -= scores.mean().item()
         rows["bias, for demonstrations to score 0"] = reward_model.bias
@@ -101,40 +103,36 @@ def train(config: RewardConfig, *, resume: bool = False) -> Path:
 def ranking_step(run: Run, model: ScalarModel, comparisons: list[RankedExample], prompts: int) -> tuple[float, float]:
     """Accumulates the gradient of the mean loss over a batch of ``prompts``. Returns that loss and the accuracy."""
     loss_sum = accuracy_sum = 0.0
-    for part in accumulate(run, model, forward_parts(model, comparisons, run.config.tokens_per_forward)):
-        batch = unwrap(model).lay_out(*flatten(part))
+    for part, batch in accumulate(run, model, comparisons):
         with run.accelerator.autocast():
             scores = model(batch, batch.last)
         loss, accuracy = pairwise_ranking_loss(scores, **rank_arguments(part, scores.device))
         share = len(part) / prompts
-        run.accelerator.backward(loss * (share * run.accelerator.num_processes))
+        backward(run, loss, share)
         loss_sum += loss.item() * share
         accuracy_sum += accuracy.item() * share
-    return total(run, loss_sum).item(), total(run, accuracy_sum).item()
+    return sum_over_processes(run, loss_sum).item(), sum_over_processes(run, accuracy_sum).item()
 
 
 @torch.no_grad()
 def ranking_accuracy(model: ScalarModel, comparisons: list[RankedExample], tokens_per_forward: int) -> float:
     """How often the model orders a pair as its labeller did; the mean over prompts."""
-    scores = score(model, *flatten(comparisons), tokens_per_forward)
+    single = [
+        Group(example.prompt_ids, [completion]) for example in comparisons for completion in example.completion_ids
+    ]
+    scores = score(model, single, tokens_per_forward)
     return pairwise_ranking_loss(scores, **rank_arguments(comparisons, scores.device))[1].item()
 
 
 @torch.no_grad()
-def score(model: ScalarModel, prompts: list, responses: list, tokens_per_forward: int) -> Tensor:
-    """(S,) rewards of prompt-response pairs, given as token ids: one forward pass for each."""
-    batches = unwrap(model).batches(prompts, responses, tokens_per_forward)
+def score(model: ScalarModel, groups: Sequence[Group], tokens_per_forward: int) -> Tensor:
+    """(S,) rewards of all responses, in order."""
+    batches = unwrap(model).batches(groups, tokens_per_forward)
     return torch.cat([model(batch, batch.last) for batch in batches])
 
 
-def flatten(comparisons: list[RankedExample]) -> tuple[list, list]:
-    """The prompt beside each completion, and the completions."""
-    pairs = [(example.prompt_ids, completion) for example in comparisons for completion in example.completion_ids]
-    return [prompt for prompt, _ in pairs], [completion for _, completion in pairs]
-
-
 def rank_arguments(comparisons: list[RankedExample], device: torch.device) -> dict[str, Any]:
-    """``ranks`` and ``offsets`` of the ranking loss, for completions laid out by :func:`flatten`."""
+    """``ranks`` and ``offsets`` of the ranking loss, for the scores of all their completions, in order."""
     sizes = torch.tensor([0, *(len(example.ranks) for example in comparisons)])
     ranks = torch.tensor([rank for example in comparisons for rank in example.ranks])
     return {"ranks": ranks.to(device), "offsets": sizes.cumsum(0).to(device)}
@@ -143,9 +141,3 @@ def rank_arguments(comparisons: list[RankedExample], device: torch.device) -> di
 def pair_count(example: RankedExample) -> int:
     """Pairs of a prompt's completions that are not tied."""
     return sum(a < b for a in example.ranks for b in example.ranks)
-
-
-def forward_parts(model: ScalarModel, comparisons: list[RankedExample], tokens: int) -> list[list[RankedExample]]:
-    """The prompts in parts of ``tokens``, never splitting the completions of one."""
-    lengths = [[len(example.prompt_ids) + len(c) for c in example.completion_ids] for example in comparisons]
-    return [[comparisons[i] for i in part] for part in unwrap(model).parts(lengths, tokens)]

@@ -18,6 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf import report
+from rlhf.batch import Batch
 from rlhf.config import SFTConfig, cosine_to_tenth
 from rlhf.data import (
     Example,
@@ -32,12 +33,13 @@ from rlhf.models import LanguageModel, unwrap
 from rlhf.training import (
     Run,
     accumulate,
+    backward,
     batch_indices,
     hold_out,
     make_optimizer,
-    mine,
     optimizer_step,
-    total,
+    process_share,
+    sum_over_processes,
 )
 from rlhf_kernels import linear_cross_entropy
 
@@ -79,7 +81,7 @@ def train(config: SFTConfig, *, resume: bool = False) -> Path:
         before = {"held_out_loss_before": mean_loss(run, model, validation)} if validation and step == 0 else {}
         model.train()
         # A process without a share of a short last batch runs along, since the others wait for its gradient.
-        share = mine(run, batch) or [Example(batch[0].prompt_ids, [])]
+        share = process_share(run, batch) or [Example(batch[0].prompt_ids, [])]
         loss = language_model_step(run, model, share)
         run.require_finite(loss=loss)
         norm = optimizer_step(run, model, optimizer, config.adam, factor)
@@ -110,14 +112,13 @@ def pretraining_examples(texts: list[str], tokenizer: PreTrainedTokenizerBase, l
 
 def language_model_step(run: Run, model: LanguageModel, examples: list[Example], weight: float = 1.0) -> float:
     """Accumulates the gradient of ``weight`` times the mean loss per completion token. Returns the mean itself."""
-    tokens = total(run, sum(len(example.completion_ids) for example in examples)).item()
+    tokens = sum_over_processes(run, sum(len(example.completion_ids) for example in examples)).item()
     loss_sum = 0.0
-    for part in accumulate(run, model, forward_parts(run, model, examples)):
-        loss = token_loss(run, model, part)
-        # DDP averages gradients over processes; the mean here is over the tokens of all of them.
-        run.accelerator.backward(loss * (weight * run.accelerator.num_processes / tokens))
+    for _, batch in accumulate(run, model, examples):
+        loss = token_loss(run, model, batch)
+        backward(run, loss, weight / tokens)
         loss_sum += loss.item()
-    return total(run, loss_sum).item() / tokens
+    return sum_over_processes(run, loss_sum).item() / tokens
 
 
 @torch.no_grad()
@@ -125,19 +126,13 @@ def mean_loss(run: Run, model: LanguageModel, examples: list[Example]) -> float:
     """Mean negative log-likelihood per completion token, in nats."""
     was_training = model.training
     model.eval()
-    losses = [token_loss(run, model, part).item() for part in forward_parts(run, model, examples)]
+    batches = unwrap(model).batches([example.group for example in examples], run.config.tokens_per_forward)
+    losses = [token_loss(run, model, batch).item() for batch in batches]
     model.train(was_training)
     return sum(losses) / sum(len(example.completion_ids) for example in examples)
 
 
-def token_loss(run: Run, model: LanguageModel, examples: list[Example]) -> torch.Tensor:
+def token_loss(run: Run, model: LanguageModel, batch: Batch) -> torch.Tensor:
     """The summed loss of all completion tokens, in one forward pass."""
-    batch = unwrap(model).lay_out([e.prompt_ids for e in examples], [e.completion_ids for e in examples])
     with run.accelerator.autocast():
         return model(batch, linear_cross_entropy, reduction="sum")
-
-
-def forward_parts(run: Run, model: LanguageModel, examples: list[Example]) -> list[list[Example]]:
-    """The examples in parts of ``tokens_per_forward``."""
-    lengths = [[len(example.prompt_ids) + len(example.completion_ids)] for example in examples]
-    return [[examples[i] for i in part] for part in unwrap(model).parts(lengths, run.config.tokens_per_forward)]

@@ -38,9 +38,10 @@ from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.batch import Batch
 from rlhf.config import Adam, RunConfig
 from rlhf.fields import first_line
-from rlhf.models import Backbone
+from rlhf.models import Backbone, unwrap
 from rlhf.settings import ConfigError, as_plain, flatten
 
 logger = logging.getLogger(__name__)
@@ -439,22 +440,31 @@ def hold_out(count: int, fraction: float, seed: int) -> tuple[list[int], list[in
     return sorted(order[held_out:]), sorted(order[:held_out])
 
 
-def accumulate(run: Run, model: nn.Module, parts: Iterable[Any]) -> Iterator[Any]:
-    """The parts of one optimizer step, each for a forward and backward pass of its own.
+def accumulate(run: Run, model: nn.Module, examples: Sequence[Any]) -> Iterator[tuple[list[Any], Batch]]:
+    """The examples of one optimizer step in parts of ``tokens_per_forward``, each with its batch.
 
-    Gradients add up; processes exchange them once, at the last part.
+    Every part is for a forward pass and a :func:`backward` of its own. Gradients add up; processes exchange them once,
+    at the last part. An example is whatever has a ``group``.
     """
-    parts = list(parts)
-    for number, part in enumerate(parts, start=1):
+    inner: Backbone = unwrap(model)
+    parts = inner.parts([example.group for example in examples], run.config.tokens_per_forward)
+    for number, indices in enumerate(parts, start=1):
+        part = [examples[i] for i in indices]
         with run.accelerator.no_sync(model) if number < len(parts) else contextlib.nullcontext():
-            yield part
+            yield part, inner.lay_out([example.group for example in part])
 
 
-def mine(run: Run, items: list[Any]) -> list[Any]:
+def backward(run: Run, loss: Tensor, share: float) -> None:
+    """Adds the gradient of ``share * loss``, where the shares of all parts on all processes make up the step's loss."""
+    # DDP averages gradients over processes, and what is wanted is their sum.
+    run.accelerator.backward(loss * (share * run.accelerator.num_processes))
+
+
+def process_share(run: Run, items: list[Any]) -> list[Any]:
     """This process's share of a global batch."""
     return items[run.accelerator.process_index :: run.accelerator.num_processes]
 
 
-def total(run: Run, value: float | Tensor) -> Tensor:
+def sum_over_processes(run: Run, value: float | Tensor) -> Tensor:
     """The sum of a number over all processes."""
     return run.accelerator.reduce(torch.as_tensor(value, dtype=torch.float32, device=run.device), reduction="sum")

@@ -10,7 +10,7 @@ from torch import Tensor
 from rlhf_kernels import checks
 from rlhf_kernels.backends import choose
 from rlhf_kernels.reference import kl_reward as reference
-from rlhf_kernels.registration import autograd, call, fake, run
+from rlhf_kernels.registration import autograd, call, fake, run_kernel
 
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 
@@ -107,7 +107,7 @@ def check_shaping(scores: Tensor, like: Tensor, count: int, beta: float, score_c
 
 
 @fake("kl_penalty")
-def _(logprobs: Tensor, *_: Any) -> Tensor:
+def _(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
     return logprobs.new_empty(logprobs.shape, dtype=torch.float32)
 
 
@@ -121,13 +121,13 @@ def _(scores: Tensor, logprobs: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return tuple(logprobs.new_empty(logprobs.shape, dtype=torch.float32) for _ in range(2))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    logprobs, ref_logprobs, ctx.estimator = inputs
-    ctx.save_for_backward(logprobs, ref_logprobs)
+def _save(ctx: Any, inputs: Any, output: Tensor) -> None:
+    ctx.estimator = inputs.estimator
+    ctx.save_for_backward(inputs.logprobs, inputs.ref_logprobs)
 
 
-@autograd("kl_penalty", _save, variables=(0, 1))
-def _backward(ctx: Any, saved: tuple[Tensor, ...], gradient: Tensor) -> tuple[Tensor | None, ...]:
+@autograd("kl_penalty", _save, variables=("logprobs", "ref_logprobs"))
+def _backward(ctx: Any, saved: tuple[Tensor, ...], gradient: Tensor) -> dict[str, Tensor]:
     logprobs, ref_logprobs = saved
-    slope = run(ctx.backend, "kl_penalty_backward", logprobs, ref_logprobs, ctx.estimator, gradient)
-    return slope.to(logprobs.dtype), -slope.to(ref_logprobs.dtype), None
+    slope = run_kernel(ctx.backend, "kl_penalty_backward", logprobs, ref_logprobs, ctx.estimator, gradient)
+    return {"logprobs": slope.to(logprobs.dtype), "ref_logprobs": -slope.to(ref_logprobs.dtype)}

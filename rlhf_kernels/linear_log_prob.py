@@ -17,7 +17,9 @@ from rlhf_kernels.log_prob import check_rows, read_rows
 from rlhf_kernels.ops import OPS
 from rlhf_kernels.ppo_loss import check_clipping, check_reduction
 from rlhf_kernels.reference import linear_log_prob as reference
-from rlhf_kernels.registration import autograd, call, fake, needs_gradient, run, scaled
+from rlhf_kernels.registration import autograd, call, fake, needs_gradient, run_kernel, scaled
+
+OPERANDS = ("hidden", "weight", "bias")
 
 
 def linear_selective_log_softmax(
@@ -303,53 +305,58 @@ def _(
     return loss, *_gradients_like(hidden, weight, bias, needs_hidden, needs_weight)
 
 
-def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, index, wanted, bias, ctx.temperature, ctx.softcap, ctx.with_entropy = inputs
+def _save_rows(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
+    ctx.temperature, ctx.softcap, ctx.with_entropy = inputs.temperature, inputs.softcap, inputs.with_entropy
+    ctx.needs_hidden = inputs.hidden.requires_grad
+    ctx.needs_weight = inputs.weight.requires_grad or (inputs.bias is not None and inputs.bias.requires_grad)
     _, entropies, maxima, log_sums = output
-    ctx.save_for_backward(hidden, weight, index, wanted, bias, entropies, maxima, log_sums)
+    ctx.save_for_backward(
+        inputs.hidden, inputs.weight, inputs.index, inputs.wanted, inputs.bias, entropies, maxima, log_sums
+    )
     ctx.mark_non_differentiable(maxima, log_sums, *(() if ctx.with_entropy else (entropies,)))
 
 
-@autograd("linear_selective_log_softmax", _save_rows, variables=(0, 1, 4))
+@autograd("linear_selective_log_softmax", _save_rows, variables=OPERANDS)
 def _backward_of_rows(
     ctx: Any, saved: tuple[Any, ...], grad_logprobs: Tensor, grad_entropies: Tensor, *_: Any
-) -> tuple[Tensor | None, ...]:
+) -> dict[str, Tensor | None]:
     hidden, weight, index, wanted, bias, entropies, maxima, log_sums = saved
-    needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[4]
-    gradients = run(
+    of_hidden, of_weight, of_bias = run_kernel(
         ctx.backend, "linear_selective_log_softmax_backward",
         hidden, weight, index, wanted, bias, ctx.temperature, ctx.softcap, entropies, maxima, log_sums, grad_logprobs,
-        grad_entropies if ctx.with_entropy else None, needs_hidden, needs_weight,
+        grad_entropies if ctx.with_entropy else None, ctx.needs_hidden, ctx.needs_weight,
     )  # fmt: skip
-    of_hidden, of_weight, of_bias = gradients
-    return (
-        of_hidden if needs_hidden else None, of_weight if needs_weight else None, None, None,
-        of_bias if needs_weight and bias is not None else None, None, None, None,
-    )  # fmt: skip
+    return {
+        "hidden": of_hidden if ctx.needs_hidden else None,
+        "weight": of_weight if ctx.needs_weight else None,
+        "bias": of_bias if ctx.needs_weight and bias is not None else None,
+    }
 
 
 # The losses come with their gradients, which the derivative scales.
 
 
-def _save_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*(inputs[at] for at in ctx.variables), *output[-3:])
-    ctx.mark_non_differentiable(*output[1:])
+def _save_loss(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
+    _, *statistics, of_hidden, of_weight, of_bias = output
+    ctx.save_for_backward(inputs.hidden, inputs.weight, inputs.bias, of_hidden, of_weight, of_bias)
+    ctx.mark_non_differentiable(*statistics, of_hidden, of_weight, of_bias)
     # Else autograd makes zeros to go with the gradient that is an output here, as large as that.
     ctx.set_materialize_grads(False)
-    ctx.count, ctx.needs = len(inputs), inputs[-2:]
+    ctx.needs_hidden, ctx.needs_weight = inputs.needs_hidden, inputs.needs_weight
 
 
-def _backward_of_loss(ctx: Any, saved: tuple[Any, ...], grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    operands, gradients = saved[:3], saved[3:]
-    needs_hidden, needs_weight = ctx.needs
-    result: list[Tensor | None] = [None] * ctx.count
-    for at, operand, gradient, needed in zip(
-        ctx.variables, operands, gradients, (needs_hidden, needs_weight, needs_weight), strict=True
-    ):
-        if needed and operand is not None:
-            result[at] = scaled(gradient, grad_loss, operand.dtype)
-    return tuple(result)
+def _backward_of_loss(ctx: Any, saved: tuple[Any, ...], grad_loss: Tensor, *_: Any) -> dict[str, Tensor | None]:
+    hidden, weight, bias, of_hidden, of_weight, of_bias = saved
+
+    def arriving(gradient: Tensor, operand: Tensor | None, needed: bool) -> Tensor | None:
+        return scaled(gradient, grad_loss, operand.dtype) if needed and operand is not None else None
+
+    return {
+        "hidden": arriving(of_hidden, hidden, ctx.needs_hidden),
+        "weight": arriving(of_weight, weight, ctx.needs_weight),
+        "bias": arriving(of_bias, bias, ctx.needs_weight),
+    }
 
 
-autograd("linear_ppo_policy_loss", _save_loss, variables=(0, 1, 6))(_backward_of_loss)
-autograd("linear_cross_entropy", _save_loss, variables=(0, 1, 4))(_backward_of_loss)
+autograd("linear_ppo_policy_loss", _save_loss, variables=OPERANDS)(_backward_of_loss)
+autograd("linear_cross_entropy", _save_loss, variables=OPERANDS)(_backward_of_loss)

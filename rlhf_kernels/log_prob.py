@@ -10,7 +10,7 @@ from torch import Tensor
 from rlhf_kernels import checks
 from rlhf_kernels.backends import choose
 from rlhf_kernels.reference import log_prob as reference
-from rlhf_kernels.registration import autograd, call, fake, run
+from rlhf_kernels.registration import autograd, call, fake, run_kernel
 
 
 def selective_log_softmax(
@@ -167,27 +167,27 @@ def _(*_: Any) -> None:
     return None
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, index, wanted, ctx.temperature, ctx.with_entropy, ctx.inplace = inputs
+def _save(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
+    ctx.temperature, ctx.with_entropy, ctx.inplace = inputs.temperature, inputs.with_entropy, inputs.inplace_backward
     _, entropies, maxima, log_sums = output
-    ctx.save_for_backward(logits, index, wanted, entropies, maxima, log_sums)
+    ctx.save_for_backward(inputs.logits, inputs.index, inputs.wanted, entropies, maxima, log_sums)
     ctx.mark_non_differentiable(maxima, log_sums, *(() if ctx.with_entropy else (entropies,)))
 
 
-@autograd("selective_log_softmax", _save, variables=(0,))
+@autograd("selective_log_softmax", _save, variables=("logits",))
 def _backward(
     ctx: Any, saved: tuple[Tensor, ...], grad_logprobs: Tensor, grad_entropies: Tensor, *_: Any
-) -> tuple[Tensor | None, ...]:
+) -> dict[str, Tensor]:
     logits, index, wanted, entropies, maxima, log_sums = saved
     arguments = (
         logits, index, wanted, ctx.temperature, entropies, maxima, log_sums, grad_logprobs,
         grad_entropies if ctx.with_entropy else None,
     )  # fmt: skip
     if ctx.inplace:
-        run(ctx.backend, "selective_log_softmax_backward_", *arguments)
+        run_kernel(ctx.backend, "selective_log_softmax_backward_", *arguments)
         # Autograd then refuses a second pass over these logits.
         torch.autograd.graph.increment_version(logits)
         gradient = logits.detach()
     else:
-        gradient = run(ctx.backend, "selective_log_softmax_backward", *arguments)
-    return gradient, None, None, None, None, None
+        gradient = run_kernel(ctx.backend, "selective_log_softmax_backward", *arguments)
+    return {"logits": gradient}

@@ -162,19 +162,29 @@ def _(
     return _results("ppo_value_loss", values, with_gradient)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, variable: Tensor, output: tuple[Tensor, ...]) -> None:
     _, statistics, gradient = output
-    ctx.save_for_backward(inputs[0], gradient)
+    ctx.save_for_backward(variable, gradient)
     ctx.mark_non_differentiable(statistics, gradient)
     # Else autograd makes zeros to go with the gradient that is an output here, as large as that.
     ctx.set_materialize_grads(False)
-    ctx.others = (None,) * (len(inputs) - 1)
 
 
-@autograd("ppo_policy_loss", _save, variables=(0,))
-def _backward(ctx: Any, saved: tuple[Tensor, ...], grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    variable, gradient = saved
-    return scaled(gradient, grad_loss, variable.dtype), *ctx.others
+def _save_policy(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
+    _save(ctx, inputs.logprobs, output)
 
 
-autograd("ppo_value_loss", _save, variables=(0,))(_backward)
+def _save_value(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
+    _save(ctx, inputs.values, output)
+
+
+@autograd("ppo_policy_loss", _save_policy, variables=("logprobs",))
+def _(ctx: Any, saved: tuple[Tensor, ...], grad_loss: Tensor, *_: Any) -> dict[str, Tensor | None]:
+    logprobs, gradient = saved
+    return {"logprobs": scaled(gradient, grad_loss, logprobs.dtype)}
+
+
+@autograd("ppo_value_loss", _save_value, variables=("values",))
+def _(ctx: Any, saved: tuple[Tensor, ...], grad_loss: Tensor, *_: Any) -> dict[str, Tensor | None]:
+    values, gradient = saved
+    return {"values": scaled(gradient, grad_loss, values.dtype)}

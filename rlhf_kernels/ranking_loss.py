@@ -80,15 +80,15 @@ def _(
     return tuple(scores.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
     _, accuracy, gradient = output
-    ctx.save_for_backward(inputs[0], gradient)
+    ctx.save_for_backward(inputs.scores, gradient)
     ctx.mark_non_differentiable(accuracy, gradient)
     # Else autograd makes zeros to go with the gradient that is an output here, as large as that.
     ctx.set_materialize_grads(False)
 
 
-@autograd("pairwise_ranking_loss", _save, variables=(0,))
-def _backward(ctx: Any, saved: tuple[Tensor, ...], grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+@autograd("pairwise_ranking_loss", _save, variables=("scores",))
+def _backward(ctx: Any, saved: tuple[Tensor, ...], grad_loss: Tensor, *_: Any) -> dict[str, Tensor | None]:
     scores, gradient = saved
-    return scaled(gradient, grad_loss, scores.dtype), None, None, None, None, None
+    return {"scores": scaled(gradient, grad_loss, scores.dtype)}

@@ -7,7 +7,9 @@ either, and eager code runs the Triton kernels without them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import inspect
+from collections import namedtuple
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,13 +19,16 @@ from torch.autograd import forward_ad
 from rlhf_kernels.backends import emulated, has
 from rlhf_kernels.ops import OPS
 
-Backward = Callable[..., tuple[Tensor | None, ...]]
+Backward = Callable[..., Mapping[str, Tensor | None]]
+
+_FAKES: dict[str, Callable[..., Any]] = {}
 
 
 def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Registers shapes and dtypes of an op's results, for compilers and ``meta`` tensors."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        _FAKES[name] = function
         if has("cpu"):
             torch.library.register_fake(f"rlhf_kernels::{name}", function)
         return function
@@ -51,38 +56,42 @@ def _run_triton(name: str, *inputs: Any) -> Any:
 class _Derivative(NamedTuple):
     function: type[torch.autograd.Function]
     variables: tuple[int, ...]
+    """Where among the op's arguments those are that it has a gradient for."""
 
 
 _DERIVATIVES: dict[str, _Derivative] = {}
 
 
-def autograd(name: str, save: Callable[..., None], variables: tuple[int, ...]) -> Callable[[Backward], Backward]:
-    """Registers the derivative of an op in its arguments at the positions ``variables``, which ``ctx`` has as well.
+def autograd(name: str, save: Callable[..., None], variables: tuple[str, ...]) -> Callable[[Backward], Backward]:
+    """Registers the derivative of an op in the arguments that are named, after its fake kernel, which names them all.
 
-    ``save(ctx, inputs, output)`` keeps what the derivative needs, the variables among the saved tensors;
-    ``backward(ctx, saved, *gradients)`` returns one gradient per input. Differentiating twice raises.
+    ``save(ctx, inputs, output)`` keeps what the derivative needs, the variables among the saved tensors; ``inputs`` has
+    the op's arguments by name. ``backward(ctx, saved, *gradients)`` returns the gradients of the variables by name.
+    Differentiating twice raises.
     """
+    names = tuple(inspect.signature(_FAKES[name]).parameters)
+    Inputs = namedtuple("Inputs", names)  # type: ignore[misc]
 
     def register(backward: Backward) -> Backward:
         def once(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
             saved = ctx.saved_tensors
             if not torch.is_grad_enabled():
-                return backward(ctx, saved, *gradients)
+                return tuple(map(backward(ctx, saved, *gradients).get, names))
             with torch.no_grad():
                 results = backward(ctx, saved, *gradients)
             inputs = [x for x in (*saved, *gradients) if isinstance(x, Tensor) and x.requires_grad]
-            return tuple(None if x is None else _NoSecondDerivative.apply(x, name, *inputs) for x in results)
+            tied = {at: None if x is None else _NoSecondDerivative.apply(x, name, *inputs) for at, x in results.items()}
+            return tuple(map(tied.get, names))
 
         def forward(ctx: Any, *arguments: Any) -> Any:
             *inputs, ctx.backend = arguments
-            ctx.variables = variables
-            output = run(ctx.backend, name, *inputs)
-            save(ctx, inputs, output)
+            output = run_kernel(ctx.backend, name, *inputs)
+            save(ctx, Inputs(*inputs), output)
             return output
 
         def traced(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.backend, ctx.variables = None, variables
-            save(ctx, inputs, output)
+            ctx.backend = None
+            save(ctx, Inputs(*inputs), output)
 
         def eager(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
             return *once(ctx, *gradients), None
@@ -90,7 +99,9 @@ def autograd(name: str, save: Callable[..., None], variables: tuple[int, ...]) -
         if has("cpu"):
             torch.library.register_autograd(f"rlhf_kernels::{name}", once, setup_context=traced)
         methods = {"forward": staticmethod(forward), "backward": staticmethod(eager)}
-        _DERIVATIVES[name] = _Derivative(type(name, (torch.autograd.Function,), methods), variables)
+        _DERIVATIVES[name] = _Derivative(
+            type(name, (torch.autograd.Function,), methods), tuple(map(names.index, variables))
+        )
         return backward
 
     return register
@@ -107,7 +118,7 @@ def implementation(backend: str, name: str) -> Callable[..., Any]:
     return getattr(library, name).default
 
 
-def run(backend: str | None, name: str, *inputs: Any) -> Any:
+def run_kernel(backend: str | None, name: str, *inputs: Any) -> Any:
     """The op ``name`` without its derivative. No backend: the one that torch has for the tensors' device."""
     if backend is None:
         return getattr(torch.ops.rlhf_kernels, name)(*inputs)
@@ -126,9 +137,9 @@ def call(backend: str, name: str, *inputs: Any) -> Any:
         derivative = None  # whatever else requires a gradient: results don't, then
     if torch.compiler.is_compiling() and has("cpu"):
         if derivative is not None:
-            return run(None, name, *inputs)
+            return run_kernel(None, name, *inputs)
         with torch.no_grad():
-            return run(None, name, *inputs)
+            return run_kernel(None, name, *inputs)
     if forward_ad._current_level >= 0:
         tensors = [x for x in inputs if isinstance(x, Tensor)]
         if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
@@ -137,7 +148,7 @@ def call(backend: str, name: str, *inputs: Any) -> Any:
             )
     if derivative is not None:
         return derivative.function.apply(*inputs, backend)
-    return run(backend, name, *inputs)
+    return run_kernel(backend, name, *inputs)
 
 
 class _NoSecondDerivative(torch.autograd.Function):

@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
         os.environ["RLHF_KERNELS_EMULATED_CUDA"] = str(folder / "_cuda.so")
 
 import rlhf_kernels
+from rlhf_kernels.ops import OPS
 
 # Derandomised, so that a run is green or red for its code alone. No deadline: nothing here depends on a clock.
 settings.register_profile(
@@ -35,8 +36,10 @@ settings.load_profile("rlhf")
 
 def _on(request):
     name = request.param
-    if name == "cuda" and ("linear" in request.node.name or "linear" in request.module.__name__):
-        pytest.skip("the linear family has no CUDA C++ kernels: on GPUs it is in Triton")
+    family, mark = request.module.__name__.removeprefix("test_"), request.node.get_closest_marker("runs")
+    for op, facts in OPS.items():
+        if name == "cuda" and name not in facts.on_gpu and (facts.family == family or (mark and op in mark.args)):
+            pytest.skip(f"{op} has no CUDA C++ kernels")
     gpu = name in ("triton", "cuda") and torch.cuda.is_available()
     with rlhf_kernels.use_backend(name), torch.device("cuda" if gpu else "cpu"):
         yield name

@@ -5,6 +5,7 @@
 
 #include "cpu/rows.h"
 #include "cpu/table.h"
+#include "cpu/vec/gae.h"
 
 namespace rlhf_kernels::cpu {
 inline namespace RLHF_ISA {

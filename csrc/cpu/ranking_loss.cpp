@@ -7,6 +7,7 @@
 
 #include "cpu/rows.h"
 #include "cpu/table.h"
+#include "cpu/vec/ranking_loss.h"
 #include "rlhf_kernels/ranking.h"
 
 namespace rlhf_kernels::cpu {

@@ -16,13 +16,14 @@ constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 // Elements that a thread takes at a time: 16 bytes of the 16-bit types, twice that of float32.
 constexpr int kVector = 8;
-// Blocks of a kernel that walks through its work: as many as fill the largest chips, the same number on every chip, so
-// that the sums have the same bits on all.
+// The most blocks of a kernel whose blocks loop over the work. Enough to fill the largest GPUs, and the same number on
+// every GPU, so that sums have the same bits on all of them.
 constexpr int64_t kMostBlocks = 1024;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// 1/x of an x that float32 can tell from 0, by Newton's method: a division in double is a call, before which registers spill.
+// 1/x for an x that is not 0 in float32, by Newton's method: a division of doubles is a function call on a GPU, and
+// registers spill before it.
 __device__ __forceinline__ double inverse(double x) {
   double result = 1.0f / static_cast<float>(x);
 #pragma unroll
@@ -30,7 +31,7 @@ __device__ __forceinline__ double inverse(double x) {
   return result;
 }
 
-// 2^x, where what is below the normal numbers may be 0 and saves three instructions of five.
+// 2^x. Results below the normal numbers may come out as 0, which saves three instructions of five.
 __device__ __forceinline__ float power_of_two_or_0(float x) {
 #if defined(__CUDA_ARCH__)
   float result;
@@ -43,7 +44,7 @@ __device__ __forceinline__ float power_of_two_or_0(float x) {
 
 // ------------------------------------------------------------------------------------------------------------ lanes
 
-// Any plain value from another lane, word by word.
+// Any plain struct from another lane, 32 bits at a time.
 template <class T, class Move>
 __device__ __forceinline__ T moved(const T& value, Move&& move) {
   static_assert(sizeof(T) % 4 == 0);
@@ -76,8 +77,8 @@ __device__ __forceinline__ T shuffle_xor(const T& value, int mask) {
   return moved(value, [&](uint32_t word) { return __shfl_xor_sync(kAllLanes, word, mask); });
 }
 
-// Every thread's value merged into the first thread's, always in the same order. All threads of the block come here;
-// merge(a, b) takes b into a. `between` has room for one value per warp.
+// Merges the values of all threads into the first thread's, always in the same order. Every thread of the block must call
+// it. merge(a, b) takes b into a; `between` needs room for one value per warp.
 template <class T, class Merge>
 __device__ __forceinline__ T block_merge(T value, T* between, Merge&& merge) {
 #pragma unroll
@@ -94,8 +95,8 @@ __device__ __forceinline__ T block_merge(T value, T* between, Merge&& merge) {
   return value;
 }
 
-// Whether this block is the last of the grid to come here; then all that the others wrote before is visible to it.
-// The ticket is 0 when the kernel starts.
+// Whether this block is the last of the grid to call it. If so, it sees all that the others wrote before they called it.
+// The ticket must be 0 when the kernel starts.
 __device__ __forceinline__ bool is_last_block(unsigned* ticket) {
   __shared__ bool last;
   __threadfence();
@@ -108,8 +109,8 @@ __device__ __forceinline__ bool is_last_block(unsigned* ticket) {
 
 // ------------------------------------------------------------------------------------------------------------ memory
 
-// Where a sequence, or a prompt's completions, lie. Boundaries come unchecked from the device: whatever they hold, nothing
-// outside the data is looked at.
+// Where a sequence, or a prompt's completions, lie. Boundaries are in the GPU's memory, so nobody has checked them: they
+// are clamped, and nothing outside the data is read whatever they hold.
 struct Span {
   int64_t row, column, flat, length;
 };
@@ -127,7 +128,7 @@ __device__ __forceinline__ float widened(uint16_t bits, Dtype dtype) {
   return dtype == Dtype::bfloat16 ? float_of_bits(uint32_t{bits} << 16) : __half2float(__ushort_as_half(bits));
 }
 
-// To the nearest, ties to even; NaN stays.
+// Rounds to the nearest, ties to even; NaN stays NaN.
 __device__ __forceinline__ uint16_t narrowed(float x, Dtype dtype) {
   if (dtype == Dtype::float16) return __half_as_ushort(__float2half_rn(x));
   const uint32_t bits = __float_as_uint(x);
@@ -147,8 +148,8 @@ __device__ __forceinline__ void store(void* data, Dtype dtype, int64_t at, float
   }
 }
 
-// 16 bytes at once, to or from an address that is a multiple of 16. Said in PTX: nvcc takes a pointer that was an integer
-// once for one to any memory, and cuts some assignments of its vector types into words.
+// 16 bytes at once, to or from an address that is a multiple of 16. Written in PTX, since nvcc no longer knows that a
+// pointer which was an integer once is to global memory, and cuts some assignments of its vector types into words.
 __device__ __forceinline__ uint4 load_16_bytes(const void* from) {
 #if defined(__CUDA_ARCH__)
   uint4 result;
@@ -171,7 +172,7 @@ __device__ __forceinline__ void store_16_bytes(void* to, const uint4& value) {
 #endif
 }
 
-// Eight elements as they come from memory. Conversions wait until all that is to be loaded is on its way.
+// Eight elements as they come from memory, not yet converted: first all loads are issued, then all are converted.
 struct Packed {
   uint32_t words[kVector];
   bool wide;  // an element in each word, as float32; else two in each of the first four
@@ -195,7 +196,7 @@ struct Packed {
 
 __device__ __forceinline__ bool is_aligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 == 0; }
 
-// Of elements that begin at a multiple of 16 bytes.
+// Eight elements from an address that is a multiple of 16 bytes.
 __device__ __forceinline__ Packed fetch_aligned(const void* data, Dtype dtype, int64_t at) {
   Packed result;
   result.wide = dtype == Dtype::float32;
@@ -208,8 +209,8 @@ __device__ __forceinline__ Packed fetch_aligned(const void* data, Dtype dtype, i
   return result;
 }
 
-// 16 bytes from an address that is a multiple of 2 only, by the aligned 16 that it begins in and, where it is no multiple
-// of 16, those that follow.
+// 16 bytes from an address that is only a multiple of 2. Reads the aligned 16 bytes in which they begin and, unless the
+// address is a multiple of 16 itself, the next 16.
 __device__ __forceinline__ uint4 shifted_16_bytes(const void* from) {
   const auto address = reinterpret_cast<uintptr_t>(from);
   const unsigned shift = address & 15;
@@ -224,8 +225,8 @@ __device__ __forceinline__ uint4 shifted_16_bytes(const void* from) {
   return a;
 }
 
-// Of elements that begin anywhere, at full width: which elements a thread takes, and so the order of its sums, must not
-// depend on where a row lies in memory.
+// Eight elements from any address, in 16-byte reads. Which elements a thread gets must not depend on where a row lies in
+// memory, or the order of the sums would.
 __device__ __forceinline__ Packed fetch_shifted(const void* data, Dtype dtype, int64_t at) {
   Packed result;
   result.wide = dtype == Dtype::float32;
@@ -238,7 +239,7 @@ __device__ __forceinline__ Packed fetch_shifted(const void* data, Dtype dtype, i
   return result;
 }
 
-// Of elements `stride` apart, one by one, of which the first `count` are there; the others become `fill`.
+// Eight elements that are `stride` apart, one by one. Only the first `count` exist; the others become `fill`.
 __device__ __forceinline__ Packed fetch_one_by_one(const void* data, Dtype dtype, int64_t at, int64_t stride,
                                                    int64_t count, float fill) {
   Packed result;
@@ -250,7 +251,7 @@ __device__ __forceinline__ Packed fetch_one_by_one(const void* data, Dtype dtype
   return result;
 }
 
-// Of a row of a matrix, from t on; 0 past the first `count`.
+// Eight elements of a row of a matrix, from column t on; 0 after the first `count`.
 __device__ __forceinline__ Packed fetch(const View& view, int64_t row, int64_t t, int64_t count) {
   const int64_t at = row * view.row_stride + t * view.stride;
   const char* address = static_cast<const char*>(view.data) + at * (view.dtype == Dtype::float32 ? 4 : 2);
@@ -258,12 +259,12 @@ __device__ __forceinline__ Packed fetch(const View& view, int64_t row, int64_t t
   return fetch_one_by_one(view.data, view.dtype, at, view.stride, count, 0.0f);
 }
 
-// Of a contiguous array of float32.
+// The same of a contiguous array of float32.
 __device__ __forceinline__ Packed fetch(const float* data, int64_t at, int64_t count) {
   return fetch(View{data, Dtype::float32, 0, 1}, 0, at, count);
 }
 
-// Eight elements to `at`, of which the first `count` have a place. Where the address allows it, 16 bytes at a time.
+// Stores the first `count` of eight elements, 16 bytes at a time where the address allows it.
 __device__ __forceinline__ void store_vector(void* data, Dtype dtype, int64_t at, int64_t count,
                                              const float (&x)[kVector]) {
   if (dtype == Dtype::float32) {
@@ -292,7 +293,7 @@ __device__ __forceinline__ void store_vector(void* data, Dtype dtype, int64_t at
   }
 }
 
-// Which of eight positions count, a bit each.
+// Which of eight positions the mask keeps, one bit each.
 __device__ __forceinline__ unsigned load_mask(const uint8_t* wanted, int64_t at, int64_t count) {
   unsigned bits = 0;
   const uint8_t* from = wanted + at;

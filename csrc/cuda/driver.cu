@@ -1,4 +1,4 @@
-// What this library needs of the driver.
+// Whether the GPU's driver is new enough for these kernels.
 
 #include <cuda_runtime.h>
 #include <dlfcn.h>
@@ -7,8 +7,8 @@
 
 namespace rlhf_kernels::cuda {
 
-// The driver's library is asked for a number and nothing else. The runtime's cudaDriverGetVersion would initialise the
-// driver besides, after which a process can't fork and use a GPU in the child: too much for an import.
+// Asks the driver's library for its version and nothing else. The runtime's cudaDriverGetVersion would also initialise the
+// driver, and then a process can no longer fork and use a GPU in the child. An import must not do that.
 Versions versions() {
   static const Versions answer = [] {
     Versions found{CUDART_VERSION, 0};

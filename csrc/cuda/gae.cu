@@ -1,8 +1,8 @@
 // Advantages: a block per sequence, from its last position to its first, as a scan of affine maps (rlhf_kernels/gae.h);
 // whitening in a second launch, when the moments of all sequences are complete.
 //
-// Positions go to lanes and lanes to warps by their place in the sequence alone, and the state is handed from warp to
-// warp: the bits of a sequence depend neither on the batch nor on the size of the block.
+// Which lane and warp takes a position depends on its place in the sequence alone, and the state goes from warp to warp.
+// So a sequence's results have the same bits in any batch and with any size of block.
 
 #include "cuda/device.h"
 #include "rlhf_kernels/gae.h"
@@ -15,7 +15,7 @@ constexpr int kMostThreads = 256;
 constexpr int kMostWarps = kMostThreads / kWarp;
 constexpr int kWhitenThreads = 256;
 
-// Of at most eight advantages.
+// The moments of at most eight advantages.
 __device__ __forceinline__ Moments moments_of(const float (&advantages)[kVector], unsigned counts) {
   Moments result;
   for (int i = 0; i < kVector; ++i) {
@@ -32,7 +32,7 @@ __device__ __forceinline__ Moments moments_of(const float (&advantages)[kVector]
   return result;
 }
 
-// Several blocks to a multiprocessor, so that some load while others wait for their scan.
+// Several blocks share a multiprocessor, so that some load while others wait in their scan.
 template <bool kShaped>
 __global__ void __launch_bounds__(kMostThreads, kShaped ? 2 : 3) sequence_kernel(GaeArguments in, KlShaping shaping) {
   __shared__ GaeMap totals[2][kMostWarps];
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kWhitenThreads) whiten_kernel(float* advantage
 
 template <bool kShaped>
 void run(const GaeArguments& in, const KlShaping& shaping, int64_t size, Stream stream) {
-  // As many threads as a sequence has eights, in whole warps. Packed ones are of any length.
+  // A thread for every eight positions of a sequence, in whole warps. Packed sequences may have any length.
   const int64_t longest = ceil_div(in.sequences.length, kVector);
   const int threads = static_cast<int>(longest >= kMostThreads ? kMostThreads : ceil_div(longest < 1 ? 1 : longest, kWarp) * kWarp);
   launch(sequence_kernel<kShaped>, in.sequences.count, in.sequences.boundaries ? kMostThreads / 2 : threads, stream, in,

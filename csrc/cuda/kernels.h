@@ -22,9 +22,9 @@ bool driver_is_too_old();
 
 // ------------------------------------------------------------------------------------------------------- log_prob
 
-// How many stretches of the vocabulary a row's sums are made of.
+// Into how many chunks of the vocabulary a row is cut, each summed by a block of its own.
 int64_t log_prob_chunks(int64_t vocabulary);
-// sums: one per row and chunk; tickets: 0, one per row.
+// sums: room for one per row and chunk. tickets: one per row, each 0.
 void log_prob(const LogProbArguments&, const LogProbResults&, int64_t rows, OnlineSoftmax* sums, unsigned* tickets,
               Stream);
 void log_prob_backward(const LogProbArguments&, const LogProbGradient&, int64_t rows, Stream);
@@ -37,16 +37,16 @@ void kl_penalty_backward(const View& logprobs, const View& ref_logprobs, int64_t
                          const float* gradient, float* result, Stream);
 void kl_shaped_rewards(const KlShaping&, const Sequences&, const uint8_t* wanted, Stream);
 
-// Whitened where in.moments is there; size is the number of positions.
+// Whitens the advantages where in.moments is given. size: the number of positions.
 void gae(const GaeArguments& in, int64_t size, Stream);
-// in.rewards is not looked at.
+// Makes the rewards itself: in.rewards is not read.
 void ppo_advantages(const GaeArguments& in, const KlShaping&, int64_t size, Stream);
 
 // ------------------------------------------------------------------------------------------------------- ppo_loss
 
 enum class Reduction { token_mean, seq_mean_token_mean, seq_mean_token_sum };
 
-// Inputs as rows of `length`; with token_mean a row may be anything.
+// Inputs as rows of `length`. With token_mean the rows carry no meaning, and may be cut in any way.
 struct TokenLoss {
   View inputs[3];
   const uint8_t* wanted;
@@ -58,7 +58,7 @@ struct TokenLoss {
   float* statistics;  // PolicyStatistics or ValueStatistics
 };
 
-// What a loss keeps in between, none of it set to anything: its bytes, for so many rows.
+// Bytes of the workspace that a loss needs for so many rows. It may hold anything before.
 int64_t token_loss_workspace(int64_t rows, int64_t length);
 void ppo_policy_loss(const TokenLoss&, const PolicyClip&, void* workspace, Stream);
 // clip_range below 0: none.

@@ -10,7 +10,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kChunk = kThreads * kVector;
 
-// A block per chunk of a row. Without `gradient` the penalty, else its derivative times that.
+// One block per chunk of a row. Writes the penalty, or where `gradient` is given, the derivative times the gradient.
 __global__ void __launch_bounds__(kThreads) penalty_kernel(View logprobs, View ref_logprobs, int64_t length,
                                                            unsigned per_row, KlEstimator estimator,
                                                            const float* gradient, float* result) {
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads) penalty_kernel(View logprobs, View r
   store_vector(result, Dtype::float32, flat, count, x);
 }
 
-// A block per row. The last position that counts is found first: it gets the score.
+// One block per row. It first looks for the last unmasked position, which gets the score.
 __global__ void __launch_bounds__(kThreads) rewards_kernel(KlShaping in, int64_t length, const uint8_t* wanted) {
   __shared__ int64_t between[kThreads / kWarp];
   __shared__ int64_t scored;

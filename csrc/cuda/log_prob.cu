@@ -1,6 +1,6 @@
-// Log-prob and entropy of a row in one read of its logits, and their gradient in one read and one write. A block has a
-// chunk of a row, of one size, so that few rows keep the chip as busy as many; the last block of a row to finish merges
-// its chunks, in order.
+// Log-prob and entropy of a row in one read of its logits, and their gradient in one read and one write. Each block takes
+// a chunk of a row; chunks have one size, so that a few long rows keep the GPU as busy as many. The last block of a row to
+// finish merges the row's chunks, in order.
 
 #include <cfloat>
 #include <type_traits>
@@ -13,21 +13,21 @@ namespace rlhf_kernels::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kVectors = 8;    // a thread's
-constexpr int kSumsAhead = 2;  // of which it asks for so many before it looks at the first
-constexpr int kAhead = 4;      // the same, of the gradient
+constexpr int kVectors = 8;    // that a thread takes of a chunk
+constexpr int kSumsAhead = 2;  // how many of them it loads before it uses the first, for the sums
+constexpr int kAhead = 4;      // the same for the gradient
 constexpr int kStride = kThreads * kVector;
 constexpr int kChunk = kStride * kVectors;
 
 template <Dtype kDtype>
 constexpr int64_t kSizeOf = kDtype == Dtype::float32 ? 4 : 2;
 
-// Sums of a thread's logits, against its own maximum so far and in powers of 2.
+// The running sums of one thread's logits, relative to the largest it has seen, in powers of 2.
 template <bool kEntropy>
 struct ThreadSums {
   float scale, maximum = -INFINITY, sum = 0, weighted = 0;
 
-  // Before logits of up to this one are added.
+  // To be called before logits as large as this one are added.
   __device__ __forceinline__ void raise(float to) {
     if (to <= maximum) return;
     if (maximum != -INFINITY) {
@@ -39,7 +39,7 @@ struct ThreadSums {
   }
 
   __device__ __forceinline__ void add(const float (&x)[kVector]) {
-    // Nothing but −inf: any finite reference gives those tokens probability 0.
+    // As long as all logits were −inf, any finite reference gives their tokens probability 0.
     const float reference = maximum == -INFINITY ? 0.0f : maximum;
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
@@ -56,7 +56,7 @@ __device__ __forceinline__ float largest_of(const float (&x)[kVector], float so_
   return so_far;
 }
 
-// The block's sums against its maximum; in the first thread.
+// The sums of the whole block, relative to its maximum. Only the first thread gets them.
 template <bool kEntropy>
 __device__ __forceinline__ OnlineSoftmax block_sums(const ThreadSums<kEntropy>& own) {
   __shared__ float maxima[kThreads / kWarp];
@@ -102,11 +102,11 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(LogProbArguments in, Log
   }
   const int64_t base = in.rows.offset(row), start = chunk * kChunk + threadIdx.x * kVector;
   const float scale = static_cast<float>(kLog2E / in.temperature);
-  // The row's end, if it is no whole vector: the last of the thread that has it.
+  // Where the vocabulary is no multiple of a vector, the thread that has the row's end takes it last.
   const int64_t rest = in.vocabulary / kVector * kVector;
   const bool has_rest = rest < in.vocabulary && rest / kChunk == chunk && rest % kStride == threadIdx.x * kVector;
-  // Several of a thread's vectors are on their way before the first is looked at; in a full chunk without asking for each
-  // whether it is there.
+  // Loads several of a thread's vectors before it uses the first. In a full chunk no vector needs a check of whether it is
+  // whole.
   const auto sums_of = [&](auto full, auto&& fetch) {
     const auto is_whole = [&](int i) { return full || start + i * kStride + kVector <= in.vocabulary; };
     ThreadSums<kEntropy> result{scale};
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, 3) gradient_kernel(LogProbArguments 
   const int64_t from = in.rows.offset(row), to = out.rows.offset(row);
   const auto* logits = static_cast<const char*>(in.logits) + from * kSizeOf<kDtype>;
   const auto* gradients = static_cast<const char*>(out.gradient) + to * kSizeOf<kDtype>;
-  // Vectors begin where the gradient's 16 bytes do: the first may begin before the row.
+  // Vectors are aligned to 16 bytes of the gradient, so that the first may begin before the row does.
   const int64_t lead = reinterpret_cast<uintptr_t>(gradients) % 16 / kSizeOf<kDtype>;
   const bool aligned = is_aligned(logits - lead * kSizeOf<kDtype>);
   const bool wanted = in.wanted[row] != 0;
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kThreads, 3) gradient_kernel(LogProbArguments 
   const float grad_logprob = valid ? out.grad_logprobs[row] : 0, grad_entropy = kEntropy ? out.grad_entropies[row] : 0;
   const rlhf_kernels::LogitGradient<float> gradient(maximum, log_sum, row_entropy, grad_logprob, grad_entropy,
                                                     in.temperature);
-  // By one thread, before another may write over the logit.
+  // One thread reads the chosen logit before another may write its gradient over it.
   __shared__ float chosen;
   const int64_t begin = chunk * kChunk - lead;
   if (threadIdx.x == 0 && wanted && valid && token >= begin && token < begin + kChunk) {
@@ -245,7 +245,7 @@ void log_prob(const LogProbArguments& in, const LogProbResults& out, int64_t row
 }
 
 void log_prob_backward(const LogProbArguments& in, const LogProbGradient& out, int64_t rows, Stream stream) {
-  // A row that begins within 16 bytes reaches by so much into another vector.
+  // A row that does not begin at a multiple of 16 bytes may need one vector more.
   const int64_t chunks = log_prob_chunks(in.vocabulary + kVector - 1);
   for_dtype(in.dtype, [&](auto dtype) {
     const auto kernel = out.grad_entropies ? gradient_kernel<decltype(dtype)::value, true>

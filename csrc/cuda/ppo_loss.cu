@@ -1,5 +1,6 @@
-// PPO's losses in two launches: the weights of a reduction need the whole mask, so a first one counts it, a byte per
-// position; the second reads the three inputs once, for loss, statistics and gradient. Its last block adds up.
+// PPO's losses in two launches. The weights of a reduction need the whole mask, so the first launch counts it, reading one
+// byte per position. The second reads the three inputs once, for loss, statistics and gradient; the last of its blocks to
+// finish adds up the others' sums.
 
 #include "cuda/device.h"
 #include "rlhf_kernels/ppo.h"
@@ -12,8 +13,8 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kChunk = kThreads * kVector;
 
-// What the mask says: in how many positions, and in how many rows, something counts. Each block of the first launch has
-// its own, and each row the number of its positions.
+// How many positions the mask keeps, and how many rows have such a position. The first launch writes one per block, and
+// the number of kept positions of each row.
 struct Counts {
   int64_t positions = 0, rows = 0;
 };
@@ -84,8 +85,8 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const uint8_t* wanted, 
   if (blockIdx.x == 0 && threadIdx.x == 0) *ticket = 0;
 }
 
-// The terms of the two losses at one position: added to a thread's sums, and the weighted gradient returned. A masked
-// position has inputs of 0.
+// Each adds its loss at one position to a thread's sums, and returns the weighted gradient. At masked positions the inputs
+// are 0.
 struct Policy {
   using Statistics = PolicyStatistics<double>;
   PolicyClip clip;
@@ -120,7 +121,7 @@ struct Value {
   }
 };
 
-// A block per chunk of a row.
+// One block per chunk of a row.
 template <class Loss>
 __global__ void __launch_bounds__(kThreads) loss_kernel(TokenLoss in, Loss loss, Workspace workspace, unsigned per_row,
                                                         int64_t counters) {

@@ -1,6 +1,6 @@
-// The pairwise ranking loss: as many lanes to a prompt as it has completions, every lane with one completion against all
-// others, so that gradients need no sum across lanes. The mean over prompts, and its factor in the gradient, need the
-// number of prompts that have a pair: a second launch puts them in.
+// The pairwise ranking loss. A prompt gets a lane for each of its completions, and every lane compares its completion with
+// all others, so that no gradient is summed across lanes. The mean over prompts, and with it a factor of the gradient, need
+// the number of prompts that have a pair. A second launch multiplies by it.
 
 #include "cuda/device.h"
 #include "rlhf_kernels/ranking.h"
@@ -23,7 +23,7 @@ __device__ __forceinline__ void add(Sums& a, const Sums& b) {
   a.prompts += b.prompts;
 }
 
-// Of one completion, over all pairs that it wins, and the gradient over all that it is in.
+// Sums of one completion: over all pairs that it wins, and of the gradient over all pairs that it is in.
 struct Completion {
   double loss = 0;
   float right = 0, pairs = 0, gradient = 0, lost = 0;  // lost: by the additions of the gradient (Kahan 1965)
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads, 4) prompts_kernel(RankingLoss in, in
     const int64_t prompt = first + threadIdx.x / width;
     const Span span = prompt < prompts ? span_of(in.prompts, prompt) : Span{};
     const int64_t base = span.flat, length = span.length;
-    // With boundaries a prompt has the whole warp, and without they are all as long.
+    // With boundaries a prompt has the whole warp; without them all prompts are of one length.
     const int64_t extent = in.prompts.boundaries ? length : in.prompts.length;
     double loss = 0, right = 0, pairs = 0;
     for (int64_t start = 0; start < extent; start += width) {
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(kThreads, 4) prompts_kernel(RankingLoss in, in
   if (threadIdx.x == 0) sums[blockIdx.x] = own;
 }
 
-// Every block pools what the first launch left, in one order.
+// Every block adds up what the blocks of the first launch left, in one order.
 __global__ void __launch_bounds__(kThreads) finish_kernel(RankingLoss in, int64_t blocks, const Sums* sums) {
   __shared__ Sums between[kWarps];
   __shared__ double share;
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kThreads) finish_kernel(RankingLoss in, int64_
   }
 }
 
-// Lanes to a prompt: a power of two. Packed prompts, which may be of any length, have a warp each.
+// How many lanes a prompt gets, a power of two. Packed prompts, which may have any length, get a warp each.
 int width_of(const Sequences& prompts) {
   int width = prompts.boundaries ? kWarp : 1;
   while (width < kWarp && width < prompts.length) width *= 2;

@@ -112,10 +112,10 @@ def run(config: DemoConfig, *, resume: bool = False) -> dict:
 def open_directory(output: Path, config: DemoConfig, resume: bool) -> None:
     """Makes the directory; one that holds another experiment is put aside, never overwritten."""
     settings = output / "config.yaml"
-    wanted = {name: value for name, value in asdict(config).items() if name != "output_dir"}
+    asked = {name: value for name, value in asdict(config).items() if name != "output_dir"}
     if settings.exists():
         present = yaml.safe_load(settings.read_text())
-        if present != wanted:
+        if present != asked:
             aside = output.with_name(f"{output.name}-seed{present['seed']}-{int(settings.stat().st_mtime)}")
             output.rename(aside)
             console.print(f"{output} held an experiment with other settings; it is now {aside}")
@@ -125,7 +125,7 @@ def open_directory(output: Path, config: DemoConfig, resume: bool) -> None:
             )
     try:
         (output / "data").mkdir(parents=True, exist_ok=True)
-        write_whole(settings, yaml.safe_dump(wanted, sort_keys=False))
+        write_whole(settings, yaml.safe_dump(asked, sort_keys=False))
     except OSError as error:
         raise RunError(f"{output}: cannot be used for output: {error.strerror}") from error
 

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlhf_kernels.ops import OPS
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -28,6 +30,11 @@ def rows_of(tensor: Tensor) -> Tensor:
     if tensor.dim() == 3:
         return tensor
     return tensor.reshape(1, -1, shape[-1])
+
+
+def places(op: str, *names: str) -> list[tl.constexpr]:
+    """Where an op's tensor of statistics has those of these names."""
+    return [tl.constexpr(OPS[op].statistics.index(name)) for name in names]
 
 
 def blocks(length: int, largest: int) -> int:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_kernels.ops import OPS
-from rlhf_kernels.triton.common import LN_2, LOG2_E, blocks
+from rlhf_kernels.triton.common import LN_2, LOG2_E, blocks, places
 from rlhf_kernels.triton.log_prob import empty_results, gradient_block, reduce_block, reduce_rows, write_gradient
 from rlhf_kernels.triton.ppo_loss import clip_ends, policy_results, policy_term, row_weights
 
@@ -23,6 +23,9 @@ from rlhf_kernels.triton.ppo_loss import clip_ends, policy_results, policy_term,
 ROWS = 512
 # Of a row: as many floats as the loss has statistics.
 STATISTICS = tl.constexpr(len(OPS["linear_ppo_policy_loss"].statistics))
+RATIO_MEAN, RATIO_MAX_DEVIATION, APPROX_KL, CLIP_FRACTION, ENTROPY = places(
+    "linear_ppo_policy_loss", "ratio_mean", "ratio_max_deviation", "approx_kl", "clip_fraction", "entropy"
+)
 # What the backward and the losses keep of logits and their gradient: so much that a matmul over it is bound by
 # arithmetic, with a vocabulary of 128 000 and half precision still a thousand rows.
 WORKSPACE_BYTES = 768 << 20
@@ -233,11 +236,11 @@ def _row_losses(
         coefficient = (slope * weight).to(tl.float32)
         entropy = (log_sum - weighted.to(tl.float64) * LN_2 / total).to(tl.float32)
         to = statistics + row * STATISTICS
-        tl.store(to, tl.where(counts, ratio, 0.0))
-        tl.store(to + 1, tl.where(counts, deviation, 0.0))
-        tl.store(to + 2, tl.where(counts, kl, 0.0))
-        tl.store(to + 3, tl.where(counts, clipped, 0.0))
-        tl.store(to + 4, tl.where(counts, tl.where(valid, entropy, float("nan")), 0.0))
+        tl.store(to + RATIO_MEAN, tl.where(counts, ratio, 0.0))
+        tl.store(to + RATIO_MAX_DEVIATION, tl.where(counts, deviation, 0.0))
+        tl.store(to + APPROX_KL, tl.where(counts, kl, 0.0))
+        tl.store(to + CLIP_FRACTION, tl.where(counts, clipped, 0.0))
+        tl.store(to + ENTROPY, tl.where(counts, tl.where(valid, entropy, float("nan")), 0.0))
     tl.store(losses + row, tl.where(counts, loss * weight, 0.0))
     if GRADIENT:
         coefficient = tl.where(valid & counts, coefficient, 0.0)

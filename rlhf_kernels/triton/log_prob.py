@@ -162,10 +162,10 @@ def gradient_block(
         chosen = tl.sum(tl.where(at == token, x, 0.0), 0).to(tl.float64)
         log_p = (chosen - top) * inverse_temperature - log_sum
         p = tl.exp(log_p)
-        mine = go * (1.0 - p)
+        of_chosen = go * (1.0 - p)
         if ENTROPY:
-            mine -= tl.where(p == 0, 0.0, p * gh * (log_p + entropy))
-        result = tl.where(at == token, (mine * inverse_temperature).to(tl.float32), result)
+            of_chosen -= tl.where(p == 0, 0.0, p * gh * (log_p + entropy))
+        result = tl.where(at == token, (of_chosen * inverse_temperature).to(tl.float32), result)
     return result
 
 

@@ -10,11 +10,17 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_kernels.ops import OPS
-from rlhf_kernels.triton.common import blocks, exponential, two_floats
+from rlhf_kernels.triton.common import blocks, exponential, places, two_floats
 
 BLOCK = 1024
-# What a block keeps: how many positions count, the loss, then sums for the statistics, of the deviation the maximum.
-SUMS = tl.constexpr(2 + len(OPS["ppo_policy_loss"].statistics))
+RATIO_MEAN, RATIO_MAX_DEVIATION, APPROX_KL, CLIP_FRACTION = places(
+    "ppo_policy_loss", "ratio_mean", "ratio_max_deviation", "approx_kl", "clip_fraction"
+)
+VALUE_MEAN, RETURN_MEAN, VALUE_CLIP_FRACTION = places("ppo_value_loss", "value_mean", "return_mean", "clip_fraction")
+# What a block keeps: how many positions count, the loss, then the sum of each of the statistics, of the largest
+# deviation the maximum.
+COUNT, LOSS, FIRST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+SUMS = tl.constexpr(2 + max(len(OPS[name].statistics) for name in ("ppo_policy_loss", "ppo_value_loss")))
 LARGEST_LOG_RATIO = tl.constexpr(88.0)  # e^88 is the largest power that is finite in float32
 
 
@@ -88,18 +94,17 @@ def _terms(
         loss, slope, ratio, deviation, kl, clipped = policy_term(
             x.to(tl.float64), y.to(tl.float64), z, low, low_lost, high, high_lost, extra, OPTION
         )
-        tl.store(to + 2, tl.sum(tl.where(counts, ratio, 0.0), 0))
-        tl.store(to + 3, tl.max(deviation, 0))
-        tl.store(to + 4, tl.sum(kl, 0))
-        tl.store(to + 5, tl.sum(clipped, 0))
+        tl.store(to + FIRST + RATIO_MEAN, tl.sum(tl.where(counts, ratio, 0.0), 0))
+        tl.store(to + FIRST + RATIO_MAX_DEVIATION, tl.max(deviation, 0))
+        tl.store(to + FIRST + APPROX_KL, tl.sum(kl, 0))
+        tl.store(to + FIRST + CLIP_FRACTION, tl.sum(clipped, 0))
     else:
         loss, slope, clipped = value_term(x, y, z, extra, OPTION)
-        tl.store(to + 2, tl.sum(x, 0))
-        tl.store(to + 3, tl.sum(z, 0))
-        tl.store(to + 4, tl.sum(clipped, 0))
-        tl.store(to + 5, 0.0)
-    tl.store(to, tl.sum(counts.to(tl.float32), 0))
-    tl.store(to + 1, tl.sum(loss.to(tl.float64), 0))
+        tl.store(to + FIRST + VALUE_MEAN, tl.sum(x, 0))
+        tl.store(to + FIRST + RETURN_MEAN, tl.sum(z, 0))
+        tl.store(to + FIRST + VALUE_CLIP_FRACTION, tl.sum(clipped, 0))
+    tl.store(to + COUNT, tl.sum(counts.to(tl.float32), 0))
+    tl.store(to + LOSS, tl.sum(loss.to(tl.float64), 0))
     if GRADIENT:
         tl.store(gradient + at, slope.to(tl.float32), mask=here)
 
@@ -107,6 +112,12 @@ def _terms(
 @triton.jit
 def _column(entry, column, inside):
     return tl.load(entry + column, mask=inside, other=0.0).to(tl.float64)
+
+
+@triton.jit
+def _sum(entry, column, inside):
+    """Of (rows, blocks): the blocks of each row first."""
+    return tl.sum(tl.sum(_column(entry, column, inside), 1), 0)
 
 
 @triton.jit
@@ -126,53 +137,59 @@ def _finish(
     """Every program adds up all blocks' sums, for the factor of its own; the first writes the results."""
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
-    number = tl.cast(0.0, tl.float64)  # of positions that count; rows that have some; weighted loss; three means
-    some = tl.cast(0.0, tl.float64)
-    total = tl.cast(0.0, tl.float64)
-    one = tl.cast(0.0, tl.float64)
-    two = tl.cast(0.0, tl.float64)
-    three = tl.cast(0.0, tl.float64)
-    largest = tl.cast(0.0, tl.float64)
+    number = tl.cast(0.0, tl.float64)  # of positions that count
+    rows_with_some = tl.cast(0.0, tl.float64)
+    total = tl.cast(0.0, tl.float64)  # of the losses
+    ratio = tl.cast(0.0, tl.float64)
+    deviation = tl.cast(0.0, tl.float64)
+    kl = tl.cast(0.0, tl.float64)
+    value = tl.cast(0.0, tl.float64)
+    target = tl.cast(0.0, tl.float64)
+    clipped = tl.cast(0.0, tl.float64)
     p = tl.arange(0, PER_ROW)
     for start in range(0, rows, ROWS):
         r = start + tl.arange(0, ROWS)
         inside = (r < rows)[:, None] & (p < per_row)[None, :]
         entry = sums + (r.to(tl.int64)[:, None] * per_row + p[None, :]) * SUMS
-        counts = tl.sum(_column(entry, 0, inside), 1)
-        losses = tl.sum(_column(entry, 1, inside), 1)
+        counts = tl.sum(_column(entry, COUNT, inside), 1)
+        losses = tl.sum(_column(entry, LOSS, inside), 1)
         if REDUCTION == "seq-mean-token-mean":
             losses = losses * _reciprocal(counts)
         number += tl.sum(counts, 0)
-        some += tl.sum((counts > 0).to(tl.float64), 0)
+        rows_with_some += tl.sum((counts > 0).to(tl.float64), 0)
         total += tl.sum(losses, 0)
-        one += tl.sum(tl.sum(_column(entry, 2, inside), 1), 0)
         if POLICY:
-            largest = tl.maximum(largest, tl.max(tl.max(_column(entry, 3, inside), 1), 0))
-            two += tl.sum(tl.sum(_column(entry, 4, inside), 1), 0)
-            three += tl.sum(tl.sum(_column(entry, 5, inside), 1), 0)
+            ratio += _sum(entry, FIRST + RATIO_MEAN, inside)
+            largest = tl.max(tl.max(_column(entry, FIRST + RATIO_MAX_DEVIATION, inside), 1), 0)
+            deviation = tl.maximum(deviation, largest)
+            kl += _sum(entry, FIRST + APPROX_KL, inside)
+            clipped += _sum(entry, FIRST + CLIP_FRACTION, inside)
         else:
-            two += tl.sum(tl.sum(_column(entry, 3, inside), 1), 0)
-            three += tl.sum(tl.sum(_column(entry, 4, inside), 1), 0)
-    weighted = some
+            value += _sum(entry, FIRST + VALUE_MEAN, inside)
+            target += _sum(entry, FIRST + RETURN_MEAN, inside)
+            clipped += _sum(entry, FIRST + VALUE_CLIP_FRACTION, inside)
+    weighted = rows_with_some
     if REDUCTION == "token-mean":
         weighted = number
     weight = _reciprocal(weighted)
     if (row == 0) & (block == 0):
         share = _reciprocal(number)
         tl.store(loss, (total * weight).to(tl.float32))
-        tl.store(statistics, (one * share).to(tl.float32))
         if POLICY:
             # Where a ratio was NaN, so is their sum; the maximum has passed over it.
-            tl.store(statistics + 1, tl.where(one == one, largest, float("nan")).to(tl.float32))
-            tl.store(statistics + 2, (two * share).to(tl.float32))
-            tl.store(statistics + 3, (three * share).to(tl.float32))
+            deviation = tl.where(ratio == ratio, deviation, float("nan"))
+            tl.store(statistics + RATIO_MEAN, (ratio * share).to(tl.float32))
+            tl.store(statistics + RATIO_MAX_DEVIATION, deviation.to(tl.float32))
+            tl.store(statistics + APPROX_KL, (kl * share).to(tl.float32))
+            tl.store(statistics + CLIP_FRACTION, (clipped * share).to(tl.float32))
         else:
-            tl.store(statistics + 1, (two * share).to(tl.float32))
-            tl.store(statistics + 2, (three * share).to(tl.float32))
+            tl.store(statistics + VALUE_MEAN, (value * share).to(tl.float32))
+            tl.store(statistics + RETURN_MEAN, (target * share).to(tl.float32))
+            tl.store(statistics + VALUE_CLIP_FRACTION, (clipped * share).to(tl.float32))
     if GRADIENT:
         if REDUCTION == "seq-mean-token-mean":
-            mine = tl.sum(_column(sums + (row * per_row + p) * SUMS, 0, p < per_row), 0)
-            weight = weight * _reciprocal(mine)
+            in_row = tl.sum(_column(sums + (row * per_row + p) * SUMS, COUNT, p < per_row), 0)
+            weight = weight * _reciprocal(in_row)
         t = block * BLOCK + tl.arange(0, BLOCK)
         at = row * length + t
         here = (t < length) & (at < size)
@@ -258,6 +275,6 @@ def policy_results(losses: Tensor, statistics: Tensor, share: Tensor) -> tuple[T
     if not len(losses):
         return loss, statistics.new_zeros(statistics.shape[1])
     values = statistics.sum(0, dtype=torch.float64) * share
-    deviation = OPS["linear_ppo_policy_loss"].statistics.index("ratio_max_deviation")
+    deviation = RATIO_MAX_DEVIATION.value
     values[deviation] = statistics[:, deviation].amax()
     return loss, values.float()

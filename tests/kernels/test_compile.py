@@ -97,6 +97,7 @@ def test_inplace_backward_of_a_transposed_slice(backend, dynamic):
         torch.testing.assert_close(got, torch.autograd.grad(loss(logits, index), logits))
 
 
+@pytest.mark.runs("linear_ppo_policy_loss")
 def test_a_ppo_loss_from_linear_log_probs(backend, rollout):
     loss, stats = ppo(**rollout)
     compiled_loss, compiled_stats = torch.compile(ppo, fullgraph=True, backend="aot_eager")(**rollout)

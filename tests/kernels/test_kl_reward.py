@@ -107,6 +107,6 @@ def test_infinite_log_probs_give_what_the_formula_gives(backend, estimator):
     (gradient,) = torch.autograd.grad(got.sum(), logprobs)
     with use_backend("reference"):
         want = kl_penalty(logprobs, ref, estimator=estimator)
-        (wanted,) = torch.autograd.grad(want.sum(), logprobs)
+        (want_gradient,) = torch.autograd.grad(want.sum(), logprobs)
     torch.testing.assert_close(got, want, equal_nan=True)
-    torch.testing.assert_close(gradient, wanted, equal_nan=True)
+    torch.testing.assert_close(gradient, want_gradient, equal_nan=True)

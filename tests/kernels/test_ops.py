@@ -1,5 +1,6 @@
 """Every op of the table is in every place that must know it, and nothing else is."""
 
+import inspect
 import re
 from pathlib import Path
 
@@ -52,6 +53,14 @@ def test_triton():
 def test_fake_kernels():
     for name in ALL:
         assert torch._library.simple_registry.singleton.find(f"rlhf_kernels::{name}").fake_impl.kernel, name
+
+
+@native
+def test_derivatives_name_the_arguments_as_the_schema_does():
+    for name in registration._DERIVATIVES:
+        schema = getattr(torch.ops.rlhf_kernels, name).default._schema
+        named = inspect.signature(registration._FAKES[name]).parameters
+        assert tuple(named) == tuple(argument.name for argument in schema.arguments), name
 
 
 def test_derivatives():

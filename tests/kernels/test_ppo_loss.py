@@ -211,6 +211,6 @@ def test_a_huge_advantage_spoils_no_other_position(backend, advantage):
     (gradient,) = torch.autograd.grad(loss, logprobs)
     with use_backend("reference"):
         want, _ = ppo_policy_loss(logprobs.double(), old.double(), advantages.double(), None)
-        (wanted,) = torch.autograd.grad(want, logprobs)
+        (want_gradient,) = torch.autograd.grad(want, logprobs)
     torch.testing.assert_close(loss, want.float())
-    torch.testing.assert_close(gradient, wanted)
+    torch.testing.assert_close(gradient, want_gradient)

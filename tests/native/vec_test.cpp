@@ -9,6 +9,8 @@
 #include <vector>
 
 #include "cpu/vec.h"
+#include "cpu/vec/gae.h"
+#include "cpu/vec/ranking_loss.h"
 
 namespace rlhf_kernels::cpu {
 inline namespace RLHF_ISA {

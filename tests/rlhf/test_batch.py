@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rlhf.batch import lay_out, split
+from rlhf.batch import Group, groups_of_one, lay_out, split
 from rlhf.models import LanguageModel
 
 VOCAB = 32
@@ -24,6 +24,11 @@ SHAPES = [(6, 4), (1, 3), (4, 2), (2, 1), (3, 4), (1, 1), (1, 2), (3, 1)]
 
 def unzip(pairs):
     return [prompt for prompt, _ in pairs], [response for _, response in pairs]
+
+
+def groups_of(lengths):
+    """Groups whose sequences have these lengths."""
+    return [Group([1], [[2] * (length - 1) for length in group]) for group in lengths]
 
 
 def segments(batch):
@@ -42,7 +47,7 @@ def segments(batch):
 
 @given(PAIRS, st.booleans())
 def test_every_sequence_is_laid_out_once_and_positions_restart(pairs, one_row):
-    batch = lay_out(*unzip(pairs), "one_row" if one_row else "packed")
+    batch = lay_out(groups_of_one(*unzip(pairs)), "one_row" if one_row else "packed")
     assert batch.input_ids.dtype == batch.position_ids.dtype == torch.int64
     assert batch.input_ids.shape == batch.position_ids.shape
     real = [tokens for _, tokens in segments(batch) if any(tokens)]
@@ -53,13 +58,13 @@ def test_every_sequence_is_laid_out_once_and_positions_restart(pairs, one_row):
 @given(PAIRS)
 def test_row_length(pairs):
     lengths = [len(prompt) + len(response) for prompt, response in pairs]
-    assert lay_out(*unzip(pairs)).input_ids.shape[1] == max(lengths)
-    assert lay_out(*unzip(pairs), "one_row").input_ids.shape == (1, sum(lengths))
+    assert lay_out(groups_of_one(*unzip(pairs))).input_ids.shape[1] == max(lengths)
+    assert lay_out(groups_of_one(*unzip(pairs)), "one_row").input_ids.shape == (1, sum(lengths))
 
 
 @given(PAIRS, st.booleans())
 def test_flat_indices_agree_with_a_recomputation(pairs, one_row):
-    batch = lay_out(*unzip(pairs), "one_row" if one_row else "packed")
+    batch = lay_out(groups_of_one(*unzip(pairs)), "one_row" if one_row else "packed")
     # Where each sequence went: `last` is checked against the segments, which know nothing of it.
     ends = {start + len(tokens) - 1: tokens for start, tokens in segments(batch) if any(tokens)}
     last = batch.last.tolist()
@@ -83,7 +88,7 @@ def test_flat_indices_agree_with_a_recomputation(pairs, one_row):
 def test_a_response_may_be_empty(pairs):
     prompts, responses = unzip(pairs)
     responses[0] = []
-    batch = lay_out(prompts, responses)
+    batch = lay_out(groups_of_one(prompts, responses))
     assert batch.lengths[0] == 0
     assert len(batch.before) == len(batch.targets) == sum(map(len, responses))
     assert batch.input_ids.flatten()[batch.last[0]] == prompts[0][-1]
@@ -91,7 +96,7 @@ def test_a_response_may_be_empty(pairs):
 
 def test_all_responses_may_be_empty():
     """As when a model without a cache samples its next token."""
-    batch = lay_out([[1, 2], [3]], [[], []])
+    batch = lay_out(groups_of_one([[1, 2], [3]], [[], []]))
     assert batch.before.dtype == batch.targets.dtype == torch.int64
     assert batch.before.tolist() == batch.targets.tolist() == []
     assert batch.input_ids.flatten()[batch.last].tolist() == [2, 3]
@@ -99,14 +104,14 @@ def test_all_responses_may_be_empty():
 
 def test_prompts_and_responses_must_pair_up():
     with pytest.raises(ValueError, match="zip"):
-        lay_out([[1], [2]], [[3]])
+        groups_of_one([[1], [2]], [[3]])
     with pytest.raises(ValueError, match="zip"):
-        lay_out([[1]], [[2], [3]])
+        groups_of_one([[1]], [[2], [3]])
 
 
 def test_padded_rows():
     """One for each sequence, in order, with a mask and no positions, even where two would fit one row."""
-    batch = lay_out([[1, 2], [3], [4]], [[5, 6], [7], [8, 9]], "padded")
+    batch = lay_out(groups_of_one([[1, 2], [3], [4]], [[5, 6], [7], [8, 9]]), "padded")
     assert batch.input_ids.tolist() == [[1, 2, 5, 6], [3, 7, 0, 0], [4, 8, 9, 0]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]
     assert batch.attention_mask.dtype == torch.int64
@@ -119,12 +124,12 @@ def test_padded_rows():
 
 def test_only_padded_rows_are_masked():
     for layout in ("packed", "one_row"):
-        assert lay_out([[1, 2], [3]], [[4], [5]], layout).attention_mask is None
+        assert lay_out(groups_of_one([[1, 2], [3]], [[4], [5]]), layout).attention_mask is None
 
 
 def test_to_moves_every_tensor():
     for layout in ("packed", "padded"):
-        batch = lay_out([[1, 2]], [[3]], layout)
+        batch = lay_out(groups_of_one([[1, 2]], [[3]]), layout)
         moved = batch.to(torch.device("meta"))
         for name, tensor in vars(batch).items():
             there = getattr(moved, name)
@@ -159,7 +164,7 @@ def alone(model, prompt, response):
 
 @torch.no_grad()
 def check_same_as_alone(model, pairs, one_row):
-    batch = lay_out(*unzip(pairs), "one_row" if one_row else "packed")
+    batch = lay_out(groups_of_one(*unzip(pairs)), "one_row" if one_row else "packed")
     packed = model(batch, log_probs)
     expected = torch.cat([alone(model, prompt, response) for prompt, response in pairs])
     torch.testing.assert_close(packed, expected, rtol=1e-5, atol=1e-5)
@@ -186,7 +191,7 @@ def test_model_sees_any_sequence_alone(gpt2, pairs, one_row):
 def test_the_comparison_notices_a_leak(gpt2):
     """Without restarting positions the same row gives other log-probs, so the tests above can fail."""
     pairs = [([3, 4, 5], [6, 7]), ([8, 9], [10, 11])]
-    batch = lay_out(*unzip(pairs), "one_row")
+    batch = lay_out(groups_of_one(*unzip(pairs)), "one_row")
     good = gpt2(batch, log_probs)
     batch.position_ids.copy_(torch.arange(batch.position_ids.numel())[None])
     assert not torch.allclose(gpt2(batch, log_probs), good, atol=1e-2)
@@ -194,7 +199,7 @@ def test_the_comparison_notices_a_leak(gpt2):
 
 @given(st.lists(st.integers(1, 20), max_size=30), st.integers(1, 40))
 def test_split(lengths, tokens):
-    parts = list(split([[length] for length in lengths], tokens))
+    parts = list(split(groups_of([[length] for length in lengths]), tokens))
     assert [index for part in parts for index in part] == list(range(len(lengths)))
     assert all(parts)
     for part in parts:
@@ -215,7 +220,7 @@ def test_split(lengths, tokens):
     ],
 )
 def test_split_examples(lengths, tokens, parts):
-    assert list(split([[length] for length in lengths], tokens)) == parts
+    assert list(split(groups_of([[length] for length in lengths]), tokens)) == parts
 
 
 @pytest.mark.parametrize(
@@ -234,10 +239,10 @@ def test_split_examples(lengths, tokens, parts):
     ],
 )
 def test_padded_parts_are_as_many_rows_times_the_longest(groups, tokens, parts):
-    assert list(split(groups, tokens, "padded")) == parts
+    assert list(split(groups_of(groups), tokens, "padded")) == parts
 
 
 def test_a_group_counts_all_its_sequences():
-    assert list(split([[2, 3], [1, 4], [1]], 10)) == [[0, 1], [2]]
-    assert list(split([[2, 3], [1, 4], [1]], 11)) == [[0, 1, 2]]
-    assert list(split([[2, 3], [1, 4], [1]], 9)) == [[0], [1, 2]]
+    assert list(split(groups_of([[2, 3], [1, 4], [1]]), 10)) == [[0, 1], [2]]
+    assert list(split(groups_of([[2, 3], [1, 4], [1]]), 11)) == [[0, 1, 2]]
+    assert list(split(groups_of([[2, 3], [1, 4], [1]]), 9)) == [[0], [1, 2]]

@@ -12,6 +12,7 @@ from tools import metrics
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rlhf import models, ppo, report, reward, sft
+from rlhf.batch import Group, groups_of_one
 from rlhf.loading import ModelError, load_tokenizer
 from rlhf.models import LanguageModel, ScalarModel
 from rlhf.rollout import sample
@@ -54,7 +55,7 @@ def test_type(directory, caplog, monkeypatch, sft_config, reward_config, ppo_con
 
     # Together as alone, through the model's own logits.
     with torch.no_grad():
-        ours = model(model.lay_out(PROMPTS, RESPONSES), linear_selective_log_softmax)
+        ours = model(model.lay_out(groups_of_one(PROMPTS, RESPONSES)), linear_selective_log_softmax)
         alone = [
             model.model(torch.tensor([p + r]), use_cache=False).logits[0].float().log_softmax(-1)[len(p) - 1 : -1]
             for p, r in zip(PROMPTS, RESPONSES, strict=True)
@@ -113,7 +114,7 @@ def test_a_state_that_leaks_is_found(caplog, monkeypatch):
     torch.manual_seed(0)
     completions = sample(model, PROMPTS, end_token_ids={1}, max_new_tokens=6)
     with torch.no_grad():
-        batch = model.lay_out(PROMPTS, [completion.tokens for completion in completions])
+        batch = model.lay_out(groups_of_one(PROMPTS, [completion.tokens for completion in completions]))
         expected = model(batch, linear_selective_log_softmax)
     torch.testing.assert_close(torch.cat([c.logprobs for c in completions]), expected, atol=1e-5, rtol=0)
 
@@ -171,7 +172,7 @@ def test_transformers_alone_loads_a_reward_model(model_type, tmp_path, tokenizer
     lines = card.partition("```python\n")[2].partition("```")[0].replace("path/to/this/directory", str(tmp_path / "rm"))
     names: dict = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
     exec(lines, names)
-    batch = ours.lay_out([[5]], [[6, 7, 8]])
+    batch = ours.lay_out([Group([5], [[6, 7, 8]])])
     with torch.no_grad():
         torch.testing.assert_close(names["scores"][0, -1] - 0.75, ours(batch, batch.last)[0], atol=1e-5, rtol=1e-5)
     again = ScalarModel.load(str(tmp_path / "rm")).eval()
@@ -191,7 +192,7 @@ def test_a_head_with_a_bias_holds_it(tmp_path, tokenizer):
     ours.model.score = torch.nn.Linear(32, 1, bias=True)
     ours.bias = 0.5
     assert ours.head.bias.item() == 0.5
-    batch = ours.lay_out([[5]], [[6, 7, 8]])
+    batch = ours.lay_out([Group([5], [[6, 7, 8]])])
     with torch.no_grad():
         value = ours(batch, batch.last)
         torch.testing.assert_close(value, ours.model(torch.tensor([[5, 6, 7, 8]])).logits[0])

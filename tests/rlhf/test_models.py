@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from rlhf import ppo
+from rlhf.batch import groups_of_one
 from rlhf.demo.pretrain import make_tokenizer
 from rlhf.loading import (
     ModelError,
@@ -77,7 +78,7 @@ def architecture(request):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_are_those_of_the_logits(architecture, temperature):
     """From packed hidden states, against each sequence alone through the model's own head, softcap and scale."""
-    batch = architecture.lay_out(PROMPTS, RESPONSES)
+    batch = architecture.lay_out(groups_of_one(PROMPTS, RESPONSES))
     with torch.no_grad():
         ours = architecture(batch, linear_selective_log_softmax, temperature=temperature)
         parts = []
@@ -89,7 +90,7 @@ def test_logprobs_are_those_of_the_logits(architecture, temperature):
 
 
 def test_gradients_are_those_of_the_logits(architecture):
-    batch = architecture.lay_out(PROMPTS, RESPONSES)
+    batch = architecture.lay_out(groups_of_one(PROMPTS, RESPONSES))
     loss = architecture(batch, linear_cross_entropy, reduction="sum")
     loss.backward()
     ours = {name: p.grad.clone() for name, p in architecture.named_parameters() if p.grad is not None}
@@ -109,7 +110,7 @@ def test_samples_of_every_architecture(architecture):
     torch.manual_seed(0)
     completions = sample(architecture, PROMPTS, end_token_ids={1}, max_new_tokens=12)
     with torch.no_grad():
-        batch = architecture.lay_out(PROMPTS, [completion.tokens for completion in completions])
+        batch = architecture.lay_out(groups_of_one(PROMPTS, [completion.tokens for completion in completions]))
         expected = architecture(batch, linear_selective_log_softmax)
     torch.testing.assert_close(torch.cat([c.logprobs for c in completions]), expected, atol=5e-5, rtol=5e-5)
 
@@ -123,7 +124,7 @@ def test_scores_of_other_architectures(name, tmp_path, tokenizer):
     model = ScalarModel.load(str(tmp_path / "lm"), attention=attention).eval()
     torch.nn.init.normal_(model.head.weight)
     model.bias = 0.5
-    ours = score(model, PROMPTS, RESPONSES, 1000)
+    ours = score(model, groups_of_one(PROMPTS, RESPONSES), 1000)
     for value, prompt, response in zip(ours, PROMPTS, RESPONSES, strict=True):
         with torch.no_grad():
             logits = model.model(torch.tensor([prompt + response])).logits[0, 0]
@@ -131,7 +132,7 @@ def test_scores_of_other_architectures(name, tmp_path, tokenizer):
     model.save(tmp_path / "rm", tokenizer)
     check_reward_config(str(tmp_path / "rm"))
     again = ScalarModel.load(str(tmp_path / "rm"), attention=attention).eval()
-    torch.testing.assert_close(score(again, PROMPTS, RESPONSES, 1000), ours)
+    torch.testing.assert_close(score(again, groups_of_one(PROMPTS, RESPONSES), 1000), ours)
 
 
 def test_logits_are_never_built(lm, monkeypatch):
@@ -141,7 +142,7 @@ def test_logits_are_never_built(lm, monkeypatch):
         raise AssertionError("the model's forward, which builds logits, was called")
 
     monkeypatch.setattr(type(lm.model), "forward", forbidden)
-    batch = lm.lay_out(PROMPTS, RESPONSES)
+    batch = lm.lay_out(groups_of_one(PROMPTS, RESPONSES))
     lm(batch, linear_cross_entropy, reduction="sum")
     lm(batch, linear_selective_log_softmax)
 
@@ -292,8 +293,8 @@ def test_context_length(base):
 def test_packed_sequences_do_not_see_each_other(lm):
     """Changing one leaves the others' log-probs to the last bit."""
     with torch.no_grad():
-        first = lm(lm.lay_out(PROMPTS, RESPONSES), linear_selective_log_softmax)
-        second = lm(lm.lay_out([PROMPTS[0], [30], PROMPTS[2]], RESPONSES), linear_selective_log_softmax)
+        first = lm(lm.lay_out(groups_of_one(PROMPTS, RESPONSES)), linear_selective_log_softmax)
+        second = lm(lm.lay_out(groups_of_one([PROMPTS[0], [30], PROMPTS[2]], RESPONSES)), linear_selective_log_softmax)
     assert torch.equal(first[:3], second[:3])
     assert torch.equal(first[-1:], second[-1:])
     assert not torch.equal(first[3:8], second[3:8])

@@ -218,7 +218,7 @@ def test_without_penalty_rewards_are_the_score_alone(ppo_config, open_run, base,
     config = ppo_config(kl_coefficient=0.0, lam=1.0, whiten_advantages=False)
     _, actors, episodes = collected(config, open_run, base, reward_model)
     for episode in episodes:
-        batch = actors.rewards.model.lay_out([episode.prompt], [episode.response])
+        batch = actors.rewards.model.lay_out([episode.group])
         score = actors.rewards.model(batch, batch.last)
         torch.testing.assert_close(episode.returns, score.expand(len(episode.response)).detach())
         torch.testing.assert_close(episode.advantages, (score - episode.values).detach())
@@ -236,7 +236,7 @@ def test_penalty_is_beta_times_the_log_ratio(ppo_config, open_run, base, reward_
     episodes, figures = ppo.collect(run, actors, prompts)
     kl = 0.0
     for episode in episodes:
-        batch = actors.rewards.model.lay_out([episode.prompt], [episode.response])
+        batch = actors.rewards.model.lay_out([episode.group])
         tokens = batch.targets
         logits = actors.reference.model(batch.input_ids).logits[0].log_softmax(-1)
         log_ratio = episode.logprobs - logits[batch.before, tokens]
@@ -256,7 +256,7 @@ def test_advantages_are_worked_out_on_the_run_s_device(ppo_config, open_run, bas
         return values, values, values, values
 
     monkeypatch.setattr(ppo, "ppo_advantages", advantages)
-    monkeypatch.setattr(ppo, "total", lambda run, value: torch.tensor(1.0))
+    monkeypatch.setattr(ppo, "sum_over_processes", lambda run, value: torch.tensor(1.0))
     monkeypatch.setattr(type(run), "device", torch.device("meta"))
     ppo.collect(run, actors, [PromptExample([5, 6, 7], ""), PromptExample([9], "")])
     assert devices == ["meta"] * 3
@@ -407,7 +407,7 @@ def test_figures_of_an_iteration(ppo_config, open_run, base, reward_model):
     episodes, figures = ppo.collect(run, actors, examples)
     scores = []
     for episode in episodes:
-        batch = actors.rewards.model.lay_out([episode.prompt], [episode.response])
+        batch = actors.rewards.model.lay_out([episode.group])
         scores.append(actors.rewards.model(batch, batch.last).item())
     assert figures["reward"] == pytest.approx(sum(scores) / 4, abs=1e-5)
     assert figures["response_tokens"] == sum(len(episode.response) for episode in episodes) / 4

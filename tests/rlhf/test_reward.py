@@ -12,7 +12,7 @@ from tools import metrics, write_jsonl
 from transformers import AutoModelForSequenceClassification
 
 from rlhf import reward
-from rlhf.batch import lay_out, split
+from rlhf.batch import Group, groups_of_one, lay_out, split
 from rlhf.config import Adam
 from rlhf.data import (
     Limits,
@@ -32,7 +32,7 @@ class Scores(torch.nn.Module):
     """A reward model that gives scores known in advance: token n of the vocabulary scores ``table[n]``."""
 
     lay_out = staticmethod(lay_out)
-    parts = staticmethod(split)
+    parts = staticmethod(lambda groups, tokens: list(split(groups, tokens)))
     batches = Backbone.batches
 
     def __init__(self, table):
@@ -106,7 +106,7 @@ def test_tokens_per_forward_changes_nothing(reward_config, base, data, open_run)
         figures = reward.ranking_step(run, model, examples, prompts=8)
         results.append((figures, [p.grad for p in model.parameters() if p.grad is not None]))
     (figures, gradients), (other_figures, other_gradients) = results
-    assert len(reward.forward_parts(model, examples, 30)) > 4
+    assert len(model.parts([example.group for example in examples], 30)) > 4
     assert figures == pytest.approx(other_figures, abs=1e-5)
     for first, second in zip(gradients, other_gradients, strict=True):
         torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-4)
@@ -156,18 +156,18 @@ def test_score_is_read_at_the_last_token(base, tokenizer):
     torch.nn.init.normal_(model.head.weight)
     model.bias = -0.75
     prompts, responses = [[5, 6, 7], [8], [9, 10]], [[11, 1], [12, 13, 14, 1], [15]]
-    ours = reward.score(model, prompts, responses, 1000)
+    ours = reward.score(model, groups_of_one(prompts, responses), 1000)
     model.model.config.pad_token_id = tokenizer.pad_token_id
     for score, prompt, response in zip(ours, prompts, responses, strict=True):
         with torch.no_grad():
             theirs = model.model(input_ids=torch.tensor([prompt + response])).logits[0, 0] - 0.75
         torch.testing.assert_close(score, theirs, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(ours, reward.score(model, prompts, responses, 1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours, reward.score(model, groups_of_one(prompts, responses), 1), atol=1e-5, rtol=1e-5)
 
 
 def test_new_head_starts_at_zero(base):
     model = ScalarModel.load(base)
-    assert reward.score(model, [[5]], [[6]], 100).tolist() == [0]
+    assert reward.score(model, [Group([5], [[6]])], 100).tolist() == [0]
     assert model.head.weight.shape == (1, 32)
 
 
@@ -188,7 +188,7 @@ def test_trained_and_saved(reward_config, data):
     model = ScalarModel.load(str(path)).eval()
     examples = tokenize_demonstrations(read_demonstrations([data.demonstrations]), tokenizer, LIMITS)
     prompts, responses = [e.prompt_ids for e in examples], [e.completion_ids for e in examples]
-    scores = reward.score(model, prompts, responses, 16384)
+    scores = reward.score(model, groups_of_one(prompts, responses), 16384)
     assert abs(scores.mean().item()) < 1e-5
     assert scores.std().item() > 1e-3
     assert model.bias != 0

@@ -9,6 +9,7 @@ import torch
 from tools import tiny_gpt2
 
 from rlhf import rollout
+from rlhf.batch import groups_of_one
 from rlhf.models import LanguageModel
 from rlhf.rollout import NotFiniteError, sample, sampling_batches
 from rlhf_kernels import linear_selective_log_softmax
@@ -38,7 +39,7 @@ def test_logprobs_are_teacher_forced_ones(lm, temperature, batch_size):
 def test_logprobs_are_the_trainer_s(lm):
     """Packed, from hidden states: what the first minibatch's ratio compares them with."""
     completions = draw(lm, PROMPTS)
-    batch = lm.lay_out(PROMPTS, [completion.tokens for completion in completions])
+    batch = lm.lay_out(groups_of_one(PROMPTS, [completion.tokens for completion in completions]))
     expected = lm(batch, linear_selective_log_softmax)
     torch.testing.assert_close(torch.cat([c.logprobs for c in completions]), expected.detach(), atol=1e-5, rtol=1e-5)
 

@@ -173,7 +173,8 @@ def test_dropout_only_in_training(sft_config, open_run, base, examples):
     run = open_run("sft", sft_config())
     model = LanguageModel.load(base, residual_dropout=0.5)
     model.train()
-    draws = [sft.token_loss(run, model, examples[:4]).item() for _ in range(2)]
+    batch = model.lay_out([example.group for example in examples[:4]])
+    draws = [sft.token_loss(run, model, batch).item() for _ in range(2)]
     assert draws[0] != draws[1]
     assert sft.mean_loss(run, model, examples[:4]) == sft.mean_loss(run, model, examples[:4])
     assert model.training  # and goes on after measuring
@@ -181,7 +182,7 @@ def test_dropout_only_in_training(sft_config, open_run, base, examples):
     sft.mean_loss(run, model, examples[:4])
     assert not model.training
     plain = LanguageModel.load(base).train()
-    assert sft.token_loss(run, plain, examples[:4]).item() == sft.token_loss(run, plain, examples[:4]).item()
+    assert sft.token_loss(run, plain, batch).item() == sft.token_loss(run, plain, batch).item()
 
 
 def test_dropout_reaches_training(sft_config):

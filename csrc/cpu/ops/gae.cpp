@@ -6,10 +6,10 @@
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "cpu/kernels.h"
 #include "cpu/ops/mask.h"
 #include "cpu/ops/memory.h"
-#include "cpu/ops/sequences.h"
 #include "tensors.h"
 
 namespace rlhf_kernels::cpu::ops {
@@ -54,8 +54,8 @@ std::tuple<Tensor, Tensor> masked_gae(Tensor rewards, Tensor values, Tensor want
   const OptionalTensor last = as_float(bootstrap), boundaries = as_int64(cu_seqlens);
   return advantages_of(rewards,
                        {view_of(rewards), view_of(values), mask.data(),
-                        sequences_of(rewards, "cu_seqlens", boundaries), gamma, lam, data<float>(last), nullptr, nullptr,
-                        nullptr},
+                        checks::checked_sequences("cu_seqlens", rewards, boundaries), gamma, lam, data<float>(last),
+                        nullptr, nullptr, nullptr},
                        nullptr, whiten);
 }
 
@@ -71,7 +71,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_advantages(Tensor scores, Tensor 
   const auto shaping = shaping_of(row_scores, logprobs, ref_logprobs, beta, estimator, score_clip, rewards, kl);
   const auto [advantages, returns] = advantages_of(
       logprobs,
-      {{}, view_of(values), mask.data(), sequences_of(logprobs, "cu_seqlens", boundaries), gamma, lam,
+      {{}, view_of(values), mask.data(), checks::checked_sequences("cu_seqlens", logprobs, boundaries), gamma, lam,
        data<float>(last), nullptr, nullptr, nullptr},
       &shaping, whiten);
   return {advantages, returns, rewards, kl};

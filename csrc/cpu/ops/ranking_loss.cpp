@@ -5,10 +5,10 @@
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "cpu/kernels.h"
 #include "cpu/ops/mask.h"
 #include "cpu/ops/memory.h"
-#include "cpu/ops/sequences.h"
 #include "tensors.h"
 
 namespace rlhf_kernels::cpu::ops {
@@ -28,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor> pairwise_ranking_loss(Tensor scores, Tensor r
   const Tensor values = dense(scores), dense_ranks = cast(ranks, ScalarType::Long);
   const auto mask = wanted ? std::make_optional<Mask>("mask", *wanted) : std::nullopt;
   const OptionalTensor boundaries = as_int64(offsets);
-  const auto prompts = sequences_of(scores, "offsets", boundaries);
+  const auto prompts = checks::checked_sequences("offsets", scores, boundaries);
   Tensor gradient = with_gradient ? empty(sizes(scores), ScalarType::Float) : nothing();
   const int64_t groups = groups_of(prompts);
   std::vector<double> losses(groups), accuracies(groups);

@@ -81,33 +81,6 @@ inline Vec exp2(const Vec& n, const Vec& f) {
   return scaled_by_power(p, n);
 }
 
-// A sum of terms of at most 1, as exact as a compensated one (Kahan 1965), without each addition waiting for the error of
-// the one before. Every term is split in two: a high part, a multiple of one power of two so coarse that these sums are
-// exact, and the small rest.
-struct SplitSum {
-  Vec high{0.0f}, low{0.0f};
-
-  SplitSum() = default;
-  SplitSum(const Vec& term, const Vec& grid) : high((term + grid) - grid), low(term - high) {}
-
-  // Adding this number to a term and subtracting it again leaves the high part: a multiple of 2^-24 times the number of
-  // terms, rounded up to a power of two.
-  static Vec grid_for(int64_t terms) {
-    return Vec(0.75f * static_cast<float>(std::bit_ceil(static_cast<uint64_t>(terms < 4 ? 4 : terms))));
-  }
-
-  void operator+=(const SplitSum& term) {
-    high = high + term.high;
-    low = low + term.low;
-  }
-  void operator-=(const SplitSum& term) {
-    high = high - term.high;
-    low = low - term.low;
-  }
-  // By a factor, and what that lost to rounding.
-  Vec times(const Vec& factor, const Vec& lost) const { return fma(high, factor, fma(high, lost, low * factor)); }
-};
-
 inline float largest(const Vec& values) {
 #if defined(__aarch64__)
   return vmaxvq_f32(values);
@@ -137,24 +110,6 @@ inline Lanes greater(const Vec& a, const Vec& b) {
 #endif
 }
 
-// Also where one of them is NaN.
-inline Lanes not_less(const Vec& a, const Vec& b) {
-#if defined(CPU_CAPABILITY_AVX512)
-  return {_mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ)};
-#else
-  return {(a < b) ^ Vec(std::bit_cast<float>(-1))};
-#endif
-}
-
-// Not where one of them is NaN.
-inline Lanes different(const Vec& a, const Vec& b) {
-#if defined(CPU_CAPABILITY_AVX512)
-  return {_mm512_cmp_ps_mask(a, b, _CMP_NEQ_OQ)};
-#else
-  return {(a > b) | (b > a)};
-#endif
-}
-
 inline int64_t count(const Lanes& where) {
 #if defined(CPU_CAPABILITY_AVX512)
   return std::popcount(static_cast<uint32_t>(where.bits));
@@ -168,18 +123,6 @@ inline int64_t count(const Lanes& where) {
   int64_t result = 0;
   for (const float lane : bits) result += std::bit_cast<uint32_t>(lane) != 0;
   return result;
-#endif
-}
-
-// 1 where x is positive, −1 where it is negative, else 0: for NaN too.
-inline Vec signum(const Vec& x) {
-#if defined(CPU_CAPABILITY_AVX512)
-  // What each class of numbers becomes, in four bits, from NaN on: 0 is 8, −1 is 9 and 1 is 10.
-  constexpr int becomes = 0xa9a9'a888;
-  return _mm512_fixupimm_ps(x, x, _mm512_set1_epi32(becomes), 0);
-#else
-  const Vec zero(0.0f), one(1.0f);
-  return ((x > zero) & one) - ((zero > x) & one);
 #endif
 }
 
@@ -207,42 +150,6 @@ inline Vec add_where(const Lanes& where, const Vec& total, const Vec& x) {
   return total + kept(where, x);
 #endif
 }
-
-// −x where sign is negative, and x in the other lanes.
-inline Vec flipped(const Vec& sign, const Vec& x) {
-#if defined(CPU_CAPABILITY_AVX512)
-  constexpr int xor_of_and = 0x78;
-  const auto bits = [](const Vec& values) { return _mm512_castps_si512(values); };
-  return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(bits(x), bits(sign), bits(Vec(-0.0f)), xor_of_and));
-#else
-  return x ^ (sign & Vec(-0.0f));
-#endif
-}
-
-// How often each lane was in a set: integers, which any of a processor's units can add.
-struct Tally {
-#if defined(CPU_CAPABILITY_AVX512)
-  __m512i counts = _mm512_setzero_si512();
-
-  void add(const Lanes& where) { counts = _mm512_mask_add_epi32(counts, where.bits, counts, _mm512_set1_epi32(1)); }
-  Vec value() const { return _mm512_cvtepi32_ps(counts); }
-#elif defined(CPU_CAPABILITY_AVX2)
-  __m256i counts = _mm256_setzero_si256();
-
-  void add(const Lanes& where) { counts = _mm256_sub_epi32(counts, _mm256_castps_si256(where.bits)); }
-  Vec value() const { return _mm256_cvtepi32_ps(counts); }
-#elif defined(__aarch64__)
-  int32x4_t counts = vdupq_n_s32(0);
-
-  void add(const Lanes& where) { counts = vsubq_s32(counts, vreinterpretq_s32_f32(where.bits)); }
-  Vec value() const { return vcvtq_f32_s32(counts); }
-#else
-  Vec counts{0.0f};
-
-  void add(const Lanes& where) { counts = counts + (where.bits & Vec(1.0f)); }
-  Vec value() const { return counts; }
-#endif
-};
 
 }  // namespace RLHF_ISA
 }  // namespace rlhf_kernels::cpu

@@ -58,46 +58,11 @@ inline Vec load_lanes(const T* from, int64_t count = kLanes) {
   }
 }
 
-// The first count of a vector, each as the nearest float; the rest is 0.
-inline Vec load_integers(const int64_t* from, int64_t count) {
-#if defined(CPU_CAPABILITY_AVX512)
-  const auto floats = [](__mmask8 mask, const int64_t* at) {
-    return _mm512_cvtepi64_ps(_mm512_maskz_loadu_epi64(mask, at));
-  };
-  const uint32_t mask = (1u << count) - 1;
-  return _mm512_insertf32x8(_mm512_castps256_ps512(floats(static_cast<__mmask8>(mask), from)),
-                            floats(static_cast<__mmask8>(mask >> 8), from + 8), 1);
-#else
-  // Lane by lane: no other instruction set turns a vector of such integers into floats in one rounding.
-  float values[kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) values[i] = static_cast<float>(from[i]);
-  return Vec::loadu(values);
-#endif
-}
-
 // The first count of a vector, and fill in the other lanes.
 template <class T>
 inline Vec load_lanes_or(const T* from, int64_t count, float fill) {
   const Vec values = load_lanes(from, count);
   return count == kLanes ? values : Vec::set(Vec(fill), values, count);
-}
-
-// A whole vector past the caches, to an address that is a multiple of its size: what is not read again soon need not be
-// read before it is overwritten, nor push out what is. Seen by other threads after stored_past_caches().
-inline void store_past_caches(float* to, const Vec& values) {
-#if defined(CPU_CAPABILITY_AVX512)
-  _mm512_stream_ps(to, values);
-#elif defined(CPU_CAPABILITY_AVX2)
-  _mm256_stream_ps(to, values);
-#else
-  values.store(to);
-#endif
-}
-
-inline void stored_past_caches() {
-#if defined(CPU_CAPABILITY_AVX512) || defined(CPU_CAPABILITY_AVX2)
-  _mm_sfence();
-#endif
 }
 
 #if defined(__aarch64__)

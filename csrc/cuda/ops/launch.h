@@ -12,8 +12,8 @@
 #include "cuda/kernels.h"
 #include "tensors.h"
 
-// RLHF_CUDA_OPS(library) { library.impl(...); }, where the driver can run them: Triton's kernels take the places that are
-// left free. For the tests the kernels run on CPU tensors, under a name of their own.
+// Used as RLHF_CUDA_OPS(library) { library.impl(...); }. With a driver that is too old nothing is registered, and Triton's
+// kernels are registered instead. For the tests the kernels run on CPU tensors, under a name of their own.
 #if defined(RLHF_CUDA_EMULATED)
 #define RLHF_CUDA_LIBRARY(library) STABLE_TORCH_LIBRARY_IMPL(rlhf_kernels_emulated, CPU, library)
 #else
@@ -31,7 +31,7 @@ namespace rlhf_kernels::cuda {
 using tensors::ScalarType;
 using tensors::Tensor;
 
-// The device of a tensor, made current as long as this lives, and its current stream.
+// Makes a tensor's device the current one as long as it lives, and knows its current stream.
 class Launch {
  public:
   explicit Launch(const Tensor& tensor) : device_index_(tensor.get_device_index()) {

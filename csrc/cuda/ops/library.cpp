@@ -12,7 +12,7 @@ STABLE_TORCH_LIBRARY(rlhf_kernels_emulated, library) { rlhf_kernels::define_ops(
 
 namespace cuda = rlhf_kernels::cuda;
 
-// Whether the ops are not registered as the driver is too old, with CUDA's versions: see cuda::versions().
+// Whether the driver is too old, so that no op is registered, and CUDA's versions (see cuda::versions()).
 extern "C" __attribute__((visibility("default"))) bool rlhf_kernels_driver_is_too_old(int* built_with, int* driver) {
   *built_with = cuda::versions().built_with;
   *driver = cuda::versions().driver;

@@ -18,7 +18,7 @@ cuda::Reduction reduction_of(const std::string& name) {
   return name == "seq-mean-token-mean" ? cuda::Reduction::seq_mean_token_mean : cuda::Reduction::seq_mean_token_sum;
 }
 
-// run(arguments, workspace) launches.
+// What both losses have in common. run(arguments, workspace) launches the kernels.
 template <class Run>
 std::tuple<Tensor, Tensor, Tensor> token_loss(const Launch& launch, const Tensor& first, const Tensor& second,
                                               const Tensor& third, const Tensor& wanted, const std::string& reduction,

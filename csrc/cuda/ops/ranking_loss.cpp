@@ -4,7 +4,6 @@
 
 #include "cuda/kernels.h"
 #include "cuda/ops/launch.h"
-#include "cuda/ops/rows.h"
 #include "tensors.h"
 
 namespace rlhf_kernels::cuda::ops {

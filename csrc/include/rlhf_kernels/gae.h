@@ -22,22 +22,22 @@ RLHF_HOST_DEVICE T gae_advantage(T delta, T gamma_lambda, T after) {
   return multiply_add(gamma_lambda, after, delta);
 }
 
-// What comes to a position from its right: the advantage of the next position that counts, and that position's γ·V.
-// Before the first of them: 0 and γ times the bootstrap value, plus the score that waits for the sequence's last position.
+// What a position needs from its right: the advantage of the next unmasked position, and that position's γ·V. At the end
+// of a sequence: 0, and γ times the bootstrap value plus the score that the last unmasked position gets.
 struct GaeState {
   double advantage;
   double next;
   bool seen;  // whether some position to the right counts
 };
 
-// What a stretch of positions makes of a state: advantage = slope·advantage' + following·next' + offset, and a next of
-// its own. The recursion of equation 16 as a composition of affine maps, which may be taken in any grouping (Blelloch
-// 1990). A stretch in which nothing counts hands on what came.
+// How a stretch of positions changes the state: advantage = slope·advantage' + following·next' + offset, and a new `next`.
+// The recursion of equation 16 is a composition of such affine maps, which may be grouped in any way (Blelloch 1990). A
+// stretch that is all masked changes nothing.
 struct GaeMap {
   double slope = 1, following = 0, offset = 0, next = 0;
   bool counts = false;
 
-  // Takes in the position to the left of the stretch, one that counts.
+  // Extends the stretch by the position to its left, which must be unmasked.
   RLHF_HOST_DEVICE void take(double reward, double value, double gamma, double gamma_lambda) {
     offset = counts ? fma(gamma_lambda, offset, gae_delta(reward, value, next)) : reward - value;
     following = counts ? gamma_lambda * following : 1;
@@ -52,7 +52,7 @@ struct GaeMap {
   }
 };
 
-// The map of two stretches side by side.
+// The map of two neighbouring stretches together.
 RLHF_HOST_DEVICE GaeMap joined(const GaeMap& left, const GaeMap& right) {
   if (!left.counts) return right;
   if (!right.counts) return left;

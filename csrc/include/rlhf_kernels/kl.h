@@ -7,15 +7,15 @@ namespace rlhf_kernels {
 
 enum class KlEstimator { k1, k2, k3, abs };
 
-// e^x − 1 − x with x = log π_ref − log π, and with what the difference lost, as long as both are numbers. For x = ∞ it is
-// that, not ∞ − ∞.
+// e^x − 1 − x with x = log π_ref − log π. What rounding took from x is put back where x is a number. For x = ∞ the result
+// is ∞, not ∞ − ∞.
 template <class T>
 RLHF_HOST_DEVICE T k3_penalty(T logprob, T ref_logprob) {
   const T x = ref_logprob - logprob;
   const auto power = exponential(x);
   const T lost = lost_by_difference(ref_logprob, logprob, x);
   const T near = multiply_add(lost, power.value - T(1.0f), power.less_line);
-  // Further off every step keeps what it loses.
+  // For larger |x| the terms cancel less, but every step keeps what its rounding lost.
   const T line = T(1.0f) + x, line_lost = x - (line - T(1.0f));
   const T difference = power.value - line, difference_lost = (power.value - difference) - line;
   const T far = difference + (difference_lost + (multiply_add(power.value, lost, power.lost) - line_lost));

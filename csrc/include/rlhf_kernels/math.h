@@ -1,5 +1,5 @@
-// What the formulas in this folder are written in: the same source serves a C++ float, a vector of them on the CPU
-// (csrc/cpu/vec.h overloads these names), and a CUDA thread.
+// The arithmetic that the formulas in this folder are written in. The same source serves a C++ float, a vector of floats on
+// the CPU (csrc/cpu/vec.h overloads these names), and a CUDA thread.
 #pragma once
 
 #include <cmath>
@@ -32,21 +32,21 @@ RLHF_HOST_DEVICE float power_of_two(float x) { return exp2f(x); }
 RLHF_HOST_DEVICE float power_of_e(float x) { return expf(x); }
 RLHF_HOST_DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 RLHF_HOST_DEVICE double multiply_add(double a, double b, double c) { return fma(a, b, c); }
-// What rounding took from the product of a and b.
+// What rounding took from product = a·b.
 RLHF_HOST_DEVICE float lost_by_product(float a, float b, float product) { return fmaf(a, b, -product); }
 RLHF_HOST_DEVICE double lost_by_product(double a, double b, double product) { return fma(a, b, -product); }
 RLHF_HOST_DEVICE float nearest_integer(float x) { return rintf(x); }
-// x·2^n for an integral n, rounded once where the result is subnormal.
+// x·2^n for an integral n, rounded only once even where the result is subnormal.
 RLHF_HOST_DEVICE float times_power_of_two(float x, float n) { return ldexpf(x, static_cast<int>(n)); }
 
-// What rounding took from difference = a − b (Knuth's two-sum); no number where the difference is none.
+// What rounding took from difference = a − b (Knuth's two-sum). NaN where the difference is not finite.
 template <class T>
 RLHF_HOST_DEVICE T lost_by_difference(T a, T b, T difference) {
   const T minus_b = difference - a;
   return (a - (difference - minus_b)) - (b + minus_b);
 }
 
-// What T, a float or a vector of them, does not hold of x.
+// What is lost when the double x is rounded to T, a float or a vector of floats.
 template <class T>
 RLHF_HOST_DEVICE T lost_by_conversion(double x) {
   return T(static_cast<float>(x - static_cast<double>(static_cast<float>(x))));
@@ -75,19 +75,18 @@ RLHF_HOST_DEVICE Exponential<T> bounded_exponential(T x) {
   const T bounded = at_least(x, T(kSmallestExponent));
   const T n = nearest_integer(bounded * T(static_cast<float>(kLog2E)));
   const T high = multiply_add(n, T(-0.693359375f), bounded), r = multiply_add(n, T(2.12194440e-4f), high);
-  // Its halves side by side (Estrin): what waits for an exponential waits for less.
+  // The polynomial's halves are computed side by side (Estrin's scheme), so that the result is there sooner.
   const T square = r * r;
   T p = multiply_add(T(1.9875691500e-4f), r, T(1.3981999507e-3f));
   p = multiply_add(p, square, multiply_add(T(8.3334519073e-3f), r, T(4.1665795894e-2f)));
   p = multiply_add(p, square, multiply_add(T(1.6666665459e-1f), r, T(5.0000001201e-1f)));
-  // What r and 1 + r lose to rounding is kept: both are of the size of the result's last digit.
+  // What rounding takes from r and from 1 + r is kept, since either can be as large as the result's last digit.
   const T r_lost = multiply_add(n, T(2.12194440e-4f), high - r), one_and_r = one + r;
   const T rest = multiply_add(p, square, (r - (one_and_r - one)) + r_lost), whole = one_and_r + rest;
   Exponential<T> result;
   result.value = times_power_of_two(whole, n);
   result.lost = times_power_of_two((one_and_r - whole) + rest, n);
-  // With n = 0 it stands there already. Elsewhere e^x is large enough against what cancels; where it is very large, one
-  // rounding is left.
+  // For n = 0, e^x − 1 − x is at hand already. For other n, e^x is large enough for the subtraction to be harmless.
   result.less_line = where_greater(one, absolute(n), p * square, result.value - ((one + x) - result.lost));
   return result;
 }

@@ -13,8 +13,8 @@ struct OnlineSoftmax {
   double weighted = 0;
 };
 
-// Takes in a part of the row whose sums are relative to its own maximum. Exact up to rounding, in any grouping; callers
-// that promise the same bits every time keep to one order.
+// Adds the sums of another part of the row, which are relative to that part's own maximum. Parts may be merged in any
+// grouping, exact up to rounding; for the same bits every time, callers keep to one order.
 RLHF_HOST_DEVICE void merge(OnlineSoftmax& all, const OnlineSoftmax& part, double inverse_temperature) {
   if (part.sum == 0) return;
   if (all.sum == 0) {
@@ -27,7 +27,7 @@ RLHF_HOST_DEVICE void merge(OnlineSoftmax& all, const OnlineSoftmax& part, doubl
     all = part;
   }
   const double shift = (static_cast<double>(low.maximum) - all.maximum) * inverse_temperature;
-  // No logit above −inf in the lower part: it adds nothing, and 0·inf would be NaN.
+  // Where all logits of the lower part are −inf it adds nothing, and multiplying would give 0·inf, which is NaN.
   if (shift == -static_cast<double>(INFINITY)) return;
   const double scale = exp(shift);
   all.weighted += (low.weighted + shift * low.sum) * scale;
@@ -49,7 +49,7 @@ struct LogitGradient {
   T maximum, scale, log2_sum;  // log₂ p = (logit − maximum)·scale − log2_sum
   T slope, offset;             // the gradient is p·(slope·log₂ p + offset)
 
-  // log_sum = log Σ e^d. Without an entropy's gradient, neither it nor its row's entropy is looked at.
+  // log_sum = log Σ e^d. Where no gradient of the entropy is asked for, `entropy` and its gradient are not read.
   RLHF_HOST_DEVICE LogitGradient(float row_maximum, float log_sum, float entropy, float grad_logprob,
                                  float grad_entropy, double temperature)
       : maximum(row_maximum),
@@ -60,7 +60,7 @@ struct LogitGradient {
 
   template <bool kEntropy>
   RLHF_HOST_DEVICE T of(T logit) const {
-    // 2^−150 rounds to 0 in float32; a banned token's −inf would make 0·inf of the slope.
+    // 2^−150 rounds to 0 in float32, as it must. A banned token's log-prob of −inf would give 0·inf, which is NaN.
     const T log2_p = at_least(multiply_add(logit - maximum, scale, T(0.0f) - log2_sum), T(-150.0f));
     const T p = power_of_two(log2_p);
     if constexpr (kEntropy) return p * multiply_add(slope, log2_p, offset);

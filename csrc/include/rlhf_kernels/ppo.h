@@ -5,8 +5,8 @@
 
 namespace rlhf_kernels {
 
-// What the losses tell of an update, in the order of the statistics in rlhf_kernels/ops.py: of a position, summed over
-// positions, or on average. T is float or double.
+// The statistics of the losses, in the order of rlhf_kernels/ops.py: of one position, summed over positions, or averaged.
+// T is float or double.
 template <class T>
 struct PolicyStatistics {
   static constexpr int kCount = 4;
@@ -23,7 +23,7 @@ struct PolicyStatistics {
     clipped += other.clipped;
   }
 
-  // Of sums: the averages, where `share` is one over how many positions count.
+  // Averages from sums, where `share` is 1 over the number of unmasked positions.
   RLHF_HOST_DEVICE void store(float* to, double share) const {
     to[0] = static_cast<float>(ratio * share);
     to[1] = static_cast<float>(deviation);
@@ -32,7 +32,7 @@ struct PolicyStatistics {
   }
 };
 
-// The linear loss tells the entropy as well.
+// The linear loss has the entropy as well.
 template <class T>
 struct LinearPolicyStatistics : PolicyStatistics<T> {
   static constexpr int kCount = PolicyStatistics<T>::kCount + 1;
@@ -94,7 +94,7 @@ struct PolicyTerm {
   T clipped;    // 1 where the clipped loss is the one chosen
 };
 
-// e^88 is the largest power that is finite in float32: beyond it the ratio stays there, and has no gradient.
+// e^88 is the largest whole power of e that is finite in float32. Larger log-ratios are clamped to it, without a gradient.
 constexpr float kLargestLogRatio = 88.0f;
 constexpr float kLargestFloat = 3.4028234e38f;
 
@@ -110,8 +110,8 @@ template <class T>
 RLHF_HOST_DEVICE PolicyTerm<T> policy_term(T log_ratio, T ratio, T ratio_lost, T advantage, const PolicyClip& clip,
                                            T weight, T weight_lost) {
   const T zero(0.0f), one(1.0f), gain = zero - advantage;
-  // Of the two ends of the clip range only one can raise the loss: the low one for a gain above 0. What its rounding to T
-  // lost is kept too.
+  // Only one end of the clip range can raise the loss: the low end for a gain above 0, else the high end. What rounding
+  // the end to T loses is kept too.
   const T end = where_greater(gain, zero, T(clip.low), T(clip.high));
   const T end_lost = where_greater(gain, zero, lost_by_conversion<T>(clip.low), lost_by_conversion<T>(clip.high));
   const T unclipped = gain * ratio, clipped = gain * end;
@@ -120,7 +120,8 @@ RLHF_HOST_DEVICE PolicyTerm<T> policy_term(T log_ratio, T ratio, T ratio_lost, T
   PolicyTerm<T> term;
   term.loss = at_least(unclipped, clipped);
   term.loss_lost = multiply_add(gain, factor_lost, lost_by_product(gain, factor, term.loss));
-  // The gain is weighted before the ratio comes in, which may be large: then the product overflows only if it must.
+  // The gain is weighted first and multiplied by the ratio, which may be large, second: then the product overflows only if
+  // the result does.
   const T share = gain * weight, share_lost = multiply_add(gain, weight_lost, lost_by_product(gain, weight, share));
   const T slope_lost = where_greater(T(kLargestFloat), absolute(share),
                                      multiply_add(share, ratio_lost, share_lost * ratio), zero);  // an infinite gain
@@ -157,7 +158,7 @@ RLHF_HOST_DEVICE ValueTerm<T> value_term(T value, T old_value, T target, float c
     const T clipped_error = clipped_distance * clipped_distance;
     term.clipped = where_greater(clipped_error, error, one, zero);
     term.loss = maximum(error, clipped_error) * T(0.5f);
-    // A clipped value does not move with V.
+    // A clipped value does not change with V, so its gradient is 0.
     term.gradient = where_greater(clipped_error, error, zero, distance);
   }
   return term;

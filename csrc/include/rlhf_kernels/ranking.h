@@ -5,9 +5,9 @@
 
 namespace rlhf_kernels {
 
-// With x = r_w − r_l − margin: −log σ(x) = log(1 + tail) − min(x, 0). What many pairs fall short by is added up in two
-// parts, differences and margins. A sum of both would lose the same digits of the margin again and again, where differences
-// are of one grid, as those of bfloat16 scores.
+// With x = r_w − r_l − margin: −log σ(x) = log(1 + tail) − min(x, 0). The second term is summed over pairs in two parts,
+// differences and margins. In a sum of both together, bfloat16 scores, whose differences are multiples of one power of two,
+// would lose the same digits of the margin again and again.
 template <class T>
 RLHF_HOST_DEVICE T shortfall(T differences, T pairs, T margin) {
   return differences - pairs * margin;
@@ -26,8 +26,8 @@ RLHF_HOST_DEVICE T pair_slope(T x, T tail) {
   return where_greater(x, T(0.0f), tail, one) * reciprocal(one + tail);
 }
 
-// Π(1 + tail) − 1 with one more tail: many pairs take one logarithm. Nothing cancels, and in float32 up to 127 pairs can't
-// overflow.
+// Takes one more tail into Π(1 + tail) − 1, so that many pairs need one logarithm. Nothing cancels, and the product of up to
+// 127 pairs cannot overflow in float32.
 template <class T>
 RLHF_HOST_DEVICE T with_tail(T product, T tail) {
   return multiply_add(product, T(1.0f) + tail, tail);
