@@ -7,7 +7,7 @@ own words for the same steps; the trainers' own functions join where they can be
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -204,3 +204,16 @@ def _load_openrlhf() -> Callable[..., Any]:
     return lambda rewards, values, mask: RemoteExperienceMaker.get_advantages_and_returns(
         None, values, rewards, mask, GAMMA, LAM
     )
+
+
+def variants() -> Iterator[Callable[[], Any]]:
+    """Calls which together launch every Triton kernel of the family as training does."""
+    scores, tokens = torch.zeros(8), torch.zeros(8, 4096)
+    flat, boundaries = tokens.view(-1), torch.arange(0, 8 * 4096 + 1, 4096)
+    yield partial(rlhf_kernels.masked_gae, tokens, tokens, None, bootstrap=scores, whiten=True)
+    yield partial(rlhf_kernels.masked_gae, flat, flat, None, whiten=True, cu_seqlens=boundaries)
+    for estimator in ("k1", "k2", "k3", "abs"):
+        yield partial(
+            rlhf_kernels.ppo_advantages, scores, tokens, tokens, tokens, None, beta=0.1, estimator=estimator,
+            score_clip=5.0, whiten=True,
+        )  # fmt: skip

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import batches
 import torch
@@ -93,3 +95,14 @@ def shaped_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask:
     rewards = -BETA * kl
     last = (torch.arange(mask.shape[1], device=mask.device) * mask).argmax(1)
     return rewards.scatter_add(1, last[:, None], scores.float()[:, None]), kl
+
+
+def variants() -> Iterator[Callable[[], Any]]:
+    """Calls which together launch every Triton kernel of the family as training does."""
+    logprobs, ref_logprobs = torch.zeros(2, 8, 4096, requires_grad=True)
+    for estimator in ("k1", "k2", "k3", "abs"):
+        yield partial(rlhf_kernels.kl_penalty, logprobs, ref_logprobs, estimator=estimator)
+        yield partial(
+            rlhf_kernels.kl_shaped_rewards, torch.zeros(8), logprobs, ref_logprobs, None, beta=0.1,
+            estimator=estimator, score_clip=5.0,
+        )  # fmt: skip

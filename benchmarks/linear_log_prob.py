@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -199,3 +199,20 @@ def _cut_loss(filter_eps: str | None, reduction: str = "mean") -> Callable[..., 
 def _cut_log_probs(filter_eps: str | None) -> Callable[..., Tensor]:
     loss = _cut_loss(filter_eps, "none")
     return lambda hidden, weight, index: -loss(hidden, weight, index)
+
+
+def variants() -> Iterator[Callable[[], Any]]:
+    """Calls which together launch every Triton kernel of the family as training does."""
+    index, per_row = torch.zeros(64, dtype=torch.int64), torch.ones(64)
+    for dtype in (torch.bfloat16, torch.float32):
+        hidden = torch.zeros(64, 128, dtype=dtype, requires_grad=True)
+        weight = torch.zeros(50_304, 128, dtype=dtype, requires_grad=True)
+        for options in ({}, {"bias": torch.zeros(50_304, dtype=dtype), "softcap": 30.0}):
+            yield partial(rlhf_kernels.linear_selective_log_softmax, hidden, weight, index, **options)
+            yield partial(rlhf_kernels.linear_selective_log_softmax_and_entropy, hidden, weight, index, **options)
+            yield partial(rlhf_kernels.linear_cross_entropy, hidden, weight, index, **options)
+            for dual_clip in (None, 3.0):
+                yield partial(
+                    rlhf_kernels.linear_ppo_policy_loss, hidden, weight, index, per_row, per_row, None,
+                    dual_clip=dual_clip, **options,
+                )  # fmt: skip

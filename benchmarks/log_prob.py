@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -138,3 +138,13 @@ def _flash_attention() -> Callable[[Tensor, Tensor], Tensor]:
     from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 
     return lambda logits, index: -cross_entropy_loss(logits, index)[0]
+
+
+def variants() -> Iterator[Callable[[], Any]]:
+    """Calls which together launch every Triton kernel of the family as training does."""
+    index = torch.zeros(64, dtype=torch.int64)
+    for dtype in (torch.bfloat16, torch.float32):
+        logits = torch.zeros(64, 50_304, dtype=dtype, requires_grad=True)
+        for op in (rlhf_kernels.selective_log_softmax, rlhf_kernels.selective_log_softmax_and_entropy):
+            for inplace in (False, True):
+                yield lambda op=op, x=logits, inplace=inplace: op(x * 1, index, inplace_backward=inplace)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import batches
 import torch
@@ -114,3 +116,15 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
             "clip_fraction": masked_mean((clipped > plain).float(), mask),
         }
     return loss, stats
+
+
+def variants() -> Iterator[Callable[[], Any]]:
+    """Calls which together launch every Triton kernel of the family as training does."""
+    tokens, other = torch.zeros(8, 4096, requires_grad=True), torch.zeros(8, 4096)
+    for reduction in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum"):
+        for dual_clip in (None, 3.0):
+            yield partial(
+                rlhf_kernels.ppo_policy_loss, tokens, other, other, None, dual_clip=dual_clip, reduction=reduction
+            )
+        for clip in (None, 0.2):
+            yield partial(rlhf_kernels.ppo_value_loss, tokens, other, other, None, clip_range=clip, reduction=reduction)

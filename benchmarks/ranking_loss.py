@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import batches
 import torch
@@ -70,3 +72,11 @@ def ranking_loss(scores: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
     losses = -(F.logsigmoid(difference) * pairs).sum((1, 2)) / count.clamp(min=1)
     right = (((difference > 0).float() + 0.5 * (difference == 0).float()) * pairs).sum((1, 2)) / count.clamp(min=1)
     return (losses * prompts).sum() / prompts.sum(), ((right * prompts).sum() / prompts.sum()).detach()
+
+
+def variants() -> Iterator[Callable[[], Any]]:
+    """Calls which together launch every Triton kernel of the family as training does."""
+    scores, ranks = torch.zeros(64, 9, requires_grad=True), torch.zeros(64, 9, dtype=torch.int64)
+    op, offsets, mask = rlhf_kernels.pairwise_ranking_loss, torch.arange(0, 64 * 9 + 1, 9), torch.ones(64, 9)
+    yield lambda: op(scores, ranks, mask=mask)
+    yield lambda: op(scores.flatten(), ranks.flatten(), offsets=offsets)

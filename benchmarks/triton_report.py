@@ -10,6 +10,7 @@ would be given: argument types, alignments, block sizes. Exits with 1 where a ke
 from __future__ import annotations
 
 import argparse
+import importlib
 import re
 import subprocess
 import sys
@@ -22,12 +23,14 @@ from unittest import mock
 
 import torch
 import triton
+from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from rlhf_kernels.triton import OPS
+from rlhf_kernels import backends
+from rlhf_kernels.ops import FAMILIES
 
 ARCHITECTURES = (80, 90, 100, 120)
 TYPES = {
@@ -57,15 +60,23 @@ class Usage:
 
 
 def launches() -> list[Launch]:
-    """Those that calls with the sizes of training make; each once, in order."""
+    """Those that the families' variants make, with their derivatives; each once, in order."""
     found: dict[Launch, None] = {}
 
     def record(kernel: JITFunction[Any], *values: Any, grid: Any, warmup: bool, **named: Any) -> None:
         found[_launch(kernel, values, named)] = None
 
-    with mock.patch.object(JITFunction, "run", record):
-        for name, arguments in calls():
-            OPS[name](*arguments)
+    # The ops believe that Triton's interpreter is there, and so take CPU tensors.
+    with (
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(backends, "_INTERPRETED_TRITON", True),
+        backends.use_backend("triton"),
+    ):
+        for family in FAMILIES:
+            for call in importlib.import_module(family).variants():
+                results = [x for x in tree_leaves(call()) if x.requires_grad]
+                if results:
+                    torch.autograd.backward([x.sum() for x in results])
     return list(found)
 
 
@@ -108,57 +119,6 @@ def compiled(launch: Launch, architecture: int) -> Usage:
     registers = re.search(r"Used (\d+) registers", log)
     spilled = sum(int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", log))
     return Usage(int(registers.group(1)) if registers else 0, spilled, result.metadata.shared)
-
-
-def calls() -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Arguments of every op: the dtypes of training, each option that makes a kernel of its own."""
-    rows, vocabulary, depth, batch, length = 64, 50304, 128, 8, 4096
-    index = torch.zeros(rows, dtype=torch.int64)
-    wanted = torch.ones(rows, dtype=torch.bool)
-    per_row = torch.ones(rows)
-    nothing = torch.empty(0)
-    for dtype in (torch.bfloat16, torch.float32):
-        logits = torch.zeros(rows, vocabulary, dtype=dtype)
-        hidden, weight = torch.zeros(rows, depth, dtype=dtype), torch.zeros(vocabulary, depth, dtype=dtype)
-        bias = torch.zeros(vocabulary, dtype=dtype)
-        for entropy in (False, True):
-            gradient_of_entropy = per_row if entropy else None
-            yield "selective_log_softmax", (logits, index, wanted, 1.0, entropy, False)
-            saved = (per_row if entropy else nothing, per_row, per_row, per_row, gradient_of_entropy)
-            yield "selective_log_softmax_backward", (logits, index, wanted, 1.0, *saved)
-            yield "selective_log_softmax_backward_", (logits, index, wanted, 1.0, *saved)
-            for b, cap in ((None, None), (bias, 30.0)):
-                yield "linear_selective_log_softmax", (hidden, weight, index, wanted, b, 1.0, cap, entropy)
-        yield "linear_selective_log_softmax_backward", (
-            hidden, weight, index, wanted, None, 1.0, None, nothing, per_row, per_row, per_row, None, True, True
-        )  # fmt: skip
-        for cap in (None, 30.0):
-            yield "linear_cross_entropy", (hidden, weight, index, wanted, None, 1.0, cap, True, True, True)
-            yield "linear_ppo_policy_loss", (
-                hidden, weight, index, per_row, per_row, wanted, None, 1.0, cap, 0.2, 0.2, 3.0, "token-mean", True, True
-            )  # fmt: skip
-    tokens = torch.zeros(batch, length)
-    mask = torch.ones(batch, length, dtype=torch.bool)
-    scores = torch.zeros(batch)
-    boundaries = torch.arange(0, batch * length + 1, length)
-    for estimator in ("k1", "k2", "k3", "abs"):
-        yield "kl_penalty", (tokens, tokens, estimator)
-        yield "kl_penalty_backward", (tokens, tokens, estimator, tokens)
-        yield "kl_shaped_rewards", (scores, tokens, tokens, mask, 0.1, estimator, 5.0)
-        yield "ppo_advantages", (
-            scores, tokens, tokens, tokens, mask, 0.1, 1.0, 0.95, True, None, estimator, 5.0, None
-        )  # fmt: skip
-    flat, flat_mask = tokens.view(-1), mask.view(-1)
-    yield "masked_gae", (tokens, tokens, mask, 1.0, 0.95, scores, True, None)
-    yield "masked_gae", (flat, flat, flat_mask, 1.0, 0.95, None, True, boundaries)
-    for reduction in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum"):
-        yield "ppo_policy_loss", (tokens, tokens, tokens, mask, 0.2, 0.2, 3.0, reduction, True)
-        yield "ppo_value_loss", (tokens, tokens, tokens, mask, 0.2, reduction, True)
-    ranks = torch.zeros(64, 9, dtype=torch.int64)
-    completions = torch.zeros(64, 9)
-    yield "pairwise_ranking_loss", (completions, ranks, None, ranks == 0, 0.0, True)
-    offsets = torch.arange(0, 64 * 9 + 1, 9)
-    yield "pairwise_ranking_loss", (completions.view(-1), ranks.view(-1), offsets, (ranks == 0).view(-1), 0.0, True)
 
 
 def report(architecture: int) -> Iterator[tuple[str, Usage]]:
