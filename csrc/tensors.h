@@ -119,10 +119,6 @@ inline LogProbArguments log_prob_arguments(const Tensor& logits, const Tensor& i
           logits.size(logits.dim() - 1), data<int64_t>(index), wanted, temperature};
 }
 
-inline PolicyClip policy_clip(double low, double high, std::optional<double> dual) {
-  return {1 - low, 1 + high, dual.value_or(0), dual.has_value()};
-}
-
 inline KlShaping shaping_of(const Tensor& scores, const Tensor& logprobs, const Tensor& ref_logprobs, double beta,
                             const std::string& estimator, std::optional<double> score_clip, const Tensor& rewards,
                             const Tensor& kl) {

@@ -36,7 +36,8 @@ settings.load_profile("rlhf")
 
 def _on(request):
     name = request.param
-    family, mark = request.module.__name__.removeprefix("test_"), request.node.get_closest_marker("runs")
+    family = request.path.stem.removeprefix("test_")
+    mark = request.node.get_closest_marker("runs")
     for op, facts in OPS.items():
         if name == "cuda" and name not in facts.on_gpu and (facts.family == family or (mark and op in mark.args)):
             pytest.skip(f"{op} has no CUDA C++ kernels")

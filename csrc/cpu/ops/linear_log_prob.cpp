@@ -352,7 +352,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_ppo_policy_loss(
   const auto [loss, gradients] =
       linear_losses(in, hidden, weight,
                     {in.index.data(), row_weights.data(), row_old.data(), row_gains.data(),
-                     policy_clip(clip_low, clip_high, dual_clip)},
+                     PolicyClip::of(clip_low, clip_high, dual_clip)},
                     statistics.data(), {needs_hidden, needs_weight});
   LinearPolicyStatistics<double> all;
   for (const auto& row : statistics) all.add(row);

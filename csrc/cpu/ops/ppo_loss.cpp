@@ -41,7 +41,7 @@ std::tuple<Tensor, Tensor, Tensor> ppo_policy_loss(Tensor logprobs, Tensor old_l
   std::vector<PolicySums> sums(rows.count);
   const PolicyArguments in{rows.view(logprobs), rows.view(old_logprobs), rows.view(advantages),
                                 mask.data(), rows.length, rows.positions, weights.rows.data(),
-                                policy_clip(clip_low, clip_high, dual_clip),
+                                PolicyClip::of(clip_low, clip_high, dual_clip),
                                 with_gradient ? mutable_data<float>(gradient) : nullptr, sums.data()};
   parallel(rows.count, rows.length * 4,
            [&](int64_t begin, int64_t end) { kernels().ppo_policy(in, begin, end); });

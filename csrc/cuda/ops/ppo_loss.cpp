@@ -51,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor> ppo_policy_loss(Tensor logprobs, Tensor old_l
   return token_loss(launch, logprobs, old_logprobs, advantages, wanted, reduction, with_gradient,
                     PolicyStatistics<double>::kCount,
                     [&](const cuda::TokenLoss& in, void* workspace) {
-                      cuda::ppo_policy_loss(in, policy_clip(clip_low, clip_high, dual_clip), workspace, launch.stream);
+                      cuda::ppo_policy_loss(in, PolicyClip::of(clip_low, clip_high, dual_clip), workspace, launch.stream);
                     });
 }
 

@@ -1,6 +1,8 @@
 // PPO's clipped losses at one position (Schulman et al. 2017, equation 7), with gradient and statistics.
 #pragma once
 
+#include <optional>
+
 #include "rlhf_kernels/math.h"
 
 namespace rlhf_kernels {
@@ -76,6 +78,11 @@ struct PolicyClip {
   double high;  // 1 + ε_high
   double dual;  // c, where has_dual
   bool has_dual;
+
+  // From the op's own options.
+  static PolicyClip of(double clip_low, double clip_high, std::optional<double> dual_clip) {
+    return {1 - clip_low, 1 + clip_high, dual_clip.value_or(0), dual_clip.has_value()};
+  }
 };
 
 template <class T>
