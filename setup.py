@@ -1,15 +1,17 @@
-"""Builds the native code through CMake and Ninja, and leaves word of it in the package: ``rlhf_kernels/_build.json``.
+"""Builds the native code with CMake and Ninja, and records what was built in ``rlhf_kernels/_build.json``.
 
-What can't be built does not break the install, which can do without: ``python -m rlhf_kernels`` says what is missing,
-for which reason, and what would help. So does the first op that misses it.
+A part that can't be built does not break the install, since the package works without it. ``python -m rlhf_kernels``
+says what is missing, why, and what would help. The first op on the CPU that misses its kernels warns of it, too.
 
 Environment:
-    RLHF_KERNELS_REQUIRE: what the install shall fail without: ``cpu``, ``cuda`` or ``cpu,cuda``.
-    RLHF_KERNELS_BUILD_CUDA: 1 builds the CUDA kernels, 0 does not; by default where nvcc is and torch has CUDA.
+    RLHF_KERNELS_REQUIRE: parts without which the install must fail: ``cpu``, ``cuda`` or ``cpu,cuda``.
+    RLHF_KERNELS_BUILD_CUDA: 1 builds the CUDA kernels, 0 does not. By default they are built if there is an nvcc and
+        torch has CUDA.
     TORCH_CUDA_ARCH_LIST: the GPUs to build for, as torch's own extensions take it: ``8.0;9.0a;12.0+PTX``.
-    CXX, CXXFLAGS, LDFLAGS: the C++ compiler, and what it is given, as CMake takes them.
-    CUDACXX, CUDA_HOME: nvcc, and the toolkit it is in; else the path's, else that of /usr/local/cuda.
-    MAX_JOBS: compilers at a time; by default one per core, and no more than fit the memory.
+    CXX, CXXFLAGS, LDFLAGS: the C++ compiler and its options, as CMake takes them.
+    CUDACXX, CUDA_HOME: the nvcc to use, or the toolkit that it is in. Without them it is the nvcc on the path, else the
+        one in /usr/local/cuda.
+    MAX_JOBS: how many compilers run at a time; by default one per core, and no more than fit into memory.
 """
 
 from __future__ import annotations
@@ -29,31 +31,31 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-sys.path.insert(0, str(ROOT))  # setuptools runs this file from anywhere
+sys.path.insert(0, str(ROOT))  # this file may be run from any folder
 
 from build_backend import OLDEST_TORCH, find_torch, is_new_enough, version_of  # noqa: E402
 
-# What tools say, in English and whatever bytes a path or a source holds.
+# How tools are run: in English, and with an output that can be decoded whatever bytes a path or a source holds.
 TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "replace", "env": os.environ | {"LC_ALL": "C.UTF-8"}}
 
-# Ampere, Ada, Hopper, Blackwell; PTX of the last is compiled on whatever comes after.
+# Ampere, Ada, Hopper and Blackwell. GPUs that come later compile the PTX of the last.
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0a", "10.0", "12.0+PTX")
 GIB_PER_JOB = 2
 
-# What the install is like without each part.
+# What happens in an install without each part.
 PARTS = {
     "cpu": "ops on the CPU run on the reference, sequence packing in Python",
     "cuda": "ops on a GPU run on Triton",
 }
 RECORD = "_build.json"
 LONGEST_REASON = 600  # characters of what tools say
-# What CMake takes from the environment at its first run in a folder, and keeps.
+# Variables that CMake reads only at its first run in a folder, and then keeps.
 TAKEN_BY_CMAKE = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDAHOSTCXX", "CUDAFLAGS", "CMAKE_CXX_COMPILER_LAUNCHER", "PATH")
 
 BUILD_TOOLS = "pip install cmake ninja pybind11, or let pip do it: install without --no-build-isolation"
 TORCH = f"pip install 'torch>={OLDEST_TORCH}', or let pip do it: install without --no-build-isolation"
 CUDA = "install CUDA 12 or newer with its nvcc (CUDACXX or CUDA_HOME say where it is), then install again"
-# Against what CMake and compilers say.
+# What helps, by a pattern in what CMake or a compiler says. The first pattern that matches decides.
 REMEDIES = {
     r"No space left": "make room on the disk, then install again",
     r"Killed": "the memory was not enough: MAX_JOBS=1 has one compiler at a time; then install again",
@@ -66,7 +68,7 @@ REMEDIES = {
 
 
 class BuildError(Exception):
-    """Why a part was not built, by the first complaint of the tool that failed at it, and what would help."""
+    """Why a part was not built, in the words of the tool that failed, and what would help."""
 
     def __init__(self, reason: str, remedy: str = ""):
         super().__init__(reason.rstrip("."))
@@ -77,29 +79,29 @@ NO_NVCC = BuildError("there is no nvcc on the path, nor where CUDACXX or CUDA_HO
 
 
 def refuse(part: str, failure: BuildError) -> NoReturn:
-    """Ends the install, which shall not do without this part."""
+    """Ends the install, since this part is required."""
     raise SystemExit(f"rlhf-kernels: RLHF_KERNELS_REQUIRE asks for {part}, but {failure}\n  {failure.remedy}")
 
 
 def first_error(output: str) -> str:
-    """What CMake complains of (a header, then indented paragraphs) and the first error of a compiler, on one line."""
-    full = re.search(r"^.*\bNo space left on device\b.*$", output, re.MULTILINE)  # tools go on, and complain of more
-    fatal = re.search(r"^.*\bnvcc fatal\b.*$", output, re.MULTILINE)  # CMake would quote all that went before it
+    """CMake's complaint (a header, then indented paragraphs) and a compiler's first error, both on one line."""
+    full = re.search(r"^.*\bNo space left on device\b.*$", output, re.MULTILINE)  # then tools complain of other things
+    fatal = re.search(r"^.*\bnvcc fatal\b.*$", output, re.MULTILINE)  # CMake quotes it after pages of other output
     if full or fatal:
         return " ".join((full or fatal)[0].split())
     complaint = re.search(r"^CMake Error.*\n((?:[ \t]+\S.*\n|\n)+)", output, re.MULTILINE)
     line = re.search(r"^(?!CMake Error).*(?:\berror\b.*:|/ld(?:\.\w+)?: ).*$", output, re.MULTILINE | re.IGNORECASE)
-    # Then CMake quotes all that a tool has said, or gives advice.
+    # What follows these words is the whole output of a tool, or advice.
     said = re.split(r"It fails with the following output|Tell CMake where", complaint[1])[0] if complaint else ""
     found = " ".join(f"{said} {line[0] if line else ''}".split()) or " ".join(output.split())
     return found if len(found) <= LONGEST_REASON else f"{found[:LONGEST_REASON]} …"
 
 
 def tool(name: str) -> str:
-    """Where cmake or ninja is: the package of that name that pip has put beside, else the system's.
+    """The path of cmake or ninja: from the Python package of that name, else the system's.
 
     Raises:
-        BuildError: nowhere.
+        BuildError: there is none.
     """
     try:
         package = importlib.import_module(name)
@@ -113,7 +115,7 @@ def tool(name: str) -> str:
 
 
 def nvcc() -> str | None:
-    """The CUDA compiler, where there is one: whoever sets a variable means it."""
+    """The path of nvcc, or None. The variables come before the path, since whoever sets one means it."""
     home = os.environ.get("CUDA_HOME")
     places = [f"{home}/bin", None] if home else [None, "/usr/local/cuda/bin"]
     return os.environ.get("CUDACXX") or next(filter(None, (shutil.which("nvcc", path=path) for path in places)), None)
@@ -123,7 +125,7 @@ def ask_nvcc(compiler: str, step: str, *arguments: str, cwd: Path | None = None)
     """Runs nvcc, and returns what it prints.
 
     Raises:
-        BuildError: it fails; with the step, and what it says.
+        BuildError: it fails; names the step and quotes nvcc.
     """
     done = subprocess.run([compiler, *arguments], capture_output=True, cwd=cwd, check=False, **TEXT)
     if done.returncode:
@@ -133,7 +135,7 @@ def ask_nvcc(compiler: str, step: str, *arguments: str, cwd: Path | None = None)
 
 
 def architectures(compiler: str) -> str:
-    """What CMake is told to compile for.
+    """The value of CMAKE_CUDA_ARCHITECTURES.
 
     Raises:
         BuildError: nvcc does not run, or TORCH_CUDA_ARCH_LIST holds what is no version, or none that nvcc knows.
@@ -162,10 +164,10 @@ def architectures(compiler: str) -> str:
 
 
 def try_nvcc(compiler: str, folder: Path) -> None:
-    """Compiles next to nothing: CMake, which does so too, keeps what nvcc says of it to itself.
+    """Compiles an empty program. CMake does that too, but does not pass on what nvcc says.
 
     Raises:
-        BuildError: with what nvcc says.
+        BuildError: nvcc fails; quotes it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "try.cu").write_text("int main() {}\n")
@@ -197,7 +199,7 @@ def required() -> set[str]:
 
 
 def forget(build: Path) -> None:
-    """Has CMake look for compilers anew, which may be others or mended; what they have compiled stays."""
+    """Makes CMake look for compilers again, since they may have changed or been repaired. Keeps what was compiled."""
     (build / "CMakeCache.txt").unlink(missing_ok=True)
     for folder in (build / "CMakeFiles").glob("[0-9]*"):
         shutil.rmtree(folder, ignore_errors=True)
@@ -207,16 +209,16 @@ class CMakeBuild(build_ext):
     """Configures, builds and installs the libraries where setuptools wants them."""
 
     def run(self) -> None:
-        """Builds each part, or leaves word of why not."""
+        """Builds each part, or records why it was not built."""
         needed = required()
-        jobs()  # complains of MAX_JOBS before minutes have gone by
+        jobs()  # so that a bad MAX_JOBS is an error now, and not after minutes
         unwanted = self.unwanted()
         if "cuda" in needed and (unwanted or nvcc() is None):
             refuse("cuda", unwanted or NO_NVCC)
         self.destination.mkdir(parents=True, exist_ok=True)
         missing = {}
         for part, build in (("cpu", self.build_cpu), ("cuda", self.build_cuda)):
-            for path in self.files(part):  # what an earlier build has left would pass for this one's
+            for path in self.files(part):  # a file of an earlier build would pass for this one's
                 path.unlink(missing_ok=True)
             failure = unwanted if part == "cuda" and unwanted else self.attempt(part, build)
             if failure:
@@ -227,7 +229,7 @@ class CMakeBuild(build_ext):
         self.keep(missing)
 
     def keep(self, missing: dict[str, dict[str, str]]) -> None:
-        """Leaves word of what was built with, and of what is missing."""
+        """Writes the record: the torch that was built with, and the parts that are missing."""
         torch = find_torch()
         record = {"torch": version_of(torch)[0] if torch else None, "missing": missing}
         unfinished = self.destination / f"{RECORD}.unfinished"
@@ -240,12 +242,12 @@ class CMakeBuild(build_ext):
         return Path(self.get_ext_fullpath("rlhf_kernels._C")).resolve().parent
 
     def files(self, part: str) -> list[Path]:
-        """What a part consists of, once it is built."""
+        """The files of a part, once it is built."""
         names = (Path(self.get_ext_filename("_C")).name, "_ops.so") if part == "cpu" else ("_cuda.so",)
         return [self.destination / name for name in names]
 
     def attempt(self, part: str, build: Callable[[], None]) -> BuildError | None:
-        """Runs a part of the build that the install can do without; returns why it failed, if it did."""
+        """Runs a part of the build. Returns why it failed, or None; the install goes on without it."""
         try:
             build()
             return None
@@ -253,7 +255,7 @@ class CMakeBuild(build_ext):
             failure = error
         except OSError as error:
             failure = BuildError(str(error))
-        if "No space left" in str(failure):  # the rest of the install has little room enough
+        if "No space left" in str(failure):  # makes room for the rest of the install
             shutil.rmtree(Path(self.build_temp) / part, ignore_errors=True)
         print(
             f"rlhf-kernels: {part} was not built: {failure}\n  Without it {PARTS[part]}.\n  {failure.remedy}",
@@ -262,7 +264,7 @@ class CMakeBuild(build_ext):
         return failure
 
     def unwanted(self) -> BuildError | None:
-        """Why the CUDA kernels are not to be built; None if they are: they are asked for, or of use here."""
+        """Why the CUDA kernels are not to be built. None if they are: because they are asked for, or of use here."""
         asked = os.environ.get("RLHF_KERNELS_BUILD_CUDA", "")
         if asked not in ("", "0", "1"):
             raise SystemExit(f"rlhf-kernels: RLHF_KERNELS_BUILD_CUDA: is {asked!r}, must be 0 or 1")
@@ -279,7 +281,7 @@ class CMakeBuild(build_ext):
         return None if nvcc() else BuildError("there was no nvcc when this was built", CUDA)
 
     def build_cpu(self) -> None:
-        """Raises BuildError or OSError when a tool fails or is missing."""
+        """Builds the CPU part. Raises BuildError or OSError when a tool fails or is missing."""
         try:
             import pybind11
         except ImportError:
@@ -293,7 +295,7 @@ class CMakeBuild(build_ext):
         )
 
     def build_cuda(self) -> None:
-        """Raises BuildError or OSError likewise."""
+        """Builds the CUDA part. Raises as :meth:`build_cpu` does."""
         compiler = nvcc()
         if compiler is None:
             raise NO_NVCC
@@ -307,7 +309,7 @@ class CMakeBuild(build_ext):
         )
 
     def cmake(self, part: str, *options: str) -> None:
-        """Builds one part in a folder of its own, which keeps all that the compilers said."""
+        """Builds one part in its own folder, whose build.log keeps all that the compilers said."""
         torch = find_torch()
         if torch is None:
             raise BuildError("there is no torch to build with", TORCH)
@@ -339,7 +341,7 @@ class CMakeBuild(build_ext):
                 raise
 
     def stream(self, step: str, command: list[str], log: TextIO) -> None:
-        """Runs a tool and shows how far it is, and all that it said if it fails; pip shows that with -v."""
+        """Runs a tool and prints its progress, and all its output if it fails. pip shows this with -v."""
         said = []
         try:
             with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **TEXT) as process:
@@ -348,14 +350,14 @@ class CMakeBuild(build_ext):
                     log.write(line)
                     if line.startswith("["):
                         print(f"rlhf-kernels: {line}", end="", flush=True)
-        except OSError as error:  # the log is often the first to find a disk full
+        except OSError as error:  # when a disk is full, writing the log is often what fails first
             raise BuildError(f"{step}: {error}") from None
         if process.returncode:
             print("".join(line for line in said if not line.startswith("[")), flush=True)
             raise BuildError(f"{step}: {first_error(''.join(said)) or f'{command[0]} ended with {process.returncode}'}")
 
     def there(self) -> list[Path]:
-        """What was built, and word of what was not."""
+        """The files that were built, and the record."""
         files = [path for part in PARTS for path in self.files(part)]
         return [path for path in (*files, self.destination / RECORD) if path.exists()]
 

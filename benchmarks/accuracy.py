@@ -12,7 +12,7 @@ import rlhf_kernels
 
 
 def tensors(output: Any) -> list[Tensor]:
-    """The values of an output; statistics in a dict are no part of it."""
+    """The tensors of an output, without the statistics that come in a dict."""
     return [output] if isinstance(output, Tensor) else [x for x in output if isinstance(x, Tensor)]
 
 

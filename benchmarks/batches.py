@@ -1,4 +1,4 @@
-"""Batches of completions, as every family after the log-probs takes them."""
+"""Random batches of completions, which the families share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def ragged_mask(batch: int, length: int, generator: torch.Generator, *, holes: bool = True) -> Tensor:
-    """(B, T) bool: completions of a quarter of T up to T tokens; with ``holes``, a tenth of them are no response."""
+    """(B, T) bool: completions of a quarter of T up to T tokens; with ``holes``, a tenth of the tokens are masked."""
     device = generator.device
     lengths = torch.randint(max(1, length // 4), length + 1, (batch, 1), generator=generator, device=device)
     mask = torch.arange(length, device=device) < lengths
@@ -17,7 +17,7 @@ def ragged_mask(batch: int, length: int, generator: torch.Generator, *, holes: b
 
 
 def normal(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    """Normal numbers."""
+    """Normal numbers with mean 0 and standard deviation ``scale``."""
     return (torch.randn(shape, generator=generator, device=generator.device) * scale).to(dtype)
 
 

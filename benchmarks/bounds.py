@@ -1,8 +1,8 @@
 """What the machine can do at best, measured in the same run, and how long a case must take on it.
 
 A bound is the bytes that any implementation must move over the measured bandwidth, or its flops over the measured rate
-of a library matmul, whichever takes longer. Rates are the best of several runs over buffers far larger than the caches
-and touched before; a case that fits into a cache can therefore beat its bound.
+of a library matmul, whichever takes longer. Rates are the best of several runs over buffers that are far larger than
+the caches and whose pages exist already. A case that fits into a cache can therefore beat its bound.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Rates:
     matmul: dict[str, float] = field(default_factory=dict)
 
     def seconds(self, work: Work, dtype: torch.dtype) -> float:
-        """The bound. Every byte written pairs with one read, at the rate of a copy; the other reads are bare."""
+        """The bound. Written bytes pair with as many read, at the rate of a copy; the rest has the rate of reads."""
         both = min(work.read, work.written)
         moving = 2 * both / self.copy + (work.read - both + work.written - both) / self.read
         return max(moving, work.flops / self._best_flops(dtype) if work.flops else 0.0)
@@ -105,7 +105,7 @@ def bare_read(tensor: Tensor) -> Tensor:
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    # Bytes are bytes: a narrow dtype, read as such, would spend its time on conversions.
+    # Only the bytes matter here. Reducing a narrow dtype would spend its time on conversions.
     octets = tensor.view(-1).view(torch.uint8)
     return octets[: octets.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
 

@@ -31,11 +31,11 @@ class Implementation:
     takes: tuple[str, ...] = ()
     """Names of the inputs it is called with, in order; empty: those of the case."""
     overwrites: str | None = None
-    """An input that it destroys, which therefore is made anew, outside the timed region, before each run."""
+    """An input that it destroys. A new copy is made before each run, outside the timed region."""
     compiles: tuple[str, ...] = ()
-    """The modes in which torch.compile of it is measured too."""
+    """The modes of torch.compile in which it is measured too."""
     install: str = ""
-    """The package that pip knows it as."""
+    """What pip calls its package."""
     devices: tuple[str, ...] = ("cpu", "cuda")
     steps: tuple[str, ...] = (FORWARD, BACKWARD)
     compared: bool = True
@@ -43,12 +43,12 @@ class Implementation:
     adapt: Callable[[list[Tensor], Inputs], list[Tensor]] | None = None
     """Brings its outputs to the definition of the case, before errors are taken; never timed."""
     on_gpu: tuple[str, ...] = ()
-    """The backends of a GPU that it may run on: on the first of them it does, and the others are measured beside it."""
+    """The GPU backends that have it. It runs on the first that is installed; the others are measured beside it."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """An op at a size. ``truth`` is the op of rlhf_kernels, whose reference backend in float64 errors are held to."""
+    """An op at a size. ``truth`` is the op of rlhf_kernels; errors are taken against its float64 reference."""
 
     op: str
     size: str
@@ -61,13 +61,13 @@ class Case:
     """Inputs that are differentiated."""
     steps: tuple[str, ...] = (FORWARD,)
     rows: tuple[str, ...] = ()
-    """Inputs whose first dimension is rows that do not depend on one another; the others go whole into every chunk."""
+    """Inputs whose first dimension is independent rows. A chunk takes some rows of these, and all of other inputs."""
     chunk: int | None = None
     """How many rows at a time the truth is computed for, where all of them would need gigabytes."""
     sample: int | None = None
     """How many rows errors are taken over, where the rest would tell nothing new."""
     share: Callable[[Inputs, Inputs], float] | None = None
-    """Which part of a mean over all rows a chunk has, for scalar outputs."""
+    """For scalar outputs that are means over rows: the weight of a chunk in the mean over all rows."""
     adversarial: Callable[[Inputs], Inputs] | None = None
     """The same shapes with values that break careless formulas."""
     remark: str = ""
@@ -86,18 +86,18 @@ class Case:
 
 
 def compiled(plain: Implementation, mode: str) -> Implementation:
-    """torch.compile of a formula, for one shape, as in a training loop that pads to it."""
+    """torch.compile of a formula for one shape, as in a training loop that pads to one length."""
     name = plain.name.replace("eager", "torch.compile") + (f" {mode}" if mode != "default" else "")
     return replace(plain, name=name, compiles=(), load=lambda: torch.compile(plain.load(), mode=mode, dynamic=False))
 
 
 def installed(on_gpu: tuple[str, ...]) -> list[str]:
-    """Those of the backends that this install has, and has a GPU for."""
+    """The backends among these that this install has; none if there is no GPU."""
     return [name for name in on_gpu if has(name)] if torch.cuda.is_available() else []
 
 
 def forced(implementation: Implementation, backend: str) -> Implementation:
-    """The op on one backend, whatever it would choose."""
+    """The op on this backend, whichever it would choose by itself."""
 
     def load() -> Callable[..., Any]:
         op = implementation.load()
@@ -113,7 +113,7 @@ def forced(implementation: Implementation, backend: str) -> Implementation:
 
 def ours(op: Callable[..., Any], takes: tuple[str, ...] = ()) -> Implementation:
     """The op under test, on the backend that it chooses by itself."""
-    called = getattr(op, "func", op).__name__  # a partial has the function within
+    called = getattr(op, "func", op).__name__  # op may be a partial of the function
     on_gpu = next(op.on_gpu for name, op in OPS.items() if called.startswith(name))
     return Implementation(OURS, lambda: op, takes, on_gpu=on_gpu)
 
@@ -121,5 +121,5 @@ def ours(op: Callable[..., Any], takes: tuple[str, ...] = ()) -> Implementation:
 def eager(
     formula: Callable[..., Any], takes: tuple[str, ...] = (), *, compiles: tuple[str, ...] = MODES, whose: str = ""
 ) -> Implementation:
-    """The plain formula, as people write it; ``whose`` steps it takes, where they differ."""
+    """The plain formula, as people write it. ``whose`` names the library whose steps it follows, if these differ."""
     return Implementation("eager" + (f", {whose} steps" if whose else ""), lambda: formula, takes, compiles=compiles)

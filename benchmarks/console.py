@@ -14,24 +14,24 @@ class Console:
         self.title = ""
 
     def begin(self, title: str) -> None:
-        """The next case."""
+        """Starts the next case."""
         self.title = title
         if not self.live:
             print(title, file=sys.stderr, flush=True)
 
     def say(self, what: str) -> None:
-        """What is being done."""
+        """Shows what is being done, on a terminal."""
         if self.live:
             print(f"\r\033[K{self.title}: {what}", end="", file=sys.stderr, flush=True)
 
     def note(self, what: str) -> None:
-        """A remark, once."""
+        """Prints a remark and keeps it, once."""
         if what not in self.notes:
             self.notes.append(what)
             self.clear()
             print(what, file=sys.stderr, flush=True)
 
     def clear(self) -> None:
-        """Makes room for output."""
+        """Removes the line that changes, to make room for output."""
         if self.live:
             print("\r\033[K", end="", file=sys.stderr, flush=True)

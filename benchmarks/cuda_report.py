@@ -1,8 +1,8 @@
 """What nvcc made of the CUDA kernels: registers, stack, spills and shared memory of each, for every architecture.
 
-Also looks into the machine code for loads of 128 bits, and at the symbols that the library wants of others. It needs no
-GPU. Exits with 1 if a kernel spills or keeps anything in local memory, if one that streams has no such load, if a
-symbol is none of torch's stable shim, or if the CUDA runtime inside can be seen from outside.
+Also looks for 128-bit loads in the machine code, and at the symbols that the library takes from other libraries. Needs
+no GPU. Exits with 1 if a kernel spills or keeps anything in local memory, if a streaming kernel has no 128-bit load, if
+a symbol comes neither from the system nor from torch's stable shim, or if the CUDA runtime can be seen from outside.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def narrow(library: Path, console: Console) -> list[str]:
 
 
 def strangers(library: Path, console: Console) -> list[str]:
-    """Symbols that are neither of the C and C++ libraries, whose have versions, nor of torch's stable shim."""
+    """Undefined symbols not in torch's stable shim and without a version; those of the C and C++ libraries have one."""
     listed = subprocess.run(["nm", "-D", "--undefined-only", str(library)], capture_output=True, text=True, check=True)
     undefined = [line.split()[-1] for line in listed.stdout.splitlines() if line.split()[-2] == "U"]
     include = Path(torch.__file__).parent / "include"
@@ -117,7 +117,7 @@ def strangers(library: Path, console: Console) -> list[str]:
 
 
 def exports(library: Path, console: Console) -> list[str]:
-    """Symbols of the CUDA runtime inside that can be seen: others could bind to them, or they to others'."""
+    """Exported symbols of the CUDA runtime inside. Other libraries could bind to them, or they to other libraries'."""
     listed = subprocess.run(["nm", "-D", "--defined-only", str(library)], capture_output=True, text=True, check=True)
     symbols = [line.split()[-1] for line in listed.stdout.splitlines()]
     seen = [name for name in symbols if re.match(r"_*(cu|cuda|nv|fatbin)", name)]

@@ -1,8 +1,8 @@
 """Generalized advantage estimation, against the loops over T that trainers run.
 
-Two rules are in use. verl's skips masked positions, so that value and advantage are carried over a hole, as ours
-does; OpenRLHF's has no rule for holes, so it is compared where padding is all that is masked. The loops here are our
-own words for the same steps; the trainers' own functions join where they can be imported.
+Two rules are in use. verl's rule, like ours, skips masked positions, so that value and advantage are carried over a
+hole. OpenRLHF's rule does not handle holes, so it is compared where only padding is masked. The loops here take the
+same steps in our own code. The trainers' own functions are measured too where they can be imported.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import rlhf_kernels
 
 DTYPES = {"cpu": (torch.float32,), "cuda": (torch.float32,)}
 
-# Sequences and response positions. The first is compared with every peer; then those that show how cost grows.
+# Sequences and response positions. The first size is compared with every peer; the others show how the cost grows.
 SIZES = {
     "cpu": ((64, 1024), (256, 1024), (1024, 1024), (4096, 1024), (16_384, 1024)),
     "cuda": ((512, 4096), (8, 32_768)),
     "quick": ((16, 64), (64, 64)),
 }
-# Above so many positions a loop over T is left out on a CPU. So is torch.compile of it above so many steps, since it
-# writes the loop out in full.
+# A loop over T is left out for more positions than this, because it takes too long on a CPU. torch.compile of a loop is
+# left out for more steps than this, since it unrolls the loop.
 LONGEST_LOOP = {"cpu": 1 << 20, "cuda": 1 << 40, "quick": 1 << 20}
 LONGEST_COMPILED = {"cpu": 128, "cuda": 1024, "quick": 0}
 GAMMA, LAM = 1.0, 0.95
@@ -58,7 +58,7 @@ def _case(
     op = partial(rlhf_kernels.masked_gae, gamma=GAMMA, lam=LAM, whiten=whiten)
     batch, length = size
     make = partial(_inputs, batch, length, holes)
-    # The floor under an op that hands back two new tensors: inputs read, outputs written, page faults and all.
+    # The least that an op with two new tensors as results can take: it reads its inputs and writes into fresh pages.
     bare = Implementation("bare read and write", lambda: _copies, ("rewards", "values"), compared=False)
     return Case(
         name,
@@ -126,7 +126,7 @@ def _inputs(batch: int, length: int, holes: bool, generator: torch.Generator, dt
 
 
 def _adversarial(inputs: Inputs) -> Inputs:
-    """Rewards with spikes, and values far from 0 against what they differ by."""
+    """Rewards with spikes, and values that are far from 0 compared with their differences."""
     rewards = inputs["rewards"].clone()
     rewards[:, ::97] *= 1e5
     return inputs | {"rewards": rewards, "values": inputs["values"] + 1e4}
@@ -141,7 +141,7 @@ def _work(inputs: Inputs, step: str) -> Work:
 
 
 def verl_rule(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Every step works out the position as if it counted, then blends it with what was carried so far."""
+    """Every step computes its position as if it counted, then blends the result with what was carried so far."""
     carried_value, carried = torch.zeros_like(values[:, 0]), torch.zeros_like(values[:, 0])
     found = []
     for t in range(values.shape[1] - 1, -1, -1):
@@ -192,7 +192,7 @@ def _load_verl() -> Callable[..., Any]:
 
 
 def _population_variance(outputs: list[Tensor], inputs: Inputs) -> list[Tensor]:
-    """verl divides by n − 1 when it whitens, ours by n."""
+    """Rescales verl's advantages: it divides by n − 1 when it whitens, and ours by n."""
     count = float(inputs["mask"].sum())
     return [outputs[0] * (count / (count - 1)) ** 0.5, outputs[1]]
 
@@ -200,7 +200,7 @@ def _population_variance(outputs: list[Tensor], inputs: Inputs) -> list[Tensor]:
 def _load_openrlhf() -> Callable[..., Any]:
     from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
 
-    # The method uses nothing of the object it belongs to.
+    # The method does not use self, so it gets None.
     return lambda rewards, values, mask: RemoteExperienceMaker.get_advantages_and_returns(
         None, values, rewards, mask, GAMMA, LAM
     )

@@ -65,7 +65,7 @@ def _inputs(batch: int, length: int, generator: torch.Generator, dtype: torch.dt
 
 
 def _adversarial(inputs: Inputs) -> Inputs:
-    """Log-ratios so small that k3 is a difference of near equals, and so large that its exponential is."""
+    """Log-ratios so small that k3 subtracts nearly equal numbers, and others so large that its exponential is huge."""
     first = inputs["logprobs"].float()
     small = torch.linspace(-1e-3, 1e-3, first.shape[1], device=first.device)
     far = torch.linspace(-20, 20, first.shape[1], device=first.device)
@@ -84,7 +84,7 @@ def _rewards_work(inputs: Inputs, step: str) -> Work:
 
 
 def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """As trainers with a KL term in the loss write it."""
+    """k3 as trainers with a KL term in the loss write it."""
     difference = ref_logprobs.float() - logprobs.float()
     return torch.exp(difference) - difference - 1
 

@@ -29,7 +29,7 @@ ROWS = ("hidden", "index", "labels", "old_logprobs", "advantages", "sequence_adv
 
 
 def cases(scale: str) -> list[Case]:
-    """Log-probs, and the two losses that turn logits into their gradient at once."""
+    """Log-probs, and the two losses, which can turn logits into their gradient at once."""
     sizes = SIZES[scale]
     return [
         _case(
@@ -124,9 +124,9 @@ def _share(chunk: Inputs, whole: Inputs) -> float:
 
 
 def _work(inputs: Inputs, step: str, *, masked: bool) -> Work:
-    """One matmul forward and two backward: an op that keeps no logits and no gradient of them may need a fourth.
+    """One matmul forward and two backward. An op that keeps neither logits nor their gradient may need a fourth.
 
-    Of the rows that count alone, although many implementations multiply all of them.
+    With a mask only the rows that count are included, although many implementations multiply all rows.
     """
     mask, weight = inputs["mask"], inputs["weight"]
     rows = int(mask.sum()) if masked else mask.numel()
@@ -136,7 +136,7 @@ def _work(inputs: Inputs, step: str, *, masked: bool) -> Work:
 
 
 def log_probs(hidden: Tensor, weight: Tensor, index: Tensor) -> Tensor:
-    """All logits, in the dtype of the hidden states, then all their log-softmax in float32."""
+    """All logits in the dtype of the hidden states, then the log-softmax of all of them in float32."""
     return log_prob.log_probs(hidden @ weight.T, index)
 
 

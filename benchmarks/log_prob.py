@@ -16,7 +16,7 @@ import rlhf_kernels
 
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 
-# Rows and vocabulary: GPT-2's, Llama 3's.
+# Rows, and the vocabulary of GPT-2 or Llama 3.
 SIZES = {
     "cpu": ((512, 50_257), (512, 128_256)),
     "cuda": ((8192, 128_256),),
@@ -91,7 +91,7 @@ def _inputs(rows: int, size: int, generator: torch.Generator, dtype: torch.dtype
 
 
 def _adversarial(inputs: Inputs) -> Inputs:
-    """By row in turn: logits of ±1e4, one huge logit, and half of the tokens banned."""
+    """Three kinds of rows in turn: logits of ±1e4, one huge logit, and half of the tokens banned."""
     logits = inputs["logits"].clone()
     logits[0::3] = torch.where(logits[0::3] > 0, 1e4, -1e4).to(logits.dtype)
     logits[1::3, 7] = 1e4

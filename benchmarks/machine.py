@@ -1,4 +1,4 @@
-"""Where the numbers come from."""
+"""The machine, versions and commit that the numbers come from."""
 
 from __future__ import annotations
 

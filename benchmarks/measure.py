@@ -1,4 +1,4 @@
-"""Runs the implementations of a case in turns, and takes down time, memory and error."""
+"""Runs the implementations of a case in turns, and measures time, memory and error."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Results = tuple[list[Tensor], list[Tensor]]
 
 SLOW_FIRST_CALL_S = 60.0
 
-# Up to here inputs are small: each timed run follows an untimed one of the same implementation. Otherwise what ran
-# before decides what is in the caches, and a fast op pays for the code of a slow one. Above, where fresh pages cost
-# more than cold caches, each timed run starts from a trimmed heap. Otherwise whoever comes after an implementation that
-# leaves large free chunks behind finds its memory ready.
+# Inputs up to this size are small. With small inputs, each timed run follows an untimed run of the same implementation:
+# otherwise the caches would hold what ran before, and a fast op would pay for loading its code after a slow one. With
+# larger inputs, fresh pages cost more than cold caches, and each timed run starts from a trimmed heap: otherwise an
+# implementation could reuse large chunks that the one before it has freed.
 SMALL_INPUTS = 32 << 20
 
 
@@ -37,10 +37,10 @@ class Effort:
     fewest: int
     most: int
     modes: tuple[str, ...]
-    """Those of torch.compile."""
+    """The modes of torch.compile to measure."""
 
     def rounds(self, one: float) -> int:
-        """How often every implementation runs, if one round takes that long."""
+        """How often every implementation runs, if one round takes ``one`` seconds."""
         fewest = self.fewest if one < self.seconds else min(3, self.fewest)
         return max(fewest, min(self.most, int(self.seconds / max(one, 1e-9))))
 
@@ -61,7 +61,7 @@ class Task:
 
     @property
     def dtype_name(self) -> str:
-        """Without the module."""
+        """The name of the dtype without ``torch.``."""
         return str(self.dtype).removeprefix("torch.")
 
     def __str__(self) -> str:
@@ -105,7 +105,7 @@ class Trial:
         self.cotangents: list[Tensor] = []
 
     def prepare(self, inputs: Inputs) -> Inputs:
-        """Arguments for one run. What a run destroys is made anew, the output of an op as in a model."""
+        """Arguments for one run. An input that the run destroys is made anew: as in a model, by an op."""
         ready = {name: inputs[name].detach() for name in self.takes}
         for name in self.differentiated:
             ready[name].requires_grad_()
@@ -140,7 +140,7 @@ class Trial:
 
 
 def measure(task: Task, rates: bounds.Rates, started: Callable[[Group], None], console: Console) -> None:
-    """Fills a group that ``started`` receives before anything is timed, so that an interrupt loses nothing."""
+    """Measures a group. ``started`` receives it before anything is timed, so that an interrupt loses nothing."""
     case, step, effort, device = task.case, task.step, task.effort, rates.device
     inputs = case.inputs(torch.Generator(device).manual_seed(0), task.dtype)
     bound = rates.seconds(case.work(inputs, step), task.dtype)
@@ -164,7 +164,7 @@ def measure(task: Task, rates: bounds.Rates, started: Callable[[Group], None], c
     gc.collect()
     warm = [_time(trial, trial.prepare(inputs), device) for trial, _ in trials]
     slow = sum(warm) > effort.seconds
-    if slow:  # then nothing is left to warm up, and no run is wasted
+    if slow:  # then the runs just made count as timed ones, and none is wasted
         for (_, row), seconds in zip(trials, warm, strict=True):
             row.times_s.append(seconds)
     rounds = effort.rounds(sum(warm)) - slow
@@ -173,7 +173,7 @@ def measure(task: Task, rates: bounds.Rates, started: Callable[[Group], None], c
     for i in range(rounds):
         last = i == rounds - 1
         console.say(f"round {i + 1} of {rounds}")
-        # In another order every time: what ran just before leaves the caches and the heap in its own state.
+        # The order changes every round, since each run finds the caches and the heap as the run before it left them.
         for trial, row in order.sample(trials, len(trials)):
             if slow and last:
                 _measure_memory(trial, inputs, row, device, timed=True)
@@ -191,7 +191,7 @@ def measure(task: Task, rates: bounds.Rates, started: Callable[[Group], None], c
 
 
 def _measure_memory(trial: Trial, inputs: Inputs, row: Row, device: torch.device, *, timed: bool) -> None:
-    """Memory is measured from a trimmed heap, which costs a fast run time: only a slow one counts for both."""
+    """Measures memory from a trimmed heap. That slows a fast run down, so only slow runs are timed here as well."""
     ready = trial.prepare(inputs)
     seconds: list[float] = []
     row.peak_extra_bytes = peak_extra_bytes(lambda: seconds.append(_time(trial, ready, device)), device)
@@ -203,7 +203,7 @@ def _first_run(
     implementation: Implementation, case: Case, step: str, inputs: Inputs, expected: Results, device: torch.device,
     console: Console,
 ) -> tuple[Trial, Row] | None:  # fmt: skip
-    """Loads and compiles; None, with a line that says why, for what does not run here."""
+    """Loads, compiles and runs an implementation once. If it does not run here, prints why and returns None."""
     name = implementation.name
     if device.type not in implementation.devices:
         console.note(f"{name}: runs on {' and '.join(implementation.devices)} only")
@@ -252,5 +252,5 @@ def _time(trial: Trial, ready: Inputs, device: torch.device) -> float:
         start = time.perf_counter()
         results = trial.run(ready)
         seconds = time.perf_counter() - start
-    del results  # giving the results back is nobody's work
+    del results  # freed after the time was taken
     return seconds

@@ -34,7 +34,7 @@ def peak_extra_bytes(call: Callable[[], object], device: torch.device) -> int | 
 
 
 def return_free_memory() -> None:
-    """Gives back to the system what malloc keeps for later: a call that takes it from there would look free."""
+    """Gives the memory that malloc keeps back to the system. A call that reuses it would seem to need none."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

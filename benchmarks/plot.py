@@ -17,7 +17,7 @@ COLOURS = {OURS: OURS_COLOUR, "eager": "#b0b0b0", "torch.compile": "#f0a35e", "T
 
 @dataclass
 class Bar:
-    """One implementation, or without a ratio the title of a case."""
+    """The bar of an implementation or, without a ratio, the title of a case."""
 
     label: str
     at: float
@@ -26,7 +26,7 @@ class Bar:
 
     @property
     def colour(self) -> str:
-        """The same for an implementation in every case."""
+        """The same colour for an implementation in every case."""
         return next((colour for start, colour in COLOURS.items() if self.label.startswith(start)), OTHER)
 
 
@@ -45,7 +45,7 @@ def shown(groups: list[Group]) -> list[Group]:
 
 
 def bars_of(groups: list[Group]) -> list[Bar]:
-    """From top to bottom; ours is the line at 1, and its time is part of the title."""
+    """The bars from top to bottom. Ours has no bar: it is the line at 1, and its time is part of the title."""
     bars: list[Bar] = []
     at = 0.0
     for group in groups:

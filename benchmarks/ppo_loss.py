@@ -63,7 +63,7 @@ def _inputs(batch: int, length: int, generator: torch.Generator, dtype: torch.dt
 
 
 def _adversarial(inputs: Inputs) -> Inputs:
-    """Ratios from e^−20 to e^20, large advantages, and values far from 0 against what they differ by."""
+    """Ratios from e^−20 to e^20, large advantages, and values that are far from 0 compared with their differences."""
     drift = torch.linspace(-20, 20, inputs["mask"].shape[1], device=inputs["mask"].device)
     return inputs | {
         "old_logprobs": (inputs["old_logprobs"] + drift).to(inputs["old_logprobs"].dtype),
@@ -79,7 +79,7 @@ def _work(inputs: Inputs, step: str) -> Work:
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """As every trainer has it."""
+    """The masked mean as trainers write it."""
     return (values * mask).sum() / mask.sum()
 
 

@@ -17,7 +17,7 @@ import rlhf_kernels
 
 DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.float32,)}
 
-# Prompts and completions of each; 9 is the most that labellers of InstructGPT ranked.
+# Prompts, and completions of each prompt. 9 is the most that the labellers of InstructGPT ranked.
 SIZES = {"cpu": (4096, 9), "cuda": (65_536, 9), "quick": (256, 9)}
 
 
@@ -51,7 +51,7 @@ def _inputs(prompts: int, completions: int, generator: torch.Generator, dtype: t
 
 
 def _adversarial(inputs: Inputs) -> Inputs:
-    """Scores far from 0 against what they differ by, and in every other prompt hundreds apart."""
+    """Scores that are far from 0 compared with their differences, and in every other prompt hundreds apart."""
     scores = inputs["scores"] + 100
     scores[::2] *= 300
     return inputs | {"scores": scores}

@@ -81,12 +81,12 @@ def seconds(value: float) -> str:
 
 
 def percent(share: float) -> str:
-    """Two digits at least."""
+    """A percentage with two digits at least."""
     return f"{share:.0%}" if share >= 0.1 else f"{share:.2%}"
 
 
 def memory(value: int) -> str:
-    """Mebibytes; below one the resident-set counters mean nothing."""
+    """Mebibytes. Below one, the counters of the resident set mean nothing."""
     return "< 1 MiB" if value < 1 << 20 else f"{value / (1 << 20):.0f} MiB"
 
 
@@ -108,7 +108,7 @@ def as_dict(
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Written whole or not at all."""
+    """Writes the whole file or nothing."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(partial, path)

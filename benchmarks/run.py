@@ -37,7 +37,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def writable(text: str) -> Path:
-    """A file that can be written, found out before anything is measured; its directory is made."""
+    """A path that can be written to, checked before anything is measured. Its directory is made."""
     path = Path(text)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def plan(options: argparse.Namespace) -> Iterator[Task]:
         family = FAMILIES[name]
         dtypes = [DTYPES[dtype] for dtype in options.dtype or ()] or family.DTYPES[options.device]
         for i, case in enumerate(family.cases("quick" if options.quick else options.device)):
-            # Compiling takes most of the time of a quick run, and that it works shows in one case as well as in all.
+            # Compiling takes most of the time of a quick run, and one case shows as well as all of them that it works.
             effort = FULL if not options.quick else QUICK if i == 0 else replace(QUICK, modes=())
             for dtype in dtypes if options.dtype or not options.quick else dtypes[:1]:
                 for step in case.steps:

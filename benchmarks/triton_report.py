@@ -1,10 +1,10 @@
-"""Compiles every Triton kernel for every GPU generation, which needs no GPU, and prints what each takes of one.
+"""Compiles every Triton kernel, and prints its registers, spills and shared memory. Needs no GPU.
 
     python benchmarks/triton_report.py              # Ampere, Hopper and both Blackwells
     python benchmarks/triton_report.py --arch 90    # Hopper alone
 
-The ops are called on CPU tensors with the launch replaced by a compilation, so that what is compiled is what a GPU
-would be given: argument types, alignments, block sizes. Exits with 1 where a kernel spills registers.
+The ops are called on CPU tensors, and their launches are recorded and then compiled. So the kernels have the argument
+types, alignments and block sizes that a GPU would be given. Exits with 1 where a kernel spills registers.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel as one call wants it."""
+    """A kernel with the argument types, constants, alignments and options of one launch."""
 
     kernel: JITFunction[Any]
     signature: tuple[tuple[str, str], ...]
@@ -52,7 +52,7 @@ class Launch:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a compiled kernel takes: registers of a thread, bytes spilled, bytes of shared memory of a block."""
+    """What a compiled kernel needs: registers per thread, bytes spilled, and bytes of shared memory per block."""
 
     registers: int
     spilled: int
@@ -122,7 +122,7 @@ def compiled(launch: Launch, architecture: int) -> Usage:
 
 
 def report(architecture: int) -> Iterator[tuple[str, Usage]]:
-    """Every kernel, under its file and name with what tells its variants apart."""
+    """Every kernel, named by its file, its name and what tells its variants apart."""
     for launch in launches():
         family = launch.kernel.__module__.rpartition(".")[2]
         types = sorted({kind[1:] for _, kind in launch.signature if kind.startswith("*")} & {"bf16", "fp32"})

@@ -1,9 +1,9 @@
 """Which backend runs an op, and how to force one.
 
-``RLHF_KERNELS_BACKEND=name`` or ``with use_backend("name"):`` forces a backend for every op; forcing one that this
-install, this device or the op does not have raises, and says why. Otherwise the device decides: the native kernels on
-the CPU; on NVIDIA GPUs, from Ampere on, what :mod:`rlhf_kernels.ops` says; the reference elsewhere and for float64,
-which it alone has.
+``RLHF_KERNELS_BACKEND=name`` or ``with use_backend("name"):`` forces a backend for every op. If this install,
+this device or the op does not have that backend, the op raises an error that says why. Otherwise the device decides.
+The CPU runs the native kernels, and NVIDIA GPUs from Ampere on run what :mod:`rlhf_kernels.ops` says. Everything else
+runs on the reference, and so does float64, which no other backend has.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 OLDEST_GPU = (8, 0)
 
-# The library of csrc/cuda as built by tests/native, which runs on CPU tensors.
+# Where tests/native has built csrc/cuda as a library that runs on CPU tensors.
 _EMULATED_CUDA = os.environ.get("RLHF_KERNELS_EMULATED_CUDA")
 _INTERPRETED_TRITON = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _load(path: Path, absent: str) -> str | None:
-    """Loads a library of ops; why not, if not."""
+    """Loads a library of ops. Returns why it could not be loaded, or None if it was."""
     if not path.exists():
         return absent
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        return f"{path.name} does not load ({error.__cause__ or error})"  # torch says no more than that
+        return f"{path.name} does not load ({error.__cause__ or error})"  # torch names the file, its cause the reason
     return None
 
 
@@ -103,7 +103,7 @@ def _checked(name: str, source: str) -> str:
 
 
 def isa() -> str:
-    """The instruction set whose build of the CPU kernels runs here.
+    """The instruction set of the CPU kernels that run here; they are built once for each.
 
     ``RLHF_KERNELS_ISA`` forces a lesser one: amx_bf16, avx512_bf16, avx512, avx2 or baseline. 64-bit Arm has
     neon alone.
@@ -122,7 +122,7 @@ def isa() -> str:
 
 
 if os.environ.get("RLHF_KERNELS_ISA") and _MISSING["cpu"] is None:
-    isa()  # raises where it can't be had: an op could not say why
+    isa()  # raises if this processor lacks it: an op could not say why
 
 _forced: str | None = None
 _refused: Exception | None = None
@@ -130,7 +130,7 @@ if os.environ.get("RLHF_KERNELS_BACKEND"):
     try:
         _forced = _checked(os.environ["RLHF_KERNELS_BACKEND"], "RLHF_KERNELS_BACKEND")
     except (ValueError, RuntimeError) as error:
-        _refused = error  # raised by the first op: `python -m rlhf_kernels` can say what is amiss
+        _refused = error  # the first op raises it, so that `python -m rlhf_kernels` still runs
 
 
 def refused() -> Exception | None:
@@ -156,7 +156,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 @functools.cache
 def _warn(reason: str, remedy: str) -> None:
-    """Says, once a process, that ops run on the reference where one would not think so."""
+    """Warns, once per process, that ops run on the reference because the kernels are missing."""
     warnings.warn(
         f"rlhf_kernels: ops run on the reference, slower than the kernels, which are missing here ({reason}). To have "
         f"them: {remedy}; RLHF_KERNELS_BACKEND=reference says that this is meant; `python -m rlhf_kernels` tells more",
@@ -184,7 +184,7 @@ def _on_this_gpu(op: str, device: torch.device) -> str:
 
 
 def choose(op: str, first: Tensor, *others: Tensor | None) -> str:
-    """The backend for an op on these tensors, which are on one device: native kernels where there are any for them.
+    """The backend for an op on these tensors, which are all on one device: its kernels, where it has any.
 
     Raises:
         RuntimeError: the forced backend is not there, does not run on this device, or does not have this op or float64.
@@ -202,7 +202,7 @@ def choose(op: str, first: Tensor, *others: Tensor | None) -> str:
             return _on_cpu()
         if not first.is_cuda:
             return "reference"
-        # A compiler can't ask a device what it is.
+        # Compiled code can't ask a device what it is, so any GPU is taken for one that the kernels run on.
         return _on_gpu(op) if torch.compiler.is_compiling() else _on_this_gpu(op, first.device)
     if _forced == "reference":
         return _forced

@@ -16,7 +16,7 @@ MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.in
 
 
 def tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], like: Tensor | None = None) -> None:
-    """A tensor of one of ``dtypes``, on the device of ``like``.
+    """Checks that a value is a tensor of one of ``dtypes``, on the device of ``like``.
 
     Raises:
         TypeError: not a tensor, or another dtype.
@@ -31,7 +31,7 @@ def tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], like: Tensor 
 
 
 def shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> None:
-    """A tensor of exactly one shape; ``meaning`` says where it comes from.
+    """Checks a tensor's shape; ``meaning`` tells the reader of the error where that shape comes from.
 
     Raises:
         ValueError: another shape.
@@ -43,7 +43,7 @@ def shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> 
 def number(
     name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, exclusive_low: bool = False
 ) -> None:
-    """A finite number in a range.
+    """Checks that a value is a finite number in a range.
 
     Raises:
         TypeError: not a number.
@@ -52,13 +52,13 @@ def number(
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: is {type(value).__name__}, must be a number")
     too_low = value <= low if exclusive_low else value < low
-    if too_low or value > high or not -math.inf < value < math.inf:  # compiled code knows no math.isfinite of a symbol
+    if too_low or value > high or not -math.inf < value < math.inf:  # math.isfinite does not take symbolic numbers
         first, last = "(" if exclusive_low else "[", ")" if high == math.inf else "]"
         raise ValueError(f"{name}: is {value}, must be finite and in {first}{low}, {high}{last}")
 
 
 def integer(name: str, value: Any) -> None:
-    """An int, which a bool is not.
+    """Checks that a value is an int; a bool does not pass for one.
 
     Raises:
         TypeError: something else.
@@ -68,7 +68,7 @@ def integer(name: str, value: Any) -> None:
 
 
 def boolean(name: str, value: Any) -> None:
-    """True or False.
+    """Checks that a value is True or False.
 
     Raises:
         TypeError: something else.
@@ -78,7 +78,7 @@ def boolean(name: str, value: Any) -> None:
 
 
 def choice(name: str, value: Any, options: tuple[str, ...]) -> None:
-    """One of some words.
+    """Checks that a value is one of ``options``.
 
     Raises:
         ValueError: another value.
@@ -88,7 +88,7 @@ def choice(name: str, value: Any, options: tuple[str, ...]) -> None:
 
 
 def mask(name: str, value: Tensor | None, like: Tensor, expected: tuple[int, ...]) -> Tensor:
-    """A mask of which positions count, its values not looked at yet (:func:`read_mask`). None means all of them.
+    """Checks a mask of the positions that count, except its values (:func:`read_mask`). None becomes a mask of ones.
 
     Raises:
         TypeError: not a tensor of bool, integers or floats.
@@ -102,7 +102,7 @@ def mask(name: str, value: Tensor | None, like: Tensor, expected: tuple[int, ...
 
 
 def boundaries(name: str, value: Any, like: Tensor) -> None:
-    """Where packed sequences begin and end: (B+1,), its values not looked at yet (:func:`read_boundaries`).
+    """Checks the (B+1,) boundaries of packed sequences, except their values (:func:`read_boundaries`).
 
     Raises:
         TypeError: not a tensor of int32 or int64.
@@ -113,12 +113,12 @@ def boundaries(name: str, value: Any, like: Tensor) -> None:
         raise ValueError(f"{name}: has shape {tuple(value.shape)}, must be (sequences + 1,)")
 
 
-# What follows gives a backend the values it works on. The ops for CPUs look at them themselves, with the same errors
-# (csrc/checks.h); nobody looks at those on a GPU, since that would wait for it.
+# The functions below look at a tensor's values, and return it as the backend takes it. The native CPU ops check values
+# themselves, with the same errors (csrc/checks.h). Values on a GPU are not checked, since that would wait for the GPU.
 
 
 def read_mask(backend: str, name: str, value: Tensor) -> Tensor:
-    """A mask as a backend takes it: of any dtype if that checks it itself, else bool.
+    """The mask as a backend takes it: of any dtype for the CPU ops, which check it themselves, else bool.
 
     Raises:
         ValueError: on the CPU, a value besides 0 and 1; names the first one and its position.
@@ -132,7 +132,7 @@ def read_mask(backend: str, name: str, value: Tensor) -> Tensor:
 
 
 def read_index(backend: str, name: str, value: Tensor, wanted: Tensor, size: int) -> Tensor:
-    """An index as a backend takes it: in [0, size) where wanted. A GPU kernel gives NaN for a bad one.
+    """The index, checked to be in [0, size) where ``wanted``. On a GPU it is not checked; its kernels give NaN.
 
     Raises:
         IndexError: on the CPU, names the first bad index and its position.
@@ -141,7 +141,7 @@ def read_index(backend: str, name: str, value: Tensor, wanted: Tensor, size: int
 
 
 def read_boundaries(backend: str, name: str, value: Tensor | None, length: int) -> Tensor | None:
-    """Boundaries as a backend takes them: from 0 up to ``length``.
+    """The boundaries, checked to rise from 0 to ``length``.
 
     Raises:
         ValueError: on the CPU, other ends, or boundaries that decrease.
@@ -152,9 +152,10 @@ def read_boundaries(backend: str, name: str, value: Tensor | None, length: int) 
 
 
 def _in_graphs(schema: str) -> Callable[[Callable[..., None]], Callable[..., Tensor]]:
-    """Makes a check of a tensor's values return that tensor, and compiled code check it as well, when it runs.
+    """Makes a check of a tensor's values return that tensor, and run in compiled code too.
 
-    There, it is an op whose result is a copy: a check whose result nothing needs would be left out.
+    A compiler sees the check as an op that returns a copy of the tensor, and the code goes on with that copy: an op
+    whose result nothing uses is left out.
     """
 
     def make(check: Callable[..., None]) -> Callable[..., Tensor]:

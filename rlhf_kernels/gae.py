@@ -79,10 +79,10 @@ def ppo_advantages(
     """:func:`~rlhf_kernels.kl_shaped_rewards`, then :func:`masked_gae`: all PPO needs of a batch, in one call.
 
     Args:
-        scores: (B,) floating point: the reward model's, one per completion.
+        scores: (B,) floating point: the reward model's scores, one per completion.
         logprobs: (B, T) floating point; or packed (N,), with ``cu_seqlens``: log-probs under the policy, in nats.
         ref_logprobs: the same shape: log-probs under the reference.
-        values: the same shape: the value model's.
+        values: the same shape: the value model's estimates.
         mask: the same shape, bool or {0, 1}; None: every position counts.
         beta: β ≥ 0, the price of a nat of KL.
         gamma: as for :func:`masked_gae`.

@@ -1,4 +1,4 @@
-"""What this install has, and why a part of it is missing: what ``setup.py`` wrote of it, and the driver."""
+"""Why a part of this install is missing: what ``setup.py`` recorded when it was built, and what the driver says."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent
 RECORD = PACKAGE / "_build.json"
-OLDEST_CUDA = 12  # whose nvcc compiles the kernels
+OLDEST_CUDA = 12  # the oldest major version whose nvcc compiles the kernels
 
 
 def _read() -> dict[str, Any]:
-    """The torch that was built with, and the parts that were not built, each with its reason and remedy."""
+    """The record of the build: its torch, and the parts that were not built, each with its reason and remedy."""
     try:
         record: dict[str, Any] = json.loads(RECORD.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -27,7 +27,10 @@ def _read() -> dict[str, Any]:
 
 
 def _never_built() -> tuple[str, str]:
-    """Python finds a folder of sources before an installed package, where it is started beside them."""
+    """Why there is no record, and what helps.
+
+    Python may have been started beside the sources: it then imports those, and not the installed package.
+    """
     for distribution in importlib.metadata.distributions(name="rlhf-kernels"):
         installed = Path(str(distribution.locate_file("rlhf_kernels"))).resolve()
         if installed.is_dir() and installed != PACKAGE:
@@ -49,16 +52,16 @@ def absent(part: str) -> str:
 
 
 def remedy(part: str) -> str | None:
-    """What would bring a part that was not built; None for one that was."""
+    """What to do to get a part that was not built; None for a part that was."""
     return _MISSING[part]["remedy"] if part in _MISSING else None
 
 
-# Installers keep what they have built from a repository or an index, and would bring it back.
+# Installers cache what they built from a repository or an index, and a plain install would bring that back.
 AGAIN = "pip install --force-reinstall --no-cache-dir, or uv pip install --reinstall --no-cache"
 
 
 def driver_complaint(path: Path) -> str | None:
-    """Why the driver is too old for the CUDA kernels; None where it is not, or where there is none. Uses no GPU."""
+    """Why the driver is too old for the CUDA kernels; None if it is not, or if there is no driver. Uses no GPU."""
     library = ctypes.CDLL(str(path))
     library.rlhf_kernels_driver_is_too_old.restype = ctypes.c_bool
     built_with, driver = ctypes.c_int(), ctypes.c_int()
@@ -68,7 +71,7 @@ def driver_complaint(path: Path) -> str | None:
 
 
 def old_driver(name: str, built_with: int, driver: int) -> str:
-    """What is the matter with a driver that knows CUDA up to ``driver``, 12080 for 12.8, and what helps."""
+    """What is wrong with a driver that knows CUDA up to ``driver`` (12080 is 12.8), and what helps."""
     major, known = built_with // 1000, driver // 1000
     # The first drivers of each major version (NVIDIA's "CUDA Compatibility", minor version compatibility).
     first = {12: "of 525 or newer", 13: "of 580 or newer"}.get(major, f"for CUDA {major}")

@@ -59,7 +59,7 @@ def kl_shaped_rewards(
     flows through them.
 
     Args:
-        scores: (B,) floating point: the reward model's, one per completion.
+        scores: (B,) floating point: the reward model's scores, one per completion.
         logprobs: (B, T) floating point: log-probs of the sampled tokens under the policy.
         ref_logprobs: (B, T) the same under the reference.
         mask: (B, T) bool or {0, 1}: which positions are response tokens; padding on either side, holes
@@ -70,7 +70,7 @@ def kl_shaped_rewards(
 
     Returns:
         Two (B, T) float32 (float64 for float64 inputs) tensors, 0 where masked: the rewards, and k(t) in nats. The
-        score of a row with nothing unmasked goes nowhere.
+        score of a row with nothing unmasked is dropped.
 
     Raises:
         TypeError: an argument is not a tensor of a dtype above.
@@ -98,7 +98,7 @@ def _check(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> None:
 
 
 def check_shaping(scores: Tensor, like: Tensor, count: int, beta: float, score_clip: float | None) -> None:
-    """The arguments that shape rewards, besides the log-probs."""
+    """Checks the arguments that shape rewards, besides the log-probs."""
     checks.tensor("scores", scores, checks.FLOATS, like)
     checks.shape("scores", scores, (count,), "one per completion")
     checks.number("beta", beta, 0.0)

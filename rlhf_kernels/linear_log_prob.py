@@ -104,8 +104,10 @@ def linear_ppo_policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """:func:`~rlhf_kernels.ppo_policy_loss` of the log-probs of :func:`linear_selective_log_softmax`.
 
-    The loss is known when the logits are, so a backend turns them into their gradient at once: three matmuls in all,
-    and never more logits than a fixed workspace holds. Differentiable in ``hidden``, ``weight`` and ``bias``.
+    A row's loss is known as soon as its logits are, so the kernels turn the logits into their gradient at once. That
+    takes three matmuls in all, and never more logits than a fixed workspace holds.
+
+    Differentiable in ``hidden``, ``weight`` and ``bias``.
 
     Args:
         hidden: (..., D), as for :func:`linear_selective_log_softmax`.
@@ -245,7 +247,7 @@ def _run(
 
 
 def _operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Rows of hidden states, and operands of one dtype."""
+    """The hidden states as (N, D), and all operands in one dtype."""
     hidden = hidden.flatten(0, -2) if hidden.dim() > 1 else hidden[None]
     dtypes = {x.dtype for x in (hidden, weight, bias) if x is not None}
     if len(dtypes) > 1:
@@ -333,14 +335,14 @@ def _backward_of_rows(
     }
 
 
-# The losses come with their gradients, which the derivative scales.
+# The ops of the losses return the gradients too, and the derivative only scales them.
 
 
 def _save_loss(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
     _, *statistics, of_hidden, of_weight, of_bias = output
     ctx.save_for_backward(inputs.hidden, inputs.weight, inputs.bias, of_hidden, of_weight, of_bias)
     ctx.mark_non_differentiable(*statistics, of_hidden, of_weight, of_bias)
-    # Else autograd makes zeros to go with the gradient that is an output here, as large as that.
+    # The gradient is an output of this op. Autograd must not make zeros of its size as that output's own gradient.
     ctx.set_materialize_grads(False)
     ctx.needs_hidden, ctx.needs_weight = inputs.needs_hidden, inputs.needs_weight
 

@@ -34,8 +34,8 @@ def selective_log_softmax(
         mask: (...) bool or {0, 1}; a row of 0 is not read, gives 0 and zero gradient. None: every row counts.
         ignore_index: rows with this index are treated as masked.
         inplace_backward: write the gradient over the storage of ``logits``, which must not be used again; a second
-            backward pass raises RuntimeError. For logits that are the output of a matmul, say, and that no other op
-            keeps for its own backward.
+            backward pass raises RuntimeError. Meant for logits that no other op keeps for its own backward, such as the
+            output of a matmul.
 
     Returns:
         (...) float32 (float64 for float64 logits) log-probabilities, in nats.
@@ -113,10 +113,10 @@ def _check(
 
 
 def _share_memory(tensor: Tensor) -> bool:
-    """Whether entries may lie at one place; slices and transposes of a dense tensor have none that do."""
+    """Whether two entries may lie at the same place in memory. In slices and transposes of a dense tensor none do."""
     if tensor.numel() == 0:
         return False
-    # Without sorting, which compiled code can't do to symbols.
+    # The strides are compared without sorting them, since compiled code can't sort symbols.
     dims = [(stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1]
     for i, (stride, _) in enumerate(dims):
         within = sum(s * (n - 1) for j, (s, n) in enumerate(dims) if j != i and s <= stride)
@@ -126,7 +126,7 @@ def _share_memory(tensor: Tensor) -> bool:
 
 
 def check_rows(index: Tensor, like: Tensor, rows: tuple[int, ...], mask: Tensor | None, ignore_index: int) -> None:
-    """The arguments that say which token of which rows, but for their values."""
+    """Checks the arguments that choose rows, and a token in each, except their values."""
     checks.tensor("index", index, checks.INDICES, like)
     checks.shape("index", index, rows, "one entry per row")
     checks.integer("ignore_index", ignore_index)
@@ -143,8 +143,8 @@ def read_rows(backend: str, index: Tensor, mask: Tensor | None, ignore_index: in
     return checks.read_index(backend, "index", index, wanted, size), wanted
 
 
-# Saved for the derivative, besides the logits: their maximum and log Σ e^(l − max) apart, since their sum, the
-# logsumexp, has lost the digits of the second where logits are large.
+# For the derivative the op returns the maximum of each row's logits and log Σ e^((l − max)/τ) as two numbers. The
+# logsumexp would be one number, but where logits are large it has lost the digits of the second of these.
 
 
 @fake("selective_log_softmax")

@@ -1,4 +1,4 @@
-"""The table of ops: whatever else lists them is made from it, or held to it by ``tests/kernels/test_ops.py``."""
+"""The table of ops. Every other list of ops is made from it, or compared with it by ``tests/kernels/test_ops.py``."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Op:
-    """What there is to know of an op besides its schema (``csrc/schemas.h``). The CPU and Triton have all of them."""
+    """What there is to know of an op besides its schema (``csrc/schemas.h``). The CPU and Triton have every op."""
 
     family: str
-    """The name of its files."""
+    """Its family, which is the name of its files."""
     on_gpu: tuple[str, ...]
-    """The backends that a GPU may run it on; the first that an install has is used."""
+    """The backends that have it for GPUs. The first one that an install has is used."""
     statistics: tuple[str, ...] = ()
-    """The names of what it returns as one tensor of statistics, in order."""
+    """The names of its statistics, in the order in which it returns them in one tensor."""
     derivative: tuple[str, ...] = ()
     """The further ops that its derivative runs."""
 

@@ -1,4 +1,4 @@
-"""Bin packing of sequences, so that a batch of rows wastes little."""
+"""Bin packing of sequences, so that the rows of a batch hold little padding."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-MOST = 2**63 - 1  # what the native module counts to
+MOST = 2**63 - 1  # the native module counts in int64
 
 _pack: Callable[[list[int], int], list[list[int]]] | None
 try:
@@ -21,8 +21,8 @@ except ImportError:  # an install without a compiler
 def pack_sequences(lengths: Iterable[int] | Tensor, capacity: int) -> list[list[int]]:
     """Best-fit-decreasing bin packing: which sequences share a row.
 
-    The longest sequence left goes where it leaves the least room (Johnson 1973): at most 11/9 of the optimal number
-    of rows, plus one. Ties go to the lower index, and to the row opened first.
+    The longest sequence that is left goes into the row where it leaves the least room (Johnson 1973). This takes at
+    most 11/9 of the optimal number of rows, plus one. Ties go to the lower index, and to the row opened first.
 
     Args:
         lengths: tokens of each sequence, at least 1: any iterable of integers, a 1-D tensor or array too.
@@ -32,7 +32,7 @@ def pack_sequences(lengths: Iterable[int] | Tensor, capacity: int) -> list[list[
         For each row, the indices of its sequences.
 
     Raises:
-        TypeError: ``lengths`` is no iterable, or something is no integer; names its index.
+        TypeError: ``lengths`` is not iterable, or a length (named by its index) or ``capacity`` is not an integer.
         ValueError: a length below 1 or above ``capacity``, with its index; or a capacity below 1.
     """
     capacity = _integer("capacity", capacity)

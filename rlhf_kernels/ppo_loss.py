@@ -47,8 +47,8 @@ def ppo_policy_loss(
         The scalar loss (0 when nothing is unmasked), and scalar statistics over unmasked positions, without gradient:
         ``ratio_mean``; ``ratio_max_deviation``, the largest |ρ − 1|; ``approx_kl``, the mean of (ρ − 1) − log ρ, an
         estimate of KL(π_old ‖ π) in nats; ``clip_fraction``, the share of positions where −clip(ρ)·A is the larger
-        loss, so the one chosen: a ρ outside the range on the side where clipping doesn't bind is not counted (nor is
-        ``dual_clip``). TRL and verl count it so.
+        loss, and so the one chosen. A ρ outside the range is not counted where clipping does not change the loss, and
+        ``dual_clip`` is not counted either. TRL and verl count in the same way.
 
     Raises:
         TypeError: an argument is not a tensor of a dtype above.
@@ -125,7 +125,7 @@ def _check_tokens(
 
 
 def check_clipping(clip_range: float, clip_range_high: float | None, dual_clip: float | None) -> None:
-    """The options of the policy loss."""
+    """Checks the clipping options of the policy loss."""
     checks.number("clip_range", clip_range, 0.0, 1.0, exclusive_low=True)
     if clip_range_high is not None:
         checks.number("clip_range_high", clip_range_high, 0.0, 1.0, exclusive_low=True)
@@ -134,7 +134,7 @@ def check_clipping(clip_range: float, clip_range_high: float | None, dual_clip: 
 
 
 def check_reduction(reduction: str, dims: int) -> None:
-    """A reduction that these dimensions have."""
+    """Checks a reduction's name, and that inputs of so many dimensions have it."""
     checks.choice("reduction", reduction, REDUCTIONS)
     if dims != 2 and reduction != "token-mean":
         raise ValueError(f"reduction: is {reduction!r}, which needs (B, T) inputs; these have {dims} dimension(s)")
@@ -166,7 +166,7 @@ def _save(ctx: Any, variable: Tensor, output: tuple[Tensor, ...]) -> None:
     _, statistics, gradient = output
     ctx.save_for_backward(variable, gradient)
     ctx.mark_non_differentiable(statistics, gradient)
-    # Else autograd makes zeros to go with the gradient that is an output here, as large as that.
+    # The gradient is an output of this op. Autograd must not make zeros of its size as that output's own gradient.
     ctx.set_materialize_grads(False)
 
 

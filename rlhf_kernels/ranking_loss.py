@@ -23,9 +23,9 @@ def pairwise_ranking_loss(
 ) -> tuple[Tensor, Tensor]:
     """−1/|pairs| Σ log σ(r_w − r_l) over the pairs of each prompt, then the mean over prompts.
 
-    Ouyang et al. 2022, equation 1. A pair is two completions of one prompt of which the first is ranked better: |pairs|
-    is C(K, 2) without ties, and ties are no pair. A prompt without a pair counts for nothing, in the mean neither.
-    Differentiable in ``scores``.
+    Ouyang et al. 2022, equation 1. A pair is a completion w and a completion l of the same prompt, where w is ranked
+    better. Completions with the same rank make no pair; without such ties |pairs| is C(K, 2). A prompt without a pair
+    is left out of the loss, and of the number of prompts in the mean. Differentiable in ``scores``.
 
     Args:
         scores: (B, K) floating point, one row per prompt; or (N,) flat, with ``offsets``.
@@ -58,7 +58,7 @@ def pairwise_ranking_loss(
         if mask is not None:
             raise ValueError("mask: is given with offsets, must be None; flat scores have no padding to mask")
         checks.boundaries("offsets", offsets, scores)
-    # A mask of ones would take longer to make than the loss of small batches.
+    # No mask of ones is made for None: for small batches that would take longer than the loss.
     mask = None if mask is None else checks.mask("mask", mask, scores, scores.shape)
     if margin is not None:
         checks.number("margin", margin, 0.0)
@@ -84,7 +84,7 @@ def _save(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
     _, accuracy, gradient = output
     ctx.save_for_backward(inputs.scores, gradient)
     ctx.mark_non_differentiable(accuracy, gradient)
-    # Else autograd makes zeros to go with the gradient that is an output here, as large as that.
+    # The gradient is an output of this op. Autograd must not make zeros of its size as that output's own gradient.
     ctx.set_materialize_grads(False)
 
 

@@ -1,7 +1,7 @@
-"""How an op reaches its kernel, and what torch must know of it besides: fake kernels and derivatives.
+"""How a call reaches its kernel, and what torch must also know of an op: its fake kernel and its derivative.
 
-The families register theirs through these decorators. Where this install has no native ops, torch has no schemas
-either, and eager code runs the Triton kernels without them.
+The families register these with the decorators here. The schemas come with the native ops. In an install
+without those nothing is registered with torch here, and eager code calls the Triton kernels directly.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FAKES: dict[str, Callable[..., Any]] = {}
 
 
 def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Registers shapes and dtypes of an op's results, for compilers and ``meta`` tensors."""
+    """Registers a function that gives the shapes and dtypes of an op's results, for compilers and ``meta`` tensors."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         _FAKES[name] = function
@@ -37,9 +37,10 @@ def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def register_triton() -> None:
-    """Makes Triton's kernels torch's for GPUs where there are none in CUDA C++: compiled code finds them so.
+    """Registers the Triton kernels with torch, for the ops that have no kernel in CUDA C++.
 
-    Eager code goes to them directly. Called once, after the families have been imported.
+    Compiled code finds them through torch; eager code calls them directly. Called once, after the families have been
+    imported.
     """
     if not has("cpu"):
         return
@@ -56,16 +57,17 @@ def _run_triton(name: str, *inputs: Any) -> Any:
 class _Derivative(NamedTuple):
     function: type[torch.autograd.Function]
     variables: tuple[int, ...]
-    """Where among the op's arguments those are that it has a gradient for."""
+    """The positions of the arguments that the op is differentiable in."""
 
 
 _DERIVATIVES: dict[str, _Derivative] = {}
 
 
 def autograd(name: str, save: Callable[..., None], variables: tuple[str, ...]) -> Callable[[Backward], Backward]:
-    """Registers the derivative of an op in the arguments that are named, after its fake kernel, which names them all.
+    """Registers the derivative of an op in the arguments that ``variables`` names.
 
-    ``save(ctx, inputs, output)`` keeps what the derivative needs, the variables among the saved tensors; ``inputs`` has
+    The fake kernel must be registered first, since the names of all arguments are read from it.
+    ``save(ctx, inputs, output)`` saves the tensors that the derivative needs, the variables among them; ``inputs`` has
     the op's arguments by name. ``backward(ctx, saved, *gradients)`` returns the gradients of the variables by name.
     Differentiating twice raises.
     """
@@ -109,7 +111,7 @@ def autograd(name: str, save: Callable[..., None], variables: tuple[str, ...]) -
 
 @functools.cache
 def implementation(backend: str, name: str) -> Callable[..., Any]:
-    """The function that a backend has for an op: torch's, where the backend registers its kernels with torch."""
+    """A backend's function for an op. For the native backends that is the op which they registered with torch."""
     if backend == "triton":
         from rlhf_kernels import triton
 
@@ -119,7 +121,7 @@ def implementation(backend: str, name: str) -> Callable[..., Any]:
 
 
 def run_kernel(backend: str | None, name: str, *inputs: Any) -> Any:
-    """The op ``name`` without its derivative. No backend: the one that torch has for the tensors' device."""
+    """Runs an op without its derivative on a backend. With None torch chooses the kernel, by the tensors' device."""
     if backend is None:
         return getattr(torch.ops.rlhf_kernels, name)(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
@@ -127,14 +129,14 @@ def run_kernel(backend: str | None, name: str, *inputs: Any) -> Any:
 
 
 def call(backend: str, name: str, *inputs: Any) -> Any:
-    """The op ``name`` on a backend other than the reference, with its derivative, if any, where one will be asked for.
+    """Runs the op ``name`` on a backend other than the reference, with its derivative if one will be asked for.
 
-    A compiler sees the registered op. Eager code goes round torch.library's own wrapper, which takes longer than the
-    small ops themselves, to the same derivative.
+    A compiler sees the registered op. Eager code uses an autograd function with the same derivative instead: the
+    wrapper of torch.library takes longer than the small ops themselves.
     """
     derivative = _DERIVATIVES.get(name)
     if derivative is not None and not needs_gradient(*[inputs[at] for at in derivative.variables]):
-        derivative = None  # whatever else requires a gradient: results don't, then
+        derivative = None  # then no result requires a gradient, even if some other input does
     if torch.compiler.is_compiling() and has("cpu"):
         if derivative is not None:
             return run_kernel(None, name, *inputs)
@@ -152,7 +154,7 @@ def call(backend: str, name: str, *inputs: Any) -> Any:
 
 
 class _NoSecondDerivative(torch.autograd.Function):
-    """A first derivative, tied to what it depends on, so that a second one is an error rather than a silent 0."""
+    """Ties a first derivative to the tensors it depends on, so that a second one is an error and not a silent 0."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, name: str, *inputs: Tensor) -> Tensor:
@@ -167,9 +169,9 @@ class _NoSecondDerivative(torch.autograd.Function):
 
 
 def needs_gradient(*inputs: Any) -> bool:
-    """Whether a derivative in one of these, those that are tensors, will be asked for."""
+    """Whether a gradient of one of these will be asked for; what is no tensor has none."""
     if torch.is_grad_enabled():
-        for x in inputs:  # a generator would take longer than what it looks at
+        for x in inputs:  # a loop: any() with a generator takes longer
             if isinstance(x, Tensor) and x.requires_grad:
                 return True
     return False
@@ -178,9 +180,9 @@ def needs_gradient(*inputs: Any) -> bool:
 def scaled(gradient: Tensor, by: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The saved gradient of a scalar loss, times the gradient that came in.
 
-    Multiplying by 1 costs as much as reading twice what is multiplied, gigabytes for some ops. Where looking at the
-    value would wait for a GPU or break a graph (a compiler's tensors have types of their own), it is done. None stands
-    for 0, and stays.
+    The saved gradient is gigabytes for some ops, and multiplying it by 1 would read and write all of it. That is left
+    out where ``by`` is a plain tensor on the CPU. Elsewhere, looking at its value would wait for a GPU or break a
+    compiler's graph (whose tensors have types of their own). None means 0, and gives None.
     """
     if by is None:
         return None

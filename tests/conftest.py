@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-# Before anything imports triton or rlhf_kernels: without a GPU its kernels run in an interpreter or an emulation.
+# Without a GPU, the Triton kernels run in an interpreter and the CUDA kernels in an emulation. The variables for this
+# must be set before anything imports triton or rlhf_kernels.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
     sys.path.insert(0, str(Path(__file__).parent / "native"))
@@ -48,13 +49,13 @@ def _on(request):
 
 @pytest.fixture(params=rlhf_kernels.available_backends())
 def backend(request):
-    """Runs a test once on every backend that this install has, on a GPU where the backend is one for GPUs."""
+    """Runs a test on every backend of this install; on the GPU, if there is one and the backend is for GPUs."""
     yield from _on(request)
 
 
 @pytest.fixture(params=[name for name in rlhf_kernels.available_backends() if name != "reference"])
 def kernels(request):
-    """The same, for what the reference does not promise."""
+    """The same without the reference, for tests of what it does not promise."""
     yield from _on(request)
 
 

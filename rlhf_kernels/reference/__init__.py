@@ -1,5 +1,6 @@
-"""The definition: every family in plain PyTorch, as its equations read. Other backends are held to this one.
+"""The definition of every op, in plain PyTorch and as its equations read. Other backends are tested against it.
 
-Computes in float32, or in float64 when given float64. Autograd differentiates it; no function here has a backward of
-its own but the in-place one of :mod:`rlhf_kernels.reference.log_prob`.
+Computes in float32, or in float64 when given float64. Autograd differentiates it. Two functions have a backward of
+their own: the in-place one of :mod:`rlhf_kernels.reference.log_prob`, and the loss of flat scores in
+:mod:`rlhf_kernels.reference.ranking_loss`, whose padding no compiler can trace.
 """

@@ -13,7 +13,7 @@ from rlhf_kernels.reference.common import common_dtype, pad, slots_of
 VARIANCE_EPS = 1e-8
 
 
-# The ops that a compiler sees: it traces neither the loop over positions nor a size that the data decide.
+# Compilers see these as ops. They could trace neither the loop over positions nor a padded length that depends on data.
 @torch.library.custom_op("rlhf_kernels::reference_masked_gae", mutates_args=())
 def _masked_gae(
     rewards: Tensor, values: Tensor, wanted: Tensor, gamma: float, lam: float, bootstrap: Tensor | None, whiten: bool,
@@ -79,7 +79,7 @@ def _rows(
     rewards: Tensor, values: Tensor, wanted: Tensor, gamma: float, lam: float, bootstrap: Tensor | None, whiten: bool
 ) -> tuple[Tensor, Tensor]:
     """The recursion, for all rows at once."""
-    # Garbage at masked positions must not survive: 0·NaN would.
+    # Masked positions are replaced, not multiplied by 0: they may hold NaN, and 0·NaN is NaN.
     rewards = torch.where(wanted, rewards, 0.0)
     values = torch.where(wanted, values, 0.0)
     advantage = torch.zeros_like(rewards[:, :1].sum(1))

@@ -17,7 +17,7 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor
         case "k2":
             return d.square() / 2
         case "k3":
-            return torch.expm1(-d) + d.clamp(min=-1e4)  # −∞ too gives ∞, not ∞ − ∞
+            return torch.expm1(-d) + d.clamp(min=-1e4)  # so that d = −∞ gives ∞, not ∞ − ∞
         case _:
             return d.abs()
 

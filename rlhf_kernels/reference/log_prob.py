@@ -16,10 +16,10 @@ def selective_log_softmax_and_entropy(
     """Log-probs and, when asked for, entropies of all rows; 0 for those not ``wanted``."""
     if inplace_backward:
         logits = _GradientOverLogits.apply(logits)
-    # Masked before anything is computed: whatever such a row holds, NaN included, it neither shows nor gets a gradient.
+    # Masked rows become 0 before anything is computed, so whatever they hold, even NaN, reaches no result or gradient.
     scaled = torch.where(wanted[..., None], upcast(logits), 0.0) / temperature
     logprobs = scaled.log_softmax(-1)
-    # A bad index is an IndexError on the CPU already; on a GPU it gives NaN, and reads nothing.
+    # On the CPU a bad index has raised IndexError before. On a GPU it gives NaN, and nothing is read out of bounds.
     valid = (index >= 0) & (index < logits.shape[-1])
     chosen = logprobs.gather(-1, torch.where(wanted & valid, index, 0).long()[..., None]).squeeze(-1)
     chosen = torch.where(wanted, torch.where(valid, chosen, torch.nan), 0.0)
@@ -33,7 +33,7 @@ def entropy(logprobs: Tensor) -> Tensor:
 
 
 class _GradientOverLogits(torch.autograd.Function):
-    """Identity whose backward puts the gradient into the logits' own storage and hands that on."""
+    """The identity. Its backward writes the gradient over the logits' storage, and returns that."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor) -> Tensor:

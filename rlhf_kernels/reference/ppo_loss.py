@@ -17,8 +17,8 @@ def ppo_policy_loss(
     """The clipped surrogate loss and its statistics."""
     log_ratio = torch.where(wanted, upcast(logprobs) - upcast(old_logprobs).detach(), 0.0)
     advantages = torch.where(wanted, upcast(advantages), 0.0).detach()
-    # The exponential stays finite: a clipped ratio takes its gradient out by a factor 0, and 0 · inf is NaN.
-    # Not clamp, which takes the gradient out where there is NaN.
+    # The log-ratio is bounded, so that its exponential stays finite: where the ratio is clipped, the gradient is
+    # multiplied by 0, and 0 · inf is NaN. clamp would not do, since its gradient is 0 at NaN, which must show.
     largest = math.floor(math.log(torch.finfo(log_ratio.dtype).max))
     log_ratio = torch.where(log_ratio > largest, largest, log_ratio)
     ratio = log_ratio.exp()
@@ -57,7 +57,7 @@ def ppo_value_loss(
 
 
 def reduced(loss: Tensor, wanted: Tensor, reduction: str) -> Tensor:
-    """The mean over positions, or over rows of their mean or sum."""
+    """The mean over positions, or the mean over rows of each row's mean or sum."""
     if reduction == "token-mean":
         return masked_mean(loss, wanted)
     counts = wanted.sum(1)

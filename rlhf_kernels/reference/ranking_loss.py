@@ -40,8 +40,9 @@ def _pairs(scores: Tensor, ranks: Tensor, wanted: Tensor | None) -> tuple[Tensor
     return pairs, torch.where(pairs, scores[:, :, None] - scores[:, None, :], 0.0)
 
 
-# Flat scores are padded to the longest prompt, a size that the data decide and that no compiler can trace. So the
-# compiler is shown two ops instead: the loss, and its gradient −σ(m − (r_w − r_l))/|pairs|, once for w, once against l.
+# Flat scores are padded to the longest prompt. That size depends on the data, so no compiler can trace it, and the loss
+# and its gradient are two ops instead. A pair adds −σ(m − (r_w − r_l))/|pairs| to the gradient of w, and subtracts it
+# from that of l.
 @torch.library.custom_op("rlhf_kernels::reference_flat_ranking_loss", mutates_args=())
 def _flat(scores: Tensor, ranks: Tensor, offsets: Tensor, margin: float) -> tuple[Tensor, Tensor]:
     slots = slots_of(offsets)

@@ -1,6 +1,6 @@
 """Every op as Triton kernels, under the names and signatures of the native ops (csrc/schemas.h).
 
-Imported when the first op runs on this backend: it needs triton, which nothing else here does.
+Imported only when the first op runs on this backend, since nothing else in the package needs triton.
 """
 
 import importlib

@@ -1,7 +1,7 @@
 """What the Triton kernels share: layouts, and arithmetic that the language lacks.
 
-Every function here and beside it has the signature of the native op of its name (csrc/schemas.h), with arguments
-checked by the public function of its family.
+In the files beside this one, the functions named after ops have the signatures of the native ops (csrc/schemas.h).
+Their arguments have been checked by the public functions of the families.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def rows_of(tensor: Tensor) -> Tensor:
 
 
 def places(op: str, *names: str) -> list[tl.constexpr]:
-    """Where an op's tensor of statistics has those of these names."""
+    """The positions of these statistics in an op's tensor of statistics."""
     return [tl.constexpr(OPS[op].statistics.index(name)) for name in names]
 
 
@@ -43,14 +43,14 @@ def blocks(length: int, largest: int) -> int:
 
 
 def two_floats(number: float) -> tuple[float, float]:
-    """A number as a kernel is given it, which is in float32, and what that lacks."""
+    """A number rounded to float32, as kernels take numbers, and what the rounding lost."""
     rounded = ctypes.c_float(number).value
     return rounded, number - rounded
 
 
 @triton.jit
 def span(sequence, boundaries, length, PACKED: tl.constexpr):
-    """Where a sequence begins and how long it is: a row of ``length``, or what the boundaries of packed ones say."""
+    """Where a sequence begins and how long it is: a row of ``length`` if padded, as the boundaries say if packed."""
     base = sequence * length
     if PACKED:
         base = tl.load(boundaries + sequence).to(tl.int64)
@@ -60,7 +60,7 @@ def span(sequence, boundaries, length, PACKED: tl.constexpr):
 
 @triton.jit
 def scaled_by_power(x, n):
-    """x·2^n for an integral n, in two factors that are normal numbers each."""
+    """x·2^n for an integral n. 2^n may be no normal number, so it is applied as two factors that are."""
     k = n.to(tl.int32)
     half = k >> 1
     first = ((half + 127) << 23).to(tl.float32, bitcast=True)
@@ -101,17 +101,17 @@ def kl_estimate(logprob, ref, ESTIMATOR: tl.constexpr):
         return d * d * 0.5
     elif ESTIMATOR == "k3":
         value, value_lost, less_line = exponential(-d)
-        # With what the difference lost (Knuth's two-sum), as long as both are numbers.
+        # What the rounding of d lost (Knuth's two-sum). It is meant for finite inputs; others take the last case.
         minus_ref = d - logprob
         lost = (logprob - (d - minus_ref)) - (ref + minus_ref)
         near = less_line - lost * (value - 1.0)
-        # Further off every step keeps what it loses.
+        # Further from 0, every step keeps what its rounding loses.
         line = 1.0 - d
         line_lost = -d - (line - 1.0)
         difference = value - line
         difference_lost = (value - difference) - line
         far = difference + (difference_lost + ((value_lost - value * lost) - line_lost))
-        # At d = −∞ it is ∞, not ∞ − ∞.
+        # At d = −∞ the estimate is ∞, and not ∞ − ∞.
         farthest = tl.where(d < 0, value, less_line)
         return tl.where(tl.abs(d) < 0.34, near, tl.where(tl.abs(d) < 88.0, far, farthest))
     elif ESTIMATOR == "abs":

@@ -1,8 +1,7 @@
 """GAE as an associative scan from the end of every sequence, in blocks with a carry; whitening in a second launch.
 
-A_t = δ_t + γλ·A_(t+1) is a composition of the maps x ↦ δ_t + γλ·x, which a scan takes in any grouping (Blelloch 1990);
-a masked position is the identity. The value that follows a position is found by a scan too: that of the next position
-that counts.
+A_t = δ_t + γλ·A_(t+1) is a composition of the maps x ↦ δ_t + γλ·x, which a scan may group in any way (Blelloch 1990). A
+masked position is the identity. V_(t+1), the value of the next position that counts, is found by a second scan.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ WHITEN_BLOCK = 2048
 
 @triton.jit
 def _compose(outer_slope, outer_offset, slope, offset):
-    """The map of a position after (that is, to the left of) the maps of those to its right."""
+    """The composition of two maps: first the one of the positions to the right, then the one of this position."""
     return outer_slope * slope, offset + slope * outer_offset
 
 
@@ -37,7 +36,7 @@ def _sequences(
     length, gamma, gamma_lost, decay, decay_lost, beta, score_clip, BOOTSTRAP: tl.constexpr, PACKED: tl.constexpr,
     SHAPE: tl.constexpr, ESTIMATOR: tl.constexpr, CLIP: tl.constexpr, MOMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One sequence, its last block first. SHAPE: makes the rewards, from the score and the KL, and stores them."""
+    """One sequence, from its last block to its first. SHAPE makes the rewards from score and KL, and stores both."""
     sequence = tl.program_id(0).to(tl.int64)
     base, length = span(sequence, boundaries, length, PACKED)
     next_value = 0.0
@@ -61,7 +60,7 @@ def _sequences(
         here = t < length
         counts = tl.load(wanted + base + t, mask=here, other=0) != 0
         value = tl.load(values + base + t, mask=counts, other=0.0).to(tl.float32)
-        # Shifted by one, so that the scan gives each position what lies strictly to its right, in this block.
+        # Shifted by one, so that the scan gives each position the next value strictly to its right in this block.
         right = (tl.arange(0, BLOCK) < BLOCK - 1) & (t + 1 < length)
         right_counts = tl.load(wanted + base + t + 1, mask=right, other=0) != 0
         right_value = tl.load(values + base + t + 1, mask=right_counts, other=0.0).to(tl.float32)
@@ -81,7 +80,7 @@ def _sequences(
         result = tl.where(counts, found, 0.0).to(tl.float32)
         tl.store(advantages + base + t, result, mask=here)
         tl.store(returns + base + t, tl.where(counts, found + value, 0.0).to(tl.float32), mask=here)
-        # The first position of the block holds what goes on to the left.
+        # Carried to the block on the left: the advantage at the first position, and the first value that counts.
         first = tl.arange(0, BLOCK) == 0
         advantage = tl.sum(tl.where(first, found, 0.0), 0)
         some = tl.max(counts.to(tl.int32), 0)
@@ -105,7 +104,7 @@ def _sequences(
 
 @triton.jit
 def _whiten(advantages, wanted, moments, sequences, size, epsilon, BLOCK: tl.constexpr, SEQUENCES: tl.constexpr):
-    """Every program pools the moments of all sequences, in one order, and whitens its block."""
+    """Whitens a block. Every program pools the moments of all sequences itself, always in the same order."""
     total = tl.cast(0.0, tl.float64)
     weighted = tl.cast(0.0, tl.float64)
     for start in range(0, sequences, SEQUENCES):

@@ -1,10 +1,12 @@
-"""Log-probs from hidden states without logits in memory, and losses whose gradient takes the place of their logits.
+"""Log-probs from hidden states without all logits in memory, and losses that turn a chunk of logits into its gradient.
 
-All matmuls are the vendor's, in float32 from operands of any dtype, into one workspace. Log-probs go by rows, a fixed
-number at a time, the last of them filled up: a matmul of one shape has one way to sum, so that a row has the same bits
-in any company. Their backward, which knows the row sums, makes the logits again by blocks of the vocabulary: every
-entry of the weight's gradient is one sum in float32 over all rows. The losses go by rows too, since theirs begins when
-all of a row's logits are known.
+All matmuls are the vendor's. They sum in float32, whatever the operands' dtype.
+
+Log-probs are computed for a fixed number of rows at a time, and the last rows are padded to that number. A matmul of
+one shape always sums in the same way, so a row has the same bits whichever rows are beside it. Their backward already
+knows the sums of each row. It computes the logits again in blocks of the vocabulary, so that every entry of the
+weight's gradient is a single sum in float32 over all rows. The losses go by rows in both directions, since a row's
+gradient can be computed only when all of its logits are known.
 """
 
 from __future__ import annotations
@@ -19,30 +21,31 @@ from rlhf_kernels.triton.common import LN_2, LOG2_E, blocks, places
 from rlhf_kernels.triton.log_prob import empty_results, gradient_block, reduce_block, reduce_rows, write_gradient
 from rlhf_kernels.triton.ppo_loss import clip_ends, policy_results, policy_term, row_weights
 
-# Rows of a matmul of the log-probs: part of the result's definition.
+# How many rows a matmul of the log-probs has. The bits of the results depend on it, so it is never tuned.
 ROWS = 512
-# Of a row: as many floats as the loss has statistics.
+# How many floats the kernel of the losses stores per row: one for each statistic of the policy loss.
 STATISTICS = tl.constexpr(len(OPS["linear_ppo_policy_loss"].statistics))
 RATIO_MEAN, RATIO_MAX_DEVIATION, APPROX_KL, CLIP_FRACTION, ENTROPY = places(
     "linear_ppo_policy_loss", "ratio_mean", "ratio_max_deviation", "approx_kl", "clip_fraction", "entropy"
 )
-# What the backward and the losses keep of logits and their gradient: so much that a matmul over it is bound by
-# arithmetic, with a vocabulary of 128 000 and half precision still a thousand rows.
+# The memory that the backward and the losses plan for a chunk of logits and its gradient, counted as float32 logits and
+# a gradient in half precision. With a vocabulary of 128 000 this is a thousand rows, enough for a matmul to be bound by
+# arithmetic and not by memory.
 WORKSPACE_BYTES = 768 << 20
-# What a matmul's tiles divide.
+# Chunks are a multiple of this, so that the tiles of a matmul divide them.
 TILE = 128
 
 
 def may_wait(tensor: Tensor) -> bool:
-    """Whether the host may wait for a value: not while a CUDA graph is captured."""
+    """Whether the host may wait for a value of the GPU. It may not while a CUDA graph is captured."""
     return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 class Rows:
-    """The rows that count, side by side, and the operands as the kernels read them.
+    """The rows that count, gathered into one tensor, and the operands as the kernels read them.
 
-    How many count is known only after waiting for the GPU. Where that is forbidden all rows are kept, and those that
-    don't count are 0 and give nothing.
+    The number of rows that count is known only after waiting for the GPU. Where that is not allowed, all rows are kept.
+    The rows that don't count are then set to 0, and add nothing to any result.
     """
 
     def __init__(
@@ -72,12 +75,12 @@ class Rows:
         return self.hidden.shape[0]
 
     def take(self, per_row: Tensor) -> Tensor:
-        """Of the rows that count."""
+        """The entries of the rows that count."""
         flat = per_row.reshape(-1)
         return (flat if self.all else flat[self.kept]).contiguous()
 
     def scatter(self, per_row: Tensor) -> Tensor:
-        """Back to all rows, 0 where they do not count."""
+        """Puts values of the rows that count back among all rows, with 0 for the others."""
         if self.all:
             return per_row
         result = per_row.new_zeros(self.count, *per_row.shape[1:])
@@ -85,7 +88,7 @@ class Rows:
         return result
 
     def logits(self, hidden: Tensor, tokens: slice) -> Tensor:
-        """float32 logits of some rows and tokens, bias and softcap applied."""
+        """float32 logits of some rows and tokens, with bias and softcap applied."""
         product = matmul(hidden, self.weight[tokens].t())
         if self.bias is not None:
             product += self.bias[tokens]
@@ -95,15 +98,15 @@ class Rows:
 
 
 def matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a·b in float32, whatever the operands: half-precision products are exact in it."""
-    if a.device.type != "cuda":  # in the interpreter: the same on any number of threads
+    """a·b in float32 from operands of any dtype. Products of half-precision numbers are exact in float32."""
+    if a.device.type != "cuda":  # in the interpreter: float64, so that the bits are the same on any number of threads
         return (a.double() @ b.double()).float()
     with torch.autocast("cuda", enabled=False):
         return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
 
 
 def accumulate(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
-    """Adds a·b to the total, or begins it; half-precision products are summed in float32, and rounded once."""
+    """Adds a·b to the total, or starts it. Products are summed in float32 and rounded once, to the total's dtype."""
     if total.device.type != "cuda":
         product = matmul(a, b)
         total.copy_(product if is_first else total + product)
@@ -120,7 +123,7 @@ def linear_selective_log_softmax(
     hidden: Tensor, weight: Tensor, index: Tensor, wanted: Tensor, bias: Tensor | None, temperature: float,
     softcap: float | None, with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Log-probs, entropies (empty if not asked for), maxima and log Σ e^(l − max), without logits in memory."""
+    """Log-probs, entropies (empty if not asked for), maxima and log Σ e^((l − max)/τ), without all logits in memory."""
     rows = Rows(hidden, weight, index, wanted, bias, temperature, softcap)
     count = len(rows)
     logprobs, entropies, maxima, log_sums = empty_results(torch.Size([count]), with_entropy, hidden.device)
@@ -128,7 +131,7 @@ def linear_selective_log_softmax(
     for first in range(0, count, ROWS):
         part = slice(first, min(count, first + ROWS))
         size = part.stop - first
-        block[:size] = rows.hidden[part]  # at one alignment, which a matmul's way to sum may hang on too
+        block[:size] = rows.hidden[part]  # a copy, always at the same alignment: a matmul's order may depend on it
         logits = rows.logits(block, slice(None))[:size]
         some = (logprobs[part], entropies[part], maxima[part], log_sums[part])
         reduce_rows(logits[None], rows.index[part], rows.wanted[part], temperature, some)
@@ -152,7 +155,7 @@ def linear_selective_log_softmax_backward(
     for first in range(0, vocabulary if count else 0, tokens):
         part = slice(first, min(vocabulary, first + tokens))
         logits = rows.logits(rows.hidden, part)
-        # In the operands' dtype at once: the matmuls behind take no other.
+        # Written in the operands' dtype at once, the only one that the next matmuls take.
         slopes = logits if hidden.dtype == torch.float32 else torch.empty_like(logits, dtype=hidden.dtype)
         kept = logits.clone() if softcap is not None and slopes is logits else logits
         write_gradient(
@@ -166,14 +169,15 @@ def linear_selective_log_softmax_backward(
 
 
 class Gradients:
-    """The gradients of hidden, weight and bias, from the logits' gradient of some rows and tokens at a time."""
+    """The gradients of hidden, weight and bias, from the logits' gradient for parts of the rows and tokens."""
 
     def __init__(self, rows: Rows, needs_hidden: bool, needs_weight: bool):
         self.rows = rows
         like = rows.hidden
         new = like.new_empty if len(rows) else like.new_zeros
         self.hidden = new(like.shape, dtype=torch.float32) if needs_hidden else None
-        # By vocabulary an entry is one sum, rounded once; by rows, with what the earlier chunks' sum was rounded to.
+        # In the weight's own dtype. When parts go by vocabulary, each entry is one sum, rounded once. When they go by
+        # rows, each part is added to the rounded sum of the parts before it.
         self.weight = new(rows.weight.shape) if needs_weight else None
         self.bias = (
             like.new_zeros(rows.weight.shape[0], dtype=torch.float32)
@@ -182,7 +186,7 @@ class Gradients:
         )
 
     def add(self, slopes: Tensor, rows: slice, tokens: slice) -> None:
-        """Adds the share of these rows and tokens, given their logits' gradient. Parts come in order."""
+        """Adds what these rows and tokens contribute, given their logits' gradient. Parts must come in order."""
         if self.hidden is not None:
             accumulate(self.hidden[rows], slopes, self.rows.weight[tokens], is_first=not tokens.start)
         if self.weight is not None:
@@ -191,7 +195,7 @@ class Gradients:
             self.bias[tokens] += slopes.sum(0, dtype=torch.float32)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
-        """In the operands' dtypes; empty where not needed."""
+        """The gradients in the operands' dtype; empty where not needed."""
         like, rows = self.rows.hidden, self.rows
         nothing = like.new_empty(0, dtype=torch.float32)
         hidden = nothing if self.hidden is None else rows.scatter(self.hidden.to(like.dtype))
@@ -206,8 +210,9 @@ def _row_losses(
     vocabulary, scale, inverse_temperature, softcap, low, low_lost, high, high_lost, dual, BLOCK: tl.constexpr,
     POLICY: tl.constexpr, DUAL: tl.constexpr, SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """A row's loss from its logits, then their gradient, in place of them or in half precision: read twice, the second
-    time from the cache.
+    """A row's loss from its logits, then the gradient of those: over the logits, or beside them in half precision.
+
+    The logits are read twice, the second time from the cache.
     """
     row = tl.program_id(0).to(tl.int64)
     line = logits + row * stride
@@ -261,7 +266,7 @@ def _losses(
     rows: Rows, weights: Tensor, policy: tuple[Tensor, Tensor, tuple[float, ...], float | None] | None,
     needs_hidden: bool, needs_weight: bool,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
-    """Rows' losses, statistics and the gradients of their sum, chunk by chunk of rows."""
+    """The losses and statistics of the rows, and the gradients of the losses' sum, for a chunk of rows at a time."""
     count, vocabulary = len(rows), rows.weight.shape[0]
     device = rows.hidden.device
     losses = torch.empty(count, dtype=torch.float64, device=device)

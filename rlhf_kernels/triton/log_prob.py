@@ -1,7 +1,7 @@
-"""Log-prob and entropy of a row in one read of its logits; their gradient in one read and one write.
+"""Log-prob and entropy of a row in one read of its logits, and the gradient in one read and one write.
 
-A row is cut into chunks of one fixed size, each reduced by a program of its own, so that few rows keep the chip as busy
-as many, and the bits of a row do not depend on the batch it is in.
+A row is cut into chunks of a fixed size, and each chunk is reduced by a program of its own. So a few rows keep the chip
+as busy as many do, and the bits of a row do not depend on the batch around it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf_kernels.triton.common import LN_2, LOG2_E, blocks, rows_of
 
-# Part of the result's definition: never tuned.
+# Never tuned: the bits of the results depend on these.
 CHUNK = 16384
 BLOCK = 4096
 GRADIENT_BLOCK = 4096
@@ -21,12 +21,12 @@ GRADIENT_BLOCK = 4096
 
 @triton.jit
 def reduce_block(x, top, total, weighted, scale, ENTROPY: tl.constexpr):
-    """Takes a block of a row's logits into Σ 2^d and Σ 2^d·d.
+    """Adds a block of a row's logits to Σ 2^d and Σ 2^d·d with d = (logit − top)·scale.
 
-    d = (logit − top)·scale (Milakov and Gimelshein 2018).
+    top is the maximum so far: the online softmax of Milakov and Gimelshein 2018.
     """
     new = tl.maximum(top, tl.max(x, 0))
-    # Nothing but −inf so far: any finite reference gives those tokens probability 0.
+    # With nothing but −inf so far, any finite reference will do: these tokens get probability 0.
     reference = tl.where(new == float("-inf"), 0.0, new)
     shift = tl.where(top == float("-inf"), 0.0, (top - reference) * scale)
     factor = tl.exp2(shift)
@@ -62,7 +62,7 @@ def _chunk_sums(
 
 @triton.jit
 def merged(sums, chunks, scale, CHUNKS: tl.constexpr):
-    """The maximum, Σ e^d and Σ e^d·d (in powers of 2) of a row from those of its chunks, in float64."""
+    """The maximum, Σ 2^d and Σ 2^d·d of a row, from those of its chunks; the sums in float64."""
     at = tl.arange(0, CHUNKS)
     here = at < chunks
     tops = tl.load(sums + at * 3, mask=here, other=float("-inf"))
@@ -70,7 +70,8 @@ def merged(sums, chunks, scale, CHUNKS: tl.constexpr):
     weighted = tl.load(sums + at * 3 + 2, mask=here, other=0.0).to(tl.float64)
     top = tl.max(tops, 0)
     shift = tl.where(tops == float("-inf"), 0.0, (tops.to(tl.float64) - top) * scale)
-    # A row of −inf alone, or with NaN, is NaN: its totals are.
+    # A chunk whose maximum is −inf adds a total of 0, or NaN if it holds one. If the whole row is −inf, the total stays
+    # 0, and the log-prob is −inf − (−inf), which is NaN.
     factor = tl.where(tops == float("-inf"), tl.where(top == float("-inf"), 1.0, 0.0), tl.exp2(shift))
     return top, tl.sum(totals * factor, 0), tl.sum((weighted + shift * totals) * factor, 0)
 
@@ -105,7 +106,7 @@ def _merge(
 def selective_log_softmax(
     logits: Tensor, index: Tensor, wanted: Tensor, temperature: float, with_entropy: bool, inplace_backward: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-probs, entropies (empty if not asked for), and what the backward needs: maxima and log Σ e^(l − max)."""
+    """Log-probs, entropies (empty if not asked for), and for the backward maxima and log Σ e^((l − max)/τ)."""
     results = empty_results(index.shape, with_entropy, logits.device)
     reduce_rows(rows_of(logits), index.contiguous(), wanted.contiguous(), temperature, results)
     return results
@@ -115,13 +116,13 @@ Results = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def empty_results(shape: torch.Size, with_entropy: bool, device: torch.device) -> Results:
-    """Room for log-probs, entropies, maxima and log sums."""
+    """Uninitialised tensors for log-probs, entropies, maxima and log sums."""
     logprobs, maxima, log_sums = (torch.empty(shape, device=device) for _ in range(3))
     return logprobs, torch.empty(shape if with_entropy else 0, device=device), maxima, log_sums
 
 
 def reduce_rows(logits: Tensor, index: Tensor, wanted: Tensor, temperature: float, results: Results) -> None:
-    """Fills the results, whose order is that of the rows of (outer, inner, V) logits."""
+    """Fills the results from (outer, inner, V) logits. The results have the rows in that order."""
     count, vocabulary = index.numel(), logits.shape[-1]
     if count == 0:
         return
@@ -148,10 +149,10 @@ def gradient_block(
 ):
     """d(go·log p_token + gh·H) / d logit from token ``begin`` on: −p·(go + gh·(log p + H))/τ, plus go/τ for the token.
 
-    That of the token is worked out apart, in float64: 1 − p would cancel where p is near 1.
+    The token's own entry is computed separately in float64, since 1 − p cancels where p is near 1.
     """
     log2_p = (x - top) * (inverse_temperature * LOG2_E) - log_sum * LOG2_E
-    # A banned token's −inf would make 0·inf of the slope; 2^−150 rounds to 0.
+    # For a banned token −inf would give 0·inf below. 2^−150 rounds to 0 just as well.
     log2_p = tl.where(log2_p < -150.0, -150.0, log2_p)
     inner = go
     if ENTROPY:
@@ -175,7 +176,7 @@ def _gradient(
     outer_stride, inner_stride, to_outer_stride, to_inner_stride, inner, first, vocabulary, inverse_temperature,
     BLOCK: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """Over a block of the vocabulary whose first token is ``first``."""
+    """The gradient for a part of the vocabulary, whose first token is ``first``."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here = at < vocabulary
@@ -205,7 +206,10 @@ def write_gradient(
     logits: Tensor, gradient: Tensor, index: Tensor, wanted: Tensor, temperature: float, entropies: Tensor,
     maxima: Tensor, log_sums: Tensor, grad_logprobs: Tensor, grad_entropies: Tensor | None, size: int, first: int = 0,
 ) -> None:  # fmt: skip
-    """The gradient over (outer, inner, V) logits, of a vocabulary of ``size`` from ``first`` on; may be over them."""
+    """Writes the gradient of (outer, inner, V) logits, into another tensor or over the logits.
+
+    The logits may be a part of a vocabulary of ``size``, from token ``first`` on.
+    """
     if index.numel() == 0:
         return
     valid = (index >= 0) & (index < size)
@@ -224,7 +228,7 @@ def selective_log_softmax_backward(
     logits: Tensor, index: Tensor, wanted: Tensor, temperature: float, entropies: Tensor, maxima: Tensor,
     log_sums: Tensor, grad_logprobs: Tensor, grad_entropies: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """The gradient of the logits, in a tensor of its own."""
+    """The gradient of the logits, in a new tensor."""
     gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     write_gradient(
         rows_of(logits), rows_of(gradient), index, wanted, temperature, entropies, maxima, log_sums, grad_logprobs,
@@ -237,11 +241,11 @@ def selective_log_softmax_backward_(
     logits: Tensor, index: Tensor, wanted: Tensor, temperature: float, entropies: Tensor, maxima: Tensor,
     log_sums: Tensor, grad_logprobs: Tensor, grad_entropies: Tensor | None,
 ) -> None:  # fmt: skip
-    """The gradient over the logits themselves."""
+    """Writes the gradient over the logits themselves."""
     rows = rows_of(logits)
     write_gradient(
         rows, rows, index, wanted, temperature, entropies, maxima, log_sums, grad_logprobs, grad_entropies,
         logits.shape[-1],
     )  # fmt: skip
-    if rows.data_ptr() != logits.data_ptr():  # the strides allowed no view
+    if rows.data_ptr() != logits.data_ptr():  # rows_of had to copy, since the strides allow no view
         logits.copy_(rows.view(logits.shape))

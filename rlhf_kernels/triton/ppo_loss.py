@@ -1,5 +1,7 @@
-"""PPO's losses: a first launch reads the three inputs once, for the sums of every block and the gradient up to a factor
-that only the whole mask gives; a second one puts the sums together, in one order, and the factor in.
+"""PPO's losses, in two launches.
+
+The first reads the three inputs once. It stores the sums of every block, and the gradient without a factor that depends
+on the whole mask. The second adds up the sums, always in the same order, and multiplies the gradient by that factor.
 """
 
 from __future__ import annotations
@@ -17,19 +19,19 @@ RATIO_MEAN, RATIO_MAX_DEVIATION, APPROX_KL, CLIP_FRACTION = places(
     "ppo_policy_loss", "ratio_mean", "ratio_max_deviation", "approx_kl", "clip_fraction"
 )
 VALUE_MEAN, RETURN_MEAN, VALUE_CLIP_FRACTION = places("ppo_value_loss", "value_mean", "return_mean", "clip_fraction")
-# What a block keeps: how many positions count, the loss, then the sum of each of the statistics, of the largest
-# deviation the maximum.
+# What a block stores: how many positions count, its loss, and then a sum for each statistic, or the maximum for the
+# largest deviation.
 COUNT, LOSS, FIRST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 SUMS = tl.constexpr(2 + max(len(OPS[name].statistics) for name in ("ppo_policy_loss", "ppo_value_loss")))
-LARGEST_LOG_RATIO = tl.constexpr(88.0)  # e^88 is the largest power that is finite in float32
+LARGEST_LOG_RATIO = tl.constexpr(88.0)  # e^88 is the largest whole power of e that is finite in float32
 
 
 @triton.jit
 def policy_term(logprob, old_logprob, advantage, low, low_lost, high, high_lost, dual, DUAL: tl.constexpr):
-    """Loss, its derivative in ``logprob``, ratio, |ratio − 1|, (ratio − 1) − log ratio, and 1 where clipping counts.
+    """Loss, its derivative in ``logprob``, ratio, |ratio − 1|, (ratio − 1) − log ratio, and 1 if the loss is clipped.
 
-    ``logprob`` and ``old_logprob`` are float64, and so are the first two results: few operations, which hide behind the
-    reads. The exponential is float32 with what it lost.
+    ``logprob`` and ``old_logprob`` are float64, and so are the first two results. These are few operations, and the
+    reads take longer. The exponential is in float32, together with what its rounding lost.
     """
     exact = logprob - old_logprob
     raw = exact.to(tl.float32)
@@ -39,7 +41,7 @@ def policy_term(logprob, old_logprob, advantage, low, low_lost, high, high_lost,
     precise = ratio.to(tl.float64) + (lost + ratio * raw_lost)
     kl += raw_lost * (ratio - 1.0)
     gain = -advantage.to(tl.float64)
-    # Of the two ends of the clip range only one can raise the loss: the low one for a gain above 0.
+    # Only one end of the clip range can raise the loss: the low one if the gain is above 0, else the high one.
     end = tl.where(gain > 0, tl.cast(low, tl.float64) + low_lost, tl.cast(high, tl.float64) + high_lost)
     unclipped = gain * precise
     clipped = gain * end
@@ -116,13 +118,13 @@ def _column(entry, column, inside):
 
 @triton.jit
 def _sum(entry, column, inside):
-    """Of (rows, blocks): the blocks of each row first."""
+    """The sum over (rows, blocks), first over the blocks of each row."""
     return tl.sum(tl.sum(_column(entry, column, inside), 1), 0)
 
 
 @triton.jit
 def _reciprocal(count):
-    """1 / max(count, 1) in float64, by Newton's method from float32: a division is a subroutine there, and spills."""
+    """1 / max(count, 1) in float64, by Newton's method from float32. A float64 division is a subroutine that spills."""
     x = tl.maximum(count, 1.0)
     y = (1.0 / x.to(tl.float32)).to(tl.float64)
     y = y * (2.0 - x * y)
@@ -134,7 +136,7 @@ def _finish(
     gradient, sums, loss, statistics, size, length, per_row, rows, POLICY: tl.constexpr, REDUCTION: tl.constexpr,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PER_ROW: tl.constexpr,
 ):  # fmt: skip
-    """Every program adds up all blocks' sums, for the factor of its own; the first writes the results."""
+    """Every program adds up the sums of all blocks, to get its own factor. The first program writes the results."""
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     number = tl.cast(0.0, tl.float64)  # of positions that count
@@ -176,7 +178,7 @@ def _finish(
         share = _reciprocal(number)
         tl.store(loss, (total * weight).to(tl.float32))
         if POLICY:
-            # Where a ratio was NaN, so is their sum; the maximum has passed over it.
+            # The maximum skips NaN, but if a ratio was NaN, the sum of the ratios is too.
             deviation = tl.where(ratio == ratio, deviation, float("nan"))
             tl.store(statistics + RATIO_MEAN, (ratio * share).to(tl.float32))
             tl.store(statistics + RATIO_MAX_DEVIATION, deviation.to(tl.float32))
@@ -194,7 +196,7 @@ def _finish(
         at = row * length + t
         here = (t < length) & (at < size)
         slope = tl.load(gradient + at, mask=here, other=0.0)
-        # In two parts: products in float64 spill.
+        # The weight in two float32 parts, since products in float64 would spill registers.
         high = weight.to(tl.float32)
         low = (weight - high).to(tl.float32)
         rest = tl.where(tl.abs(slope) < float("inf"), slope * low, 0.0)
@@ -234,7 +236,7 @@ def _run(
         return torch.zeros((), device=device), statistics.zero_(), gradient
     loss = torch.empty((), device=device)
     size = first.numel()
-    if reduction == "token-mean":  # rows mean nothing: each block is one
+    if reduction == "token-mean":  # rows do not matter, so each block is taken for a row
         length = block = blocks(size, BLOCK)
         rows, per_row = triton.cdiv(size, block), 1
     else:
@@ -255,12 +257,12 @@ def _run(
 
 
 def clip_ends(clip_low: float, clip_high: float) -> tuple[float, float, float, float]:
-    """1 − ε and 1 + ε_high, each in two parts."""
+    """1 − ε and 1 + ε_high, each as two floats (:func:`two_floats`)."""
     return *two_floats(1.0 - clip_low), *two_floats(1.0 + clip_high)
 
 
 def row_weights(wanted: Tensor, reduction: str) -> Tensor:
-    """How a reduction weighs each position, from the mask alone; float64, of the mask's shape."""
+    """The weight of each position under a reduction, float64 and of the mask's shape. It depends on the mask alone."""
     if reduction == "token-mean":
         return wanted.sum().clamp(min=1).double().reciprocal().expand(wanted.shape)
     counts = wanted.sum(1)
@@ -270,7 +272,7 @@ def row_weights(wanted: Tensor, reduction: str) -> Tensor:
 
 
 def policy_results(losses: Tensor, statistics: Tensor, share: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss and its statistics from rows' weighted losses (float64), their terms, and one over how many count."""
+    """The loss and its statistics, from the rows' weighted losses (float64), statistics, and 1 / their number."""
     loss = losses.sum().float()
     if not len(losses):
         return loss, statistics.new_zeros(statistics.shape[1])

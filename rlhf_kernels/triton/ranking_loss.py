@@ -1,7 +1,7 @@
-"""The pairwise ranking loss: a prompt at a time, its pairs in registers, tile by tile where it has many completions.
+"""The pairwise ranking loss, a prompt at a time. Its pairs are in registers, in tiles if it has many completions.
 
-The gradient lacks a factor at first, one over the number of prompts that have a pair, which a second launch puts in
-with the mean.
+The first launch leaves out a factor of the gradient: one over the number of prompts that have a pair. The second launch
+multiplies by it, and writes the means.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rlhf_kernels.triton.common import blocks, exponential, span
 
 TILE = 32
 BLOCK = 1024
-# Programs share the prompts; the same number on every GPU, so that the sums have the same bits on all.
+# How many programs share the prompts: as many on every GPU, so that the sums have the same bits on all of them.
 PROGRAMS = 1024
 
 
@@ -35,7 +35,7 @@ def _prompt(
     scores, ranks, wanted, boundaries, gradient, prompt, length, margin, FLAT: tl.constexpr, MASKED: tl.constexpr,
     GRADIENT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Mean loss and accuracy of a prompt's pairs, and whether it has any; the gradient of that loss."""
+    """The mean loss and accuracy of a prompt's pairs, and whether it has any. Stores the gradient of that loss."""
     base, length = span(prompt, boundaries, length, FLAT)
     pairs = tl.cast(0.0, tl.float64)
     loss = tl.cast(0.0, tl.float64)
@@ -49,7 +49,7 @@ def _prompt(
             better = both & (rank_i[:, None] < rank_j[None, :])
             worse = both & (rank_i[:, None] > rank_j[None, :])
             difference = score_i[:, None] - score_j[None, :]
-            # Of the pair in its own order: the winner's score less the loser's.
+            # The winner's score minus the loser's, whichever of the two i is, and minus the margin.
             x = tl.where(worse, -difference, difference) - margin
             small, _, _ = exponential(-tl.abs(x))
             # log(1 + u) as 2·artanh(u/(2 + u)), which keeps the digits of a small u.
@@ -63,11 +63,12 @@ def _prompt(
             term = tl.where(x == x, term, x)
             loss += tl.sum(tl.sum(tl.where(better, term, 0.0).to(tl.float64), 1), 0)
             pairs += tl.sum(tl.sum(better.to(tl.int32), 1), 0).to(tl.float64)
-            # Twice, as an integer, since scores that cannot be ordered are half right: doubles spill on an RTX 50.
+            # Twice the number of right pairs, as an integer, since a pair whose scores can't be ordered counts half.
+            # Doubles would spill on an RTX 50.
             order = tl.where(difference > 0, 2, tl.where(difference < 0, 0, 1))
             right += 0.5 * tl.sum(tl.sum(tl.where(better, order, 0), 1), 0).to(tl.float64)
             if GRADIENT:
-                # σ(−x), from the exponential that does not overflow.
+                # σ(−x) from e^(−|x|), which cannot overflow.
                 sigmoid = tl.div_rn(tl.where(x < 0, 1.0, small), 1.0 + small)
                 sigmoid = tl.where(x == x, sigmoid, x)
                 slopes += tl.sum((tl.where(worse, sigmoid, 0.0) - tl.where(better, sigmoid, 0.0)).to(tl.float64), 1)
@@ -109,7 +110,7 @@ def _prompts(
 
 @triton.jit
 def _finish(gradient, sums, loss, accuracy, programs, size, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
-    """Every program adds up the sums of the first launch, in one order; the first writes the means."""
+    """Every program adds up the sums of the first launch, in the same order. The first program writes the means."""
     p = tl.arange(0, BLOCK)
     here = p < programs
     number = tl.sum(tl.load(sums + p * 3 + 2, mask=here, other=0.0), 0)

@@ -1,7 +1,8 @@
-"""A launcher for compilers (CMAKE_CXX_COMPILER_LAUNCHER): what was compiled before, elsewhere, is not compiled again.
+"""A launcher for compilers (CMAKE_CXX_COMPILER_LAUNCHER) that reuses what was compiled before in another folder.
 
-The matrix of installs builds the same sources against the same headers two dozen times, in folders of other names. What
-ccache keeps depends on those names. Here a file is known by its preprocessed text without them, and by the flags.
+The matrix of installs builds the same sources against the same headers two dozen times, each time in another folder.
+ccache would not help, since its keys contain the folders' names. Here the key of a file is its preprocessed text
+without those names, together with the compiler and its flags.
 
     COMPILE_ONCE=folder compile_once.py c++ ... -c file.cpp
 """
@@ -20,14 +21,14 @@ WITH_PATHS = ("-I", "-L", "-ffile-prefix-map", "/")
 
 
 def main(command: list[str]) -> int:
-    """Copies the object file of an earlier run to where the compiler is to write it, or runs the compiler."""
+    """Copies the object file of an earlier run to where the compiler would write it, or runs the compiler."""
     if "-c" not in command or "-o" not in command:
         return subprocess.run(command, check=False).returncode
     at = command.index("-o")
     target = Path(command[at + 1])
     preprocess = [word for word in (*command[:at], *command[at + 2 :]) if word != "-c"]
     text = subprocess.run([*preprocess, "-E", "-P"], stdout=subprocess.PIPE, text=True, check=False)
-    if text.returncode:  # the compiler shall say why
+    if text.returncode:  # let the compiler say why
         return subprocess.run(command, check=False).returncode
     compiler = str(Path(shutil.which(command[0]) or command[0]).resolve())
     flags = [compiler] + [word for word in command if word.startswith("-") and not word.startswith(WITH_PATHS)]

@@ -26,15 +26,15 @@ with rlhf_kernels.use_backend("cpu"):
 
 
 def run(command: Iterable[object], cwd: Path, *, ok: bool | None = True, **environment: str) -> str:
-    """What a command says, which must succeed (ok), fail (not ok), or either (None); an empty variable is unset.
+    """Runs a command and returns its output. It must succeed (``ok``), fail (not ``ok``), or may do either (None).
 
-    The variables that decide about a build are unset where they are not given.
+    Variables that decide about a build are unset unless they are given. A variable given as "" is not set.
     """
     ours = ("RLHF_KERNELS_", "CMAKE_", "CUDA", "TORCH_CUDA_ARCH_LIST", "CXX", "LDFLAGS", "MAX_JOBS", "PYTHONPATH",
             "VIRTUAL_ENV", "TRITON_INTERPRET")  # fmt: skip
     variables = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     variables |= {name: value for name, value in environment.items() if value}
-    variables["PIP_CONSTRAINT"] = os.devnull  # what the machine holds torch to would decide which one is tried
+    variables["PIP_CONSTRAINT"] = os.devnull  # the machine's constraints would decide which torch is tried
     if "PIP_FIND_LINKS" in variables:
         variables.setdefault("UV_FIND_LINKS", variables["PIP_FIND_LINKS"])
     done = subprocess.run(
@@ -56,7 +56,7 @@ def copy_sources(to: Path) -> Path:
 
 
 def uv() -> str:
-    """Where uv is: beside this Python."""
+    """The path of uv, which is beside this Python."""
     return str(Path(sys.executable).with_name("uv"))
 
 
@@ -75,12 +75,12 @@ def report(python: Path, cwd: Path, **variables: str) -> str:
 
 
 def torch_of(python: Path) -> list[str]:
-    """The torch that an environment has."""
+    """The dist-info folder of the torch in an environment; empty if it has none."""
     return [path.name for path in python.parents[1].glob("lib/python*/site-packages/torch-*.dist-info")]
 
 
 def assert_has_kernels(python: Path, cwd: Path) -> None:
-    """The CPU kernels are there, and compute."""
+    """Asserts that the CPU kernels are there and compute."""
     said = report(python, cwd)
     assert "backend       cpu: available, with " in said, said
     assert "native module: build Release, " in said, said

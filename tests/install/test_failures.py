@@ -1,4 +1,4 @@
-"""What an install without some part says, when it is made and later; and that it fails where the part is required."""
+"""An install that lacks a part says so when it is made and later, and fails if that part is required."""
 
 import os
 import re
@@ -29,41 +29,41 @@ for warning in caught:
 
 
 class Place:
-    """Sources, and an environment that has what a build needs but for what a test leaves out."""
+    """A copy of the sources, and an environment with what a build needs, except what a test leaves out."""
 
     def __init__(self, folder: Path):
         self.folder, self.sources = folder, copy_sources(folder / "sources")
         run([sys.executable, "-m", "venv", "--without-pip", folder / "env"], folder)
         self.python = folder / "env" / "bin" / "python"
         (self.site,) = (folder / "env").glob("lib/python*/site-packages")
-        self.no_compiler = folder / "path"  # to be the path, on which there is Ninja alone
+        self.no_compiler = folder / "path"  # a path for tests, with nothing on it but Ninja
         self.no_compiler.mkdir()
         (self.no_compiler / "ninja").symlink_to(shutil.which("ninja", path=Path(sys.executable).parent))
 
     def give(self, *packages):
-        """Links packages of the environment that runs the tests."""
+        """Links packages of the environment that runs the tests into this one."""
         for package in packages:
-            for source in Path(torch.__file__).parents[1].glob(f"{package}*"):  # and what describes it
+            for source in Path(torch.__file__).parents[1].glob(f"{package}*"):  # with its dist-info folder
                 (self.site / source.name).symlink_to(source)
 
     def give_torch(self):
-        """Makes all of that environment importable, after what is here."""
+        """Makes everything in the tests' environment importable; what is in this one comes first."""
         (self.site / "torch.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
 
     def install(self, *, ok=True, **variables):
-        """Installs without build isolation, which would need a registry; returns all that is said."""
+        """Installs without build isolation, which would need a registry. Returns all output."""
         command = [self.python, "-m", "pip", "install", "-v", "--no-build-isolation", "--no-deps", "--no-index"]
         return run([*command, self.sources], self.folder, ok=ok, **variables)
 
     def script(self, name, lines):
-        """A program of this place's own; returns where it is."""
+        """Writes a shell script and returns its path."""
         path = self.folder / name
         path.write_text(f"#!/bin/sh\n{lines}\n")
         path.chmod(0o755)
         return str(path)
 
     def report(self):
-        """What this install has."""
+        """What ``python -m rlhf_kernels`` says of this install."""
         return report(self.python, self.folder)
 
 
@@ -75,7 +75,7 @@ def place(tmp_path):
 
 
 def both_say(reason, remedy, said, later, part):
-    """The reason and the remedy, while installing and in the report."""
+    """Asserts that the reason and the remedy are said while installing, and in the report."""
     assert f"rlhf-kernels: {part} was not built: {reason}" in said
     assert remedy in said
     lines = later.splitlines()
@@ -203,13 +203,13 @@ def test_a_record_that_cannot_be_read_is_said(place, record):
 
 @pytest.mark.install
 def test_another_compiler_is_taken_the_next_time(place):
-    """One that compiles what CMake tries and nothing else; then none that works; then the usual one."""
+    """First a compiler that compiles only what CMake tries, then one that never works, then the usual one."""
     place.give_torch()
     refuses = 'case "$*" in *csrc/*) echo "kernels: error: not for me" >&2; exit 1;; esac'
     picky = place.script("picky", f'{refuses}\nexec c++ "$@"')
     said = place.install(CXX=picky)
     both_say("compiling: kernels: error: not for me", "pip install -v shows all", said, place.report(), "cpu")
-    assert "\nkernels: error: not for me" in said.replace("\n  ", "\n")  # pip indents
+    assert "\nkernels: error: not for me" in said.replace("\n  ", "\n")  # pip indents some lines
     said = place.install(CXX="/bin/false")
     reason = 'configuring: The C++ compiler "/bin/false" is not able to compile a simple test program'
     both_say(reason, "have CXX, CXXFLAGS and LDFLAGS name what works", said, place.report(), "cpu")

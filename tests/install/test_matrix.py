@@ -1,6 +1,6 @@
-"""Every way in which people install from source, in environments made for it: each must end with the kernels.
+"""Every way in which people install from source, in new environments. Each must end with an install that has kernels.
 
-Takes half an hour and gigabytes of torch: ``make test-install``. The newest torch is what the registry gives.
+Takes half an hour and gigabytes of torch: ``make test-install``. "newest" is the torch that the registry gives.
 """
 
 import itertools
@@ -17,7 +17,7 @@ TORCHES = {"2.13.0": "torch==2.13.0", "newest": "torch"}
 
 @pytest.fixture(scope="session")
 def options(tmp_path_factory):
-    """What every build is given."""
+    """The environment variables of every build."""
     launcher = Path(__file__).with_name("compile_once.py")
     return {
         "RLHF_KERNELS_BUILD_CUDA": "0",
@@ -38,7 +38,7 @@ def sdist(tmp_path_factory):
 
 @pytest.fixture(scope="session", params=TORCHES)
 def wheel(request, options, tmp_path_factory):
-    """Built with one torch, to be installed beside each."""
+    """A wheel that was built with one torch. It is then installed beside every torch."""
     folder = tmp_path_factory.mktemp("wheel")
     python = environment(folder / "env", TORCHES[request.param], *BUILD_TOOLS)
     command = [python, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", folder]
@@ -49,7 +49,7 @@ def wheel(request, options, tmp_path_factory):
 
 @pytest.fixture
 def install(options):
-    """Installs in an environment, and asserts that it has kernels afterwards."""
+    """A function that installs in an environment, and asserts that it has kernels afterwards."""
 
     def install(installer, python, isolated, *what):
         command = {

@@ -1,4 +1,4 @@
-"""The source distribution: all that a build needs, and no more."""
+"""The source distribution has all that a build needs, and no more."""
 
 import sys
 import tarfile

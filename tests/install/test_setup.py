@@ -1,4 +1,4 @@
-"""What the build decides for itself, and what it keeps of a part that failed."""
+"""What the build decides by itself, and what it records of a part that failed."""
 
 import importlib.util
 import json
@@ -34,7 +34,7 @@ def backend(monkeypatch):
 
 @pytest.fixture
 def nvcc(tmp_path):
-    """One that knows Ampere, Hopper and an early Blackwell, and compiles nothing."""
+    """An nvcc that knows Ampere, Hopper and the first Blackwell, and compiles nothing."""
     path = tmp_path / "nvcc"
     path.write_text(
         "#!/bin/sh\n[ $1 = --list-gpu-arch ] && printf 'compute_80\\ncompute_86\\ncompute_90\\ncompute_100\\n'\n"
@@ -44,7 +44,7 @@ def nvcc(tmp_path):
 
 
 def make_torch(folder, version, cuda=None):
-    """The outside of a torch package."""
+    """A folder that looks like a torch package from outside."""
     (folder / "include" / "torch" / "csrc").mkdir(parents=True)
     (folder / "version.py").write_text(f"__version__ = '{version}'\ncuda: Optional[str] = {cuda!r}\n")
     (folder / "__init__.py").write_text("raise ImportError('it is only to be read')\n")

@@ -1,4 +1,4 @@
-"""What ``make wheel`` links with and looks at: wheels/."""
+"""wheels/, which ``make wheel`` runs: the libraries that it links with, and what it checks."""
 
 import ctypes
 import importlib.util

@@ -29,7 +29,7 @@ class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 class Call(NamedTuple):
-    """``function(*tensors, **options)``; gradients are taken in the tensors that are named."""
+    """``function(**tensors, **options)``, and the names of the tensors that gradients are taken in."""
 
     function: Callable[..., Any]
     tensors: dict[str, Tensor]
@@ -39,8 +39,8 @@ class Call(NamedTuple):
     def run(self, **replaced: Tensor) -> list[Tensor]:
         """Every result, then every gradient of the sum of the differentiable ones."""
         tensors = self.tensors | replaced
+        # detach makes new leaves, with the strides under test.
         tensors = {n: x.detach().requires_grad_(n in self.variables) for n, x in tensors.items()}
-        # A view of the leaf keeps the strides under test, and makes a leaf of none.
         results = self.function(**tensors, **self.options)
         results = list(results) if isinstance(results, tuple) else [results]
         flat = [y for x in results for y in (x.values() if isinstance(x, dict) else [x])]
@@ -51,7 +51,7 @@ class Call(NamedTuple):
 
 
 def calls(rows: int = 6, length: int = 9, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
-    """By name. Sizes leave remainders in every vector width."""
+    """The calls by name. The default sizes are no multiples of a vector's, so that kernels have remainders."""
     generator = torch.Generator("cpu").manual_seed(rows * 1000 + length)
 
     device = torch.get_default_device()
@@ -125,12 +125,12 @@ NAMES = tuple(calls())
 
 
 def lacks(backend: str, name: str) -> bool:
-    """Whether a backend does not have the op that a call is of."""
+    """Whether a backend lacks the op of this call."""
     return backend == "cuda" and "cuda" not in OPS[name.removesuffix("_and_entropy")].on_gpu
 
 
 def packed_calls() -> dict[str, Call]:
-    """The ops that take sequences back to back, called so."""
+    """Calls with packed sequences, of the ops that take these."""
     device = torch.get_default_device()
     boundaries = torch.tensor([0, 5, 5, 14])
     scores, rewards, values, old = (torch.randn(n, device="cpu").to(device) for n in (3, 14, 14, 14))

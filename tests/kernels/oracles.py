@@ -1,6 +1,6 @@
-"""The ops once more, as loops over Python floats (which are float64), and strategies for their inputs.
+"""The ops written a second time, as loops over Python floats (which are float64), and strategies for their inputs.
 
-Independent of the package on purpose: no torch arithmetic, no code shared with any backend.
+They are independent of the package on purpose: no torch arithmetic, and no code shared with any backend.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ MASK_DTYPES = (torch.bool, torch.int64, torch.uint8, torch.float32)
 
 
 def here(arguments: dict, message: str = "") -> dict:
-    """Arguments that were made when tests were collected, on the device that the test runs on.
+    """Moves arguments that were made when tests were collected to the device that the test runs on.
 
-    There, errors whose ``message`` tells a tensor's values can't come from a GPU, which nobody waits for.
+    Skips the test on a GPU if its error ``message`` is about a tensor's values, since those are not checked there.
     """
     device = torch.get_default_device()
     if device.type == "cuda" and re.search("at position|goes from|decreases", message):
         pytest.skip("a GPU's values are not looked at")
-    made = {k: v() if callable(v) else v for k, v in arguments.items()}  # where moving it would change what it is
+    made = {k: v() if callable(v) else v for k, v in arguments.items()}  # moving it would change it
     return {k: v.to(device) if isinstance(v, torch.Tensor) and v.is_cpu else v for k, v in made.items()}
 
 
@@ -45,7 +45,7 @@ def kl(logprob: float, ref: float, estimator: str) -> float:
 
 
 def gae(rewards, values, mask, gamma, lam, bootstrap):
-    """One row, lists in and out: forward over the list of unmasked positions, each sum written out in full."""
+    """One row, as lists. Goes forward over the unmasked positions, and writes each sum out in full."""
     steps = [t for t, m in enumerate(mask) if m]
     following = [values[t] for t in steps[1:]] + [bootstrap]
     deltas = [rewards[t] + gamma * nxt - values[t] for t, nxt in zip(steps, following, strict=True)] if steps else []
@@ -57,7 +57,7 @@ def gae(rewards, values, mask, gamma, lam, bootstrap):
 
 
 def whiten(rows, masks):
-    """Lists of rows: zero mean and unit (biased) variance over all unmasked positions."""
+    """Lists of rows, brought to mean 0 and (biased) variance 1 over all unmasked positions."""
     flat = [a for row, mask in zip(rows, masks, strict=True) for a, m in zip(row, mask, strict=True) if m]
     if not flat:
         return rows
@@ -70,7 +70,7 @@ def whiten(rows, masks):
 
 
 def reduce(losses, mask, reduction):
-    """Lists of rows."""
+    """The loss over lists of rows, under one reduction."""
     rows = [[x for x, m in zip(row, mask, strict=True) if m] for row, mask in zip(losses, mask, strict=True)]
     rows = [row for row in rows if row]
     if not rows:

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("kernels")
 
 
 def errors(call: Call):
-    """The largest absolute error of each result: ours, then the formula's; and the size of the result."""
+    """For each result: our largest absolute error, the formula's, and the largest absolute value of the truth."""
     ours = call.run()
     floats = {n: x.float() if x.is_floating_point() else x for n, x in call.tensors.items()}
     doubles = {n: x.double() if x.is_floating_point() else x for n, x in call.tensors.items()}
@@ -27,9 +27,9 @@ def errors(call: Call):
 
 
 def hold(call: Call, outputs: int, slack: int = 1):
-    """Of the first ``outputs`` results; gradients in half precision are rounded, as the formula's would be."""
+    """Compares the first ``outputs`` results, which are float32. In half precision ours would be rounded once more."""
     for ours, formula, size in list(errors(call))[:outputs]:
-        # A unit in the last place of the largest value: below that, which of two roundings is nearer is luck.
+        # A unit in the last place of the largest value is allowed: below that, luck decides which error is smaller.
         assert ours <= slack * max(formula, size * 2**-23)
 
 
@@ -63,7 +63,7 @@ def test_log_prob_and_entropy(kind, vocabulary, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_linear_log_prob(dtype, scale):
-    """In bfloat16 too: the logits are float32, which a bfloat16 matmul's are not."""
+    """Holds in bfloat16 too, since our logits are float32. A matmul in bfloat16 would round them."""
     hidden, weight = (scale * torch.randn(64, 512)).to(dtype), (torch.randn(5003, 512) / 512**0.5).to(dtype)
     tensors = {"hidden": hidden, "weight": weight, "index": torch.randint(0, 5003, (64,))}
     # On a GPU the matmul is the vendor's: in float32 as exact as the formula's, which has another shape and so another
@@ -87,7 +87,7 @@ def test_ppo_losses(spread):
     logprobs = -5 * torch.rand(64, 1024)
     tensors = {"logprobs": logprobs, "old_logprobs": logprobs + spread * torch.randn(64, 1024)}
     tensors |= {"advantages": torch.randn(64, 1024), "mask": torch.rand(64, 1024) < 0.8}
-    # A sum of 50 000 terms ends in bits that depend on its order, so the loss may not beat the formula's by luck.
+    # Only the loss is compared. The last bits of a sum of 50 000 terms depend on its order, so luck decides there.
     hold(Call(k.ppo_policy_loss, tensors, ("logprobs",)), 1)
     values = {"values": torch.randn(64, 1024), "old_values": torch.randn(64, 1024), "returns": torch.randn(64, 1024)}
     hold(Call(k.ppo_value_loss, values | {"mask": tensors["mask"]}, ("values",)), 1)
@@ -103,7 +103,7 @@ def test_ranking_loss(spread, shape):
 @pytest.mark.parametrize("margin", [0.1, 0.3, 0.7])
 @pytest.mark.parametrize("shape", [(256, 9), (8, 64)])
 def test_ranking_loss_of_coarse_scores_with_a_margin(margin, shape):
-    """All differences have the same last digits below them: roundings of the same direction."""
+    """Differences of such scores are coarse, so subtracting the margin rounds all of them in the same direction."""
     tensors = {"scores": torch.randn(shape).to(torch.bfloat16), "ranks": torch.rand(shape).argsort(1)}
     hold(Call(k.pairwise_ranking_loss, tensors, (), {"margin": margin}), 2)
 

@@ -75,7 +75,7 @@ def test_the_instruction_set_is_named_and_can_be_forced():
 
 @pytest.fixture
 def driver(tmp_path):
-    """Makes a driver's library that knows CUDA up to a version, and does not survive being asked for anything else."""
+    """Makes a library for the driver, which knows CUDA up to a version and aborts the process if it is initialised."""
 
     def make(version):
         source, folder = tmp_path / "driver.c", tmp_path / str(version)

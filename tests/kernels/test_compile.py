@@ -1,4 +1,4 @@
-"""Losses built of the ops trace whole (``fullgraph=True``) and give the same values and gradients."""
+"""Losses made of the ops can be traced whole (``fullgraph=True``), and give the same values and gradients."""
 
 import pytest
 import torch
@@ -196,7 +196,7 @@ def test_values_that_do_not_fit_are_the_same_error_as_in_eager_code(backend, mak
 
 @pytest.mark.parametrize("name", ["selective_log_softmax", "masked_gae", "ppo_policy_loss"])
 def test_inductor_keeps_the_checks(backend, name):
-    """It leaves out what no result needs."""
+    """Inductor leaves out what no result needs, and a check must not be among that."""
     if torch.get_default_device().type == "cuda":
         pytest.skip("a GPU's values are not looked at")
     call = calls()[name]
@@ -221,7 +221,7 @@ def test_one_float64_among_the_inputs_has_the_dtypes_that_the_compiler_was_told(
         torch.testing.assert_close(got, want)
 
 
-# Results that have a derivative, the first ones; of the ops that have any, the others have one.
+# How many of the first results have a derivative. It is one for every other op that has a derivative.
 DIFFERENTIABLE = {"selective_log_softmax_and_entropy": 2, "linear_selective_log_softmax_and_entropy": 2}
 
 

@@ -1,4 +1,4 @@
-"""The same bits every run, on any number of threads, and for a row in any company."""
+"""Results have the same bits in every run, on any number of threads, and for a row whichever rows are beside it."""
 
 import oracles
 import pytest

@@ -1,4 +1,4 @@
-"""What only a GPU shows: CUDA graphs, and the ops as compiled code calls them there."""
+"""What can be tested only on a GPU: CUDA graphs, and the ops that compiled code calls there."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_a_graph_captures_every_op(backend, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name):
-    """With the arguments that the public function gives the ops."""
+    """Checks the ops with the arguments that the public function gives them."""
     with rlhf_kernels.use_backend("cpu"), Recorder() as recorder:
         calls()[name].run()
     for function, arguments in recorder.seen:

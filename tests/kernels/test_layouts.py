@@ -17,7 +17,7 @@ from rlhf_kernels import backends, checks, masked_gae, ppo_value_loss
 
 @st.composite
 def relaid(draw, x):
-    """The same values under other strides: a slice of something larger, transposed, spread out, or expanded."""
+    """The same values in another layout: a slice of something larger, spread out, transposed, or shifted in memory."""
     if x.dim() == 0 or (x.dtype.is_floating_point is False and x.dim() == 1):
         return x
     kind = draw(st.sampled_from(("same", "slice", "spread", "transposed", "shifted")))
@@ -31,7 +31,7 @@ def relaid(draw, x):
         return larger[..., ::2]
     if kind == "transposed" and x.dim() >= 2:
         return x.transpose(0, -1).contiguous().transpose(0, -1)
-    if kind == "shifted":  # every alignment of the data
+    if kind == "shifted":  # the data begin at another alignment
         flat = x.new_zeros(x.numel() + 5)
         flat[3 : 3 + x.numel()] = x.flatten()
         return flat[3 : 3 + x.numel()].view(x.shape)
@@ -45,7 +45,7 @@ def test_strides(backend, data, name, rows, length, dtype):
     want = call.run()
     got = call.run(**{n: data.draw(relaid(x), label=n) for n, x in call.tensors.items()})
     for a, b in zip(got, want, strict=True):
-        # Sums take another order where tokens do not lie back to back; so do the reference's, for any strides.
+        # The order of sums is another one where tokens do not lie back to back. The reference's depends on all strides.
         a_sum = name == "ppo_value_loss" and a.dim() == 0
         allowed = {"rtol": 5e-7, "atol": 1e-7} if a_sum else {"rtol": 0, "atol": 0}
         torch.testing.assert_close(a, b, **({} if backend == "reference" else allowed))
@@ -54,7 +54,7 @@ def test_strides(backend, data, name, rows, length, dtype):
 @pytest.mark.parametrize("shape", [(5, 1), (1, 5)])
 @pytest.mark.parametrize("name", NAMES)
 def test_the_stride_of_a_single_entry_says_nothing(backend, name, shape):
-    """torch calls such tensors contiguous whatever it is."""
+    """torch calls such tensors contiguous, whatever that stride is."""
     if lacks(backend, name):
         pytest.skip("not in CUDA C++")
     call = calls(*shape)[name]
@@ -96,14 +96,14 @@ def test_masks_of_every_dtype_and_layout_are_that_mask(backend, name):
         signed = torch.where(mask == 0, -0.0, mask).to(dtype) if dtype.is_floating_point else mask
         for same in laid_out(signed):
             got = call.run(**{key: same})
-            # The reference's sums take an order that goes by strides.
+            # The order of the reference's sums depends on strides.
             torch.testing.assert_close(got, want, **({} if backend == "reference" else {"rtol": 0, "atol": 0}))
 
 
 @pytest.mark.parametrize("layout", range(4))
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float16, torch.int64])
 def test_of_several_bad_entries_the_first_is_named(backend, layout, dtype):
-    """Whichever thread finds which first."""
+    """It does not matter which thread finds which entry first."""
     if torch.get_default_device().type == "cuda":
         pytest.skip("a GPU's values are not looked at")
     size, length = (300, 1024) if backend == "cpu" else (3, 7)
@@ -142,7 +142,7 @@ ISAS = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "baseline", "neon")
 
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set_gives_the_reference_values(isa):
-    """In a process of its own: the kernels are picked when they are first used."""
+    """Runs in a new process, since the kernels are picked only once, when they are first used."""
     if backends.missing("cpu"):
         pytest.skip("no native kernels in this install")
     code = f"""

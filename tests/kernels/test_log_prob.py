@@ -97,7 +97,7 @@ def test_banned_tokens(backend):
 def test_entropy_of_large_logits_keeps_its_digits(backend):
     small = torch.randn(4, 50)
     index = torch.zeros(4, dtype=torch.long)
-    offset = (small + 1e4).double() - 1e4  # what float32 holds of the shifted logits
+    offset = (small + 1e4).double() - 1e4  # what is left of them when float32 holds the shifted logits
     _, entropy = selective_log_softmax_and_entropy(small + 1e4, index)
     expected = [oracles.entropy(oracles.log_softmax(row, 1.0)) for row in offset.tolist()]
     assert entropy.tolist() == pytest.approx(expected, rel=1e-5)
@@ -192,7 +192,7 @@ def test_errors_name_the_argument(backend, arguments, error, message):
 
 
 def test_a_bad_index_is_nan_where_values_are_not_looked_at(backend):
-    """No read out of bounds, and every other row as it was: what a GPU's kernels do, and the reference there."""
+    """Nothing is read out of bounds, and other rows stay as they are, in the GPU kernels and in the reference."""
     if backend == "cpu":
         pytest.skip("looks at values")
     logits, index = torch.randn(4, 5), torch.tensor([3, 5, -1, -100])

@@ -1,4 +1,4 @@
-"""Every op of the table is in every place that must know it, and nothing else is."""
+"""Every op of the table is in every place that must know it, and no other op is."""
 
 import inspect
 import re
@@ -70,7 +70,7 @@ def test_derivatives():
 
 @native
 def test_calls_reach_every_op():
-    """What ``calls.py`` leaves out would be held to no contract."""
+    """An op that ``calls.py`` leaves out would not be tested for what all ops have in common."""
     in_place = {"selective_log_softmax_backward_"}  # test_log_prob has it
     with k.use_backend("cpu"), Recorder() as recorder:
         for call in calls().values():
@@ -79,7 +79,7 @@ def test_calls_reach_every_op():
 
 
 def test_public_functions():
-    """Every op has a function of its name; two have another besides, with the entropy."""
+    """Every op has a function of its name. Two have a second one, which also gives the entropy."""
     functions = set(k.__all__) - {"available_backends", "use_backend", "pack_sequences"}
     assert {name.removesuffix("_and_entropy") for name in functions} == set(OPS)
     assert set(calls()) == functions
@@ -102,7 +102,7 @@ def test_a_family_has_its_file_in_every_column(family):
 
 
 def test_statistics():
-    """The names, the native structs and the results agree on how many there are and which is which."""
+    """A call returns the statistics that the table names, and the kernel returns as many."""
     for name, op in OPS.items():
         if op.statistics:
             call = calls()[name]

@@ -1,4 +1,4 @@
-"""What torch is told of the native ops: schema, fake kernels, derivatives."""
+"""What torch knows of the native ops: schemas, fake kernels and derivatives."""
 
 import subprocess
 from pathlib import Path
@@ -22,7 +22,7 @@ def native():
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.float32])
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(native, name, mask_dtype):
-    """On the ops that the public function calls, forward and backward, with the arguments it gives them."""
+    """Checks the ops that the public function calls, forward and backward, with the arguments that it gives them."""
     call = calls()[name]
     masks = {n: x.to(mask_dtype) for n, x in call.tensors.items() if x.dtype == torch.bool}
     if not masks and mask_dtype != torch.bool:
@@ -49,7 +49,7 @@ def test_opcheck_in_place(native):
 
 @pytest.mark.parametrize("name", [n for n in NAMES if calls()[n].variables])
 def test_gradcheck(native, name):
-    """Against finite differences. The kernels compute in float32, so steps are wide and tolerances loose."""
+    """Compares with finite differences. The kernels compute in float32, so steps are wide and tolerances loose."""
     call = calls(2, 3)[name]
     tensors = dict(call.tensors)
     if "logits" in tensors:
@@ -61,7 +61,7 @@ def test_gradcheck(native, name):
         tensors[key] = torch.where(tensors[key] < 0, tensors[key], tensors[key] % 11)
         if "bias" in tensors:
             tensors["bias"] = tensors["bias"][:11]
-    if "old_logprobs" in tensors:  # near the policy, and away from where the clipped loss has its kinks
+    if "old_logprobs" in tensors:  # near the policy's, and away from the kinks of the clipped loss
         tensors["old_logprobs"] = torch.full_like(tensors["old_logprobs"], -2.4 if "hidden" in tensors else 0.0)
     variables = [tensors[n].clone().contiguous().requires_grad_() for n in call.variables]
 
@@ -99,7 +99,7 @@ def test_meta_tensors_have_the_shapes_and_dtypes_of_real_ones(native, name):
 
 
 def test_the_library_needs_no_symbol_outside_the_stable_abi():
-    """Built once, loaded by every later torch: nothing of libtorch's C++ interface may be asked for."""
+    """The library is built once and loaded by every later torch, so it must use nothing of libtorch's C++ interface."""
     library = Path(backends.__file__).with_name("_ops.so")
     try:
         listing = subprocess.run(["nm", "-D", "--undefined-only", library], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""The Triton kernels without a GPU, beside the tests of all backends, where the interpreter runs them."""
+"""Further tests of the Triton kernels without a GPU. The tests of all backends run them in the interpreter."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not backends.has("triton"), reason="no Triton in
 @pytest.mark.parametrize("architecture", ["80", "90", "100", "120"])
 def test_every_kernel_compiles_and_spills_nothing(architecture):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_DEFAULT_FP_FUSION"] = "1"  # as every version before 3.10 has it
+    environment["TRITON_DEFAULT_FP_FUSION"] = "1"  # the default of every version before 3.10
     done = subprocess.run(
         [sys.executable, str(REPORT), "--arch", architecture],
         env=environment,
@@ -45,7 +45,7 @@ def test_without_interpreter_or_gpu_a_cpu_tensor_is_refused():
 
 @pytest.mark.parametrize("name", [name for name in NAMES if lacks("cuda", name)])
 def test_without_waiting_for_the_number_of_rows_the_results_are_the_same(name, monkeypatch):
-    """As while a CUDA graph is captured: rows that don't count stay, whatever is in them, and change nothing."""
+    """As while a CUDA graph is captured: rows that don't count are kept, and change nothing, whatever is in them."""
     from rlhf_kernels.triton import linear_log_prob
 
     with rlhf_kernels.use_backend("triton"), torch.device("cuda" if torch.cuda.is_available() else "cpu"):

@@ -1,8 +1,8 @@
 """Tests the native code for 64-bit Arm on another Debian machine: cross-compiled, and run by QEMU.
 
-First the tests in C++, then the kernel tests in an Arm Python with an Arm torch. What these need is downloaded into
-build/aarch64 once, 200 MB of it: Debian's Python, by an apt that has its own lists, and what pip gives for that
-processor. Nothing is installed on this machine. Arguments go to pytest in place of the tests that are chosen here.
+Runs first the tests in C++, then the kernel tests in an Arm Python with an Arm torch. Their packages are downloaded
+once into build/aarch64 (200 MB): Debian's Python with an apt that has its own lists, and the rest with pip. Nothing is
+installed on this machine. Arguments are passed to pytest in place of the tests that are chosen here.
 
     make test-aarch64
     .venv/bin/python tests/native/aarch64.py tests/kernels/test_gae.py -k cpu
@@ -20,19 +20,19 @@ from pathlib import Path
 from native_build import ROOT, TOOLCHAIN, build_for_aarch64, cmake, missing_for_aarch64, tool
 
 FOLDER = ROOT / "build" / "aarch64"
-# The last whose wheel is for CPUs alone, of 139 MiB: from 2.11 on it has 400.
+# The last torch whose Arm wheel is for CPUs only, 139 MiB. From 2.11 on the wheel has 400 MiB.
 TORCH = "torch==2.10.0"
 PACKAGES = ("numpy", "hypothesis", "pytest", "pytest-timeout")
 TORCH_PACKAGES = ("filelock", "fsspec", "jinja2", "networkx", "setuptools", "sympy", "typing_extensions")
 TESTS = (
     "tests/kernels/test_layouts.py", "tests/kernels/test_accuracy.py", "tests/kernels/test_determinism.py",
-    # Without the largest: QEMU needs minutes for what the reference does position by position.
+    # The largest sizes are left out: QEMU needs minutes for what the reference does position by position.
     "-k", "(cpu or neon) and not 50257 and not 128256 and not 32768 and not more_pairs",
 )  # fmt: skip
 
 
 def once(name: str, make: Callable[[Path], None]) -> Path:
-    """A folder that is made by the first run that gets to its end."""
+    """A folder that ``make`` fills once. If a run is interrupted, the next one starts it again."""
     folder = FOLDER / name
     if not folder.exists():
         unfinished = folder.with_name(f"{name}.unfinished")
@@ -53,11 +53,11 @@ def unpack_python(folder: Path) -> None:
     lists, archives = folder / "lists", folder / "archives"
     for path in (lists / "partial", archives / "partial"):
         path.mkdir(parents=True)
-    (folder / "status").touch()  # nothing is installed
+    (folder / "status").touch()  # an empty list of what is installed
     apt = [
         "apt-get", "-qq", "-o", "APT::Architecture=arm64", "-o", "APT::Architectures=arm64",
         "-o", f"Dir::State={folder}", "-o", f"Dir::State::status={folder / 'status'}", "-o", f"Dir::Cache={folder}",
-        "-o", "Debug::NoLocking=1", "-o", "APT::Sandbox::User=",  # nobody else's folders, nor anybody else's rights
+        "-o", "Debug::NoLocking=1", "-o", "APT::Sandbox::User=",  # lock no system folder, run as no other user
     ]  # fmt: skip
     call(*apt, "update")
     call(*apt, "install", "--yes", "--download-only", "--no-install-recommends", "python3", "libstdc++6", "libgomp1")
@@ -70,7 +70,7 @@ def unpack_python(folder: Path) -> None:
 
 
 def install_packages(folder: Path, version: str) -> None:
-    """torch and what the tests need. Of torch's dependencies pip would choose those for this machine's processor."""
+    """torch and what the tests need. torch's requirements are listed above: pip would choose this machine's."""
     pip = [
         sys.executable, "-m", "pip", "install", "-qq", "--target", folder, "--only-binary=:all:",
         *(f"--platform=manylinux{glibc}_aarch64" for glibc in ("2014", "_2_17", "_2_28")),
@@ -96,7 +96,8 @@ def main(arguments: list[str]) -> int:
     shutil.rmtree(library, ignore_errors=True)
     shutil.copytree(ROOT / "rlhf_kernels", package, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
 
-    # Tests start Pythons too. The path has this one alone: no compiler of this machine is of use to them.
+    # The tests start further Pythons through this script. Nothing else is on the path: the compilers of this machine
+    # are of no use to them.
     python = FOLDER / "bin" / "python"
     python.parent.mkdir(exist_ok=True)
     python.write_text(
@@ -110,12 +111,12 @@ def main(arguments: list[str]) -> int:
     cmake(
         FOLDER / "cmake", TOOLCHAIN, f"-DPython_EXECUTABLE={python}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         f"-DPython_INCLUDE_DIR={root}/usr/include/python{version}", "-DRLHF_KERNELS_VERSION=0",
-        f"-DCMAKE_CXX_STANDARD_INCLUDE_DIRECTORIES={root}/usr/include",  # Debian's pyconfig.h lies beside
+        f"-DCMAKE_CXX_STANDARD_INCLUDE_DIRECTORIES={root}/usr/include",  # Debian has the real pyconfig.h under it
         f"-DCMAKE_INSTALL_PREFIX={package}", targets=("install",),
     )  # fmt: skip
-    # Python must not find the package in the folder that it is started in, which has nothing built for this processor.
+    # Python must not take the package from the folder it is started in: nothing there is built for this processor.
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONSAFEPATH": "1"}
-    # Fails where the kernels do not load; the tests would do without them.
+    # Fails if the kernels do not load. The tests would run without them.
     call(python, "-m", "rlhf_kernels", env=environment | {"RLHF_KERNELS_BACKEND": "cpu", "RLHF_KERNELS_ISA": "neon"})
     tests = [python, "-m", "pytest", "-p", "no:cacheprovider", "--timeout=3600", *(arguments or TESTS)]
     return subprocess.run([str(part) for part in tests], env=environment, cwd=ROOT, check=False).returncode

@@ -1,4 +1,4 @@
-"""Builds what CMakeLists.txt beside this file says: the tests in C++, and csrc/cuda for the CPU."""
+"""Builds the targets of the CMakeLists.txt beside this file: the tests in C++, and csrc/cuda for the CPU."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def tool(name: str) -> str | None:
 
 
 def build() -> Path | None:
-    """The folder with what was built, anew where its sources have changed; None where there is no compiler for it.
+    """The folder with the build, which is brought up to date first; None if there is no compiler, CMake or Ninja.
 
     Raises:
         RuntimeError: it does not compile.
@@ -36,7 +36,7 @@ def build() -> Path | None:
 
 
 def missing_for_aarch64() -> str | None:
-    """What Debian has and this machine lacks for 64-bit Arm: to compile for it, and to run what was compiled."""
+    """Which Debian packages are missing to compile for 64-bit Arm and to run the result; None if all are there."""
     packages = {"aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu", "qemu-aarch64": "qemu-user"}
     packages |= {"cmake": "cmake", "ninja": "ninja-build"}
     lacking = [package for program, package in packages.items() if not tool(program)]
@@ -61,12 +61,12 @@ def cmake(folder: Path, *options: str, targets: tuple[str, ...] = ("all",)) -> N
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # of pytest's processes one builds, and the others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of pytest's processes builds, and the others wait
         run_cmake(folder, options, targets)
 
 
 def run_cmake(folder: Path, options: tuple[str, ...], targets: tuple[str, ...]) -> None:
-    """:func:`cmake`, while no other process is at it."""
+    """The work of :func:`cmake`, with the folder locked."""
     program = tool("cmake")
     configure = [
         program, "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja')}",
