@@ -8,10 +8,11 @@ can be called from Python::
 
     rlhf.sft.train(rlhf.SFTConfig(model="gpt2", data=records, output_dir="runs/sft", adam={"learning_rate": 1e-5}))
 
-Where the command line takes a path, a setting takes a ``Path`` as well; ``data`` and ``prompts`` take a list of
-records (dicts) or a ``datasets.Dataset``, ``model`` and the like a model of transformers (a copy is trained, the object
-stays as it is), ``tokenizer`` a tokenizer, ``reward`` and ``judge`` a function, and a group of settings a dict. What
-can go wrong is a ``ConfigError``, ``DataError``, ``ModelError`` or ``RunError``, each of one line.
+From Python, settings may also be objects. A path may be a ``Path``. ``data``, ``prompts`` and the like may be a list of
+records (dicts) or a ``datasets.Dataset``. ``model`` and the like may be a model of transformers: a copy of it is
+trained, and the object does not change. ``tokenizer`` may be a tokenizer, ``reward`` and ``judge`` may be functions,
+and a group of settings may be a dict. Errors are a ``ConfigError``, ``DataError``, ``ModelError`` or ``RunError`` with
+a message of one line.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ ERRORS = {"DataError": "rlhf.fields", "ModelError": "rlhf.loading", "RunError": 
 
 
 def __getattr__(name: str) -> Any:
-    """A stage or an error, imported when it is asked for: that takes torch, which settings and --help do not need."""
+    """Imports a stage or an error on first use, so that settings and --help do not wait for torch."""
     if name in STAGES:
         return importlib.import_module(f"rlhf.{name}")
     if name in ERRORS:

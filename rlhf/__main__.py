@@ -1,4 +1,4 @@
-"""The command ``rlhf``, also as ``python -m rlhf``. In an install of the ops alone it says what the trainer needs."""
+"""The command ``rlhf``, also as ``python -m rlhf``. If only the ops are installed, it says what to install as well."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ TRAIN = {"accelerate", "datasets", "jsonargparse", "matplotlib", "rich", "safete
 
 
 def main() -> int:
-    """Runs the command line; status 2 where a package of the extra ``train`` is missing."""
-    interrupts.hold_off()  # until a stage begins, which says more
+    """Runs the command line. Returns status 2 if a package of the extra ``train`` is missing."""
+    interrupts.hold_off()  # until a stage begins: from then on the command handles Ctrl-C itself
     try:
         from rlhf import cli
 

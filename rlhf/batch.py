@@ -1,12 +1,13 @@
 """Batches without padding: sequences laid end to end in rows of one length.
 
 A row holds several sequences. Positions restart at 0 with every sequence, which is how transformers tells them
-apart: its SDPA mask and its flash-attn call both keep a token from seeing the sequence before its own. What a
-loss needs of a batch is flat as well: one entry per response token, in the order of the sequences, so there is
-nothing to mask anywhere downstream.
+apart: its SDPA mask and its flash-attn call both keep a token from seeing the sequence before its own. The
+losses read flat tensors with one entry per response token, in the order of the sequences, so no later code needs
+a mask.
 
-Not every model keeps the sequences of a row apart: one with a state carries it on, and some attention takes no
-position ids. Such a model gets a row for each sequence, padded (:mod:`rlhf.probe` finds out which one needs it).
+Some models do not keep the sequences of a row apart: a recurrent model carries its state from one sequence into the
+next, and some attention takes no position ids. With such a model each sequence gets a padded row of its own
+(:mod:`rlhf.probe` finds out which models need that).
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from torch import Tensor
 from rlhf_kernels import pack_sequences
 
 Layout: TypeAlias = Literal["packed", "one_row", "padded"]
-"""``packed``: several sequences a row; ``one_row``: all in a single row, from which flash-attn takes the boundaries;
-``padded``: a row each, padded on the right."""
+"""``packed``: several sequences in a row; ``one_row``: all sequences in a single row, in which flash-attn finds their
+boundaries; ``padded``: one sequence in a row, padded on the right."""
 
 
 class Group(NamedTuple):
-    """A prompt and the responses to it, as token ids: what stays together in one forward pass."""
+    """A prompt and its responses, as token ids. A group always goes through the model in one forward pass."""
 
     prompt: Sequence[int]
     responses: Sequence[Sequence[int]]
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each sequence, which is the prompt and one response."""
+        """The number of tokens of each sequence: those of the prompt and of one response."""
         return [len(self.prompt) + len(response) for response in self.responses]
 
 
@@ -49,9 +50,9 @@ class Batch:
     input_ids: Tensor
     """(R, C) int64."""
     position_ids: Tensor | None
-    """(R, C) int64, from 0 within each sequence. None where rows are padded: then they are 0, 1, ... anyway."""
+    """(R, C) int64, from 0 within each sequence. None if rows are padded, since positions are 0, 1, ... then."""
     attention_mask: Tensor | None
-    """(R, C) int64, 0 where a row is padded. None where none is."""
+    """(R, C) int64, 0 at padding. None unless the layout is ``padded``."""
     before: Tensor
     """(M,) int64: the flat position just before each response token, whose hidden state predicts it."""
     targets: Tensor
@@ -71,16 +72,17 @@ class Batch:
 
 
 def lay_out(groups: Sequence[Group], layout: Layout = "packed") -> Batch:
-    """``prompt + response`` for every response, in rows as long as the longest of them (``one_row``: as long as all).
+    """Lays out ``prompt + response`` for every response.
 
-    Rows that long waste little (best-fit-decreasing packing) and keep the attention mask small.
+    Rows are as long as the longest sequence (``one_row``: as all sequences together). Best-fit-decreasing packing
+    leaves little unused at that length, and the attention mask stays small.
     """
     sequences = [(group.prompt, response) for group in groups for response in group.responses]
     lengths = [length for group in groups for length in group.lengths]
     capacity = sum(lengths) if layout == "one_row" else max(lengths)
     rows = [[i] for i in range(len(lengths))] if layout == "padded" else pack_sequences(lengths, capacity)
     input_ids = torch.zeros(len(rows), capacity, dtype=torch.long)
-    # Unused tail positions count on from 0 as well: a sequence of their own that nothing looks at.
+    # The unused end of a row also counts from 0. To the model it is one more sequence, which nothing reads.
     position_ids = torch.zeros(len(rows), capacity, dtype=torch.long)
     attention_mask = torch.zeros(len(rows), capacity, dtype=torch.long)
     start = [0] * len(lengths)
@@ -112,9 +114,9 @@ def lay_out(groups: Sequence[Group], layout: Layout = "packed") -> Batch:
 
 
 def split(groups: Sequence[Group], tokens: int, layout: Layout = "packed") -> Iterator[list[int]]:
-    """Parts of a batch small enough for one forward pass: indices of groups that take ``tokens`` positions at most.
+    """Splits a batch into parts for one forward pass each: indices of groups that take at most ``tokens`` positions.
 
-    Groups keep their order; one that is larger than ``tokens`` by itself is a part of its own.
+    Groups keep their order. A group that is larger than ``tokens`` by itself is a part of its own.
     """
     part: list[int] = []
     rows = longest = size = 0

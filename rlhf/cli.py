@@ -29,7 +29,8 @@ DESCRIPTION = """The InstructGPT recipe: supervised fine-tuning, a reward model,
   rlhf ppo      prompts, reward model    -> the policy               (step 3; --gamma_ptx 27.8 for PPO-ptx)
 """
 
-# The settings of each, the function that takes them, and what it does. The function's module waits for torch.
+# For each stage: its settings, the function that takes them, and its line of help. The function is given by name,
+# because importing its module imports torch, and --help should not wait for that.
 STAGES = {
     "sft": (SFTConfig, "rlhf.sft:train", "step 1: supervised fine-tuning on demonstrations"),
     "reward": (RewardConfig, "rlhf.reward:train", "step 2: a reward model from ranked completions"),
@@ -54,7 +55,7 @@ UNKNOWN = re.compile(
 
 
 class Parser(ArgumentParser):
-    """Errors of one line, with the nearest known name for one that is not known."""
+    """Prints errors on one line, and suggests the nearest known name for a setting that is not known."""
 
     command_line: ClassVar[Sequence[str]] = ()
 
@@ -86,7 +87,7 @@ def make_parser() -> Parser:
         sub.add_class_arguments(config)
         if name in RESUMABLE:
             sub.add_argument("--resume", action="store_true", help=RESUME_HELP)
-            # A run's config.yaml says which stage it is of, and is a --config file as well.
+            # A run's config.yaml names its stage. It can be given as --config, so the parser must know that key.
             sub.add_argument("--stage", default=name, help=argparse.SUPPRESS)
         subcommands.add_subcommand(name, sub, help=summary)
     return parser
@@ -105,7 +106,7 @@ def _formatter() -> Any:
 
 
 def recipe(name: str) -> str:
-    """The path of a shipped recipe, when no file has that name."""
+    """The path of the shipped recipe of that name. A name that is a file, or is no recipe, is returned unchanged."""
     shipped = resources.files("rlhf") / "recipes" / f"{name}.yaml"
     return name if Path(name).exists() or not shipped.is_file() else str(shipped)
 
@@ -125,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stage = parsed.subcommand
         settings = parser.instantiate(parsed)[stage].as_dict()
         check_stage(stage, settings.pop("stage", stage))
-    except ConfigError as error:  # the stage's own settings come in `run_stage`
+    except ConfigError as error:  # `run_stage` catches those about the values of a stage's settings
         print(f"rlhf {stage}: error: {error}", file=sys.stderr)
         return 2
     resume = settings.pop("resume", False)
@@ -134,13 +135,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def check_stage(stage: str, other: str) -> None:
-    """Raises where settings are those of a run of another stage."""
+    """Raises if the settings come from a run of another stage."""
     if other != stage:
         raise ConfigError(f"config: is that of a run of `rlhf {other}`")
 
 
 def stage_of_run(path: str) -> str | None:
-    """The stage of the run whose config.yaml a file is; None for other files, which the parser reads."""
+    """The stage that a run's config.yaml names. None for any other file: the parser reads it and reports errors."""
     try:
         settings = yaml.safe_load(Path(path).read_text())
     except (OSError, ValueError, yaml.YAMLError):
@@ -149,7 +150,7 @@ def stage_of_run(path: str) -> str | None:
 
 
 def expand(argv: list[str]) -> list[str]:
-    """The command line with shipped recipes as paths, and ``--resume DIRECTORY`` as the settings that it stands for."""
+    """Replaces the names of shipped recipes by paths, and ``--resume DIRECTORY`` by the settings it stands for."""
     words = split_options(argv, "--config", "--resume")
     for i, word in enumerate(words[:-1]):
         if word == "--config":
@@ -171,7 +172,7 @@ def expand(argv: list[str]) -> list[str]:
 
 
 def gathered(words: list[str]) -> list[str]:
-    """``--data A --data B`` as ``--data [A, B]``, of which the parser would take the last alone."""
+    """Turns ``--data A --data B`` into ``--data [A, B]``. The parser by itself would keep only the last one."""
     stage = words[0] if words else ""
     for name in list_settings(STAGES[stage][0]) if stage in STAGES else []:
         split = split_options(words, option := f"--{name}")
@@ -184,21 +185,21 @@ def gathered(words: list[str]) -> list[str]:
 
 
 def listed(value: str) -> list[str]:
-    """The items of a setting that is written as one or as a list."""
+    """A setting's items, whether it was written as a list or as a single item."""
     try:
         found = yaml.safe_load(value)
-    except yaml.YAMLError:  # a file may have any name
+    except yaml.YAMLError:  # the name of a file need not be valid YAML
         found = value
     return found if isinstance(found, list) else [value]
 
 
 def split_options(words: Sequence[str], *names: str) -> list[str]:
-    """``--config=FILE`` as the two words that it may also be written as, for the options of these names."""
+    """Splits words like ``--config=FILE`` in two, for the options of these names."""
     return [part for word in words for part in (word.split("=", 1) if word.split("=", 1)[0] in names else [word])]
 
 
 def run_stage(stage: str, settings: dict[str, Any], resume: bool) -> int:
-    """Runs one stage, and turns the errors a user can mend into one line each."""
+    """Runs one stage. Prints an error that a user can fix as one line."""
     make_config, function, _ = STAGES[stage]
     try:
         config = make_config(**settings)

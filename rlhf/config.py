@@ -27,7 +27,7 @@ class Adam(Settings):
     eps: float = 1e-8
     """Added to the denominator. Not in the paper."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm. Not in the paper's appendix on fine-tuning; GPT-3's value."""
+    """Gradients with a larger norm are scaled down to it. Not in the paper's appendix on fine-tuning; GPT-3's value."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,7 +49,7 @@ class RunConfig(Settings):
     checkpoint_every: int = 100
     """Steps (PPO: iterations) between checkpoints. A killed run resumes from the last one with --resume."""
     tokens_per_forward: int = 16384
-    """Tokens in one forward pass: bounds memory. Larger batches accumulate gradients, with the same result."""
+    """Tokens in one forward pass, which bounds memory. Larger batches accumulate gradients, with the same result."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Precision of activations; weights stay in float32 (the paper, C: fp16 with fp32 master copies)."""
     attention: str | None = None
@@ -95,7 +95,7 @@ class SFTConfig(RunConfig):
     epochs: int = 16
     """Passes over the demonstrations (C.1: 16; C.3: 2 for the model that PPO starts from)."""
     batch_size: int = 32
-    """Demonstrations per step (C.1: 32; 8 for 175B)."""
+    """Sequences per step: demonstrations and pretraining text (C.1: 32; 8 for 175B)."""
     residual_dropout: float = 0.2
     """Dropout on the output of every block (C.1)."""
     adam: Adam = field(default_factory=lambda: Adam(learning_rate=9.65e-6))
@@ -165,14 +165,15 @@ class PPOConfig(RunConfig):
     reward_model: Model | None = None
     """The reward model. The value model starts from it as well (C.4)."""
     reward: Functions = field(default_factory=list)
-    """Rewards in Python, `module:function`: called with the lists prompts and completions and one list for each further
-    field of the records, all by name; returns a number for every completion. Not in the paper."""
+    """Rewards in Python, `module:function`. A function gets the lists prompts and completions and one list for each
+    further field of the records, all as keyword arguments. It returns a number for every completion. Not in the
+    paper."""
     reward_weights: list[float] | None = None
-    """What each reward is multiplied by before they add up: the reward model's first, then the functions'. By default
-    1. Not in the paper."""
+    """The factor of each reward in their sum: first the reward model's, then the functions'. By default 1. Not in the
+    paper."""
     value_model: Model | None = None
-    """What the value model starts from instead, for example output_dir/value of an earlier run. On a language model it
-    gets a head of zeros."""
+    """What the value model starts from instead of the reward model, for example output_dir/value of an earlier run. A
+    language model gets a new head of zeros."""
     prompts: Data = field(default_factory=list)
     """Prompts: {"prompt"} records."""
     episodes: int = 256_000
@@ -196,15 +197,16 @@ class PPOConfig(RunConfig):
     clip_range: float = 0.2
     """PPO's clip ratio (C.4)."""
     value_clip_range: float | None = 0.2
-    """The same for the value model's move. Not in the paper; as in Ziegler et al. 2019. null: no clipping."""
+    """How far a value may move from the old one before it is clipped. Not in the paper; as in Ziegler et al. 2019.
+    null: no clipping."""
     temperature: float = 1.0
     """Sampling temperature (C.4)."""
     missing_eos_penalty: float = 0.0
-    """Taken off the reward of a completion that max_response_tokens cut off. Not in the paper."""
+    """Subtracted from the reward of a completion that max_response_tokens cut off. Not in the paper."""
     warmup_iterations: int = 10
     """Iterations over which both learning rates rise from a tenth of the peak; constant after (C.4)."""
     adam: Adam = field(default_factory=lambda: Adam(learning_rate=5e-6, eps=1e-5))
-    """The policy's optimizer. The paper swept the learning rate (C.4), so this one is a choice, as is eps."""
+    """The policy's optimizer. The paper swept the learning rate (C.4), so this value is a choice, as is eps."""
     value_adam: Adam = field(default_factory=lambda: Adam(learning_rate=9e-6, eps=1e-5))
     """The value model's optimizer (C.4: learning rate 9e-6; 5e-6 for the 175B policy)."""
     ema_decay: float = 0.992
@@ -220,7 +222,7 @@ class PPOConfig(RunConfig):
     lengths: LengthConfig = field(default_factory=LengthConfig)
     """Limits on tokens."""
     rollout_batch_size: int = 512
-    """Completions sampled at a time: bounds the memory of the key-value cache."""
+    """Completions sampled at a time, which bounds the memory of the key-value cache."""
     keep_every: int = 0
     """Also keep the policy's averaged weights every so many iterations, to study the course of training. 0: never."""
 
@@ -306,8 +308,8 @@ class EvaluateConfig(Settings):
     prompts: Data = field(default_factory=list)
     """{"prompt"} records that no stage has trained on."""
     judge: Judge | None = None
-    """Who prefers what: a reward model, or a Python function `module:function` of (prompt, a, b) that returns 1 when a
-    is better, 0 when b is and 0.5 when neither is. Without one there is no win rate."""
+    """Decides which completion is better: a reward model, or a Python function `module:function` of (prompt, a, b) that
+    returns 1 when a is better, 0 when b is and 0.5 when neither is. Without a judge there is no win rate."""
     pretraining_data: Data = field(default_factory=list)
     """Held-out pretraining text for the alignment tax: the rise of the model's loss over the baseline's."""
     pretraining_tokens: int = 1024
@@ -323,7 +325,7 @@ class EvaluateConfig(Settings):
     batch_size: int = 512
     """Completions sampled at a time."""
     tokens_per_forward: int = 16384
-    """Tokens in one forward pass: bounds memory."""
+    """Tokens in one forward pass, which bounds memory."""
     device: str | None = None
     """cpu, cuda, ...; by default the best there is."""
 
@@ -340,7 +342,7 @@ class EvaluateConfig(Settings):
 
 
 def check_pretraining(weight: float, name: str, data: Data, tokens: int) -> None:
-    """A pretraining mix needs text, in chunks with something to predict."""
+    """Raises if there is a pretraining mix but no text, or if a chunk is too short to predict a token in it."""
     if weight > 0:
         check(bool(data), "pretraining_data", data, f"at least one file or data set when {name} is {weight}")
     check(tokens > 1, "pretraining_tokens", tokens, "at least 2")

@@ -1,11 +1,11 @@
-"""Records as token ids, in order. :mod:`rlhf.records` reads them, :mod:`rlhf.encoding` makes the ids of each.
+"""Turns records into token ids, in order. :mod:`rlhf.records` reads them, :mod:`rlhf.encoding` makes the ids of each.
 
 All three kinds of record go through the same limits:
 
 * a prompt longer than ``max_prompt_tokens`` is dropped, with a count (the paper drops prompts over 1k tokens);
 * a completion ends with EOS, or as the chat template ends a turn, and has at most ``max_response_tokens`` tokens, the
-  end included. One that is cut off, by this limit or by the end of the context, lacks it: it did not end;
-* a prompt that fills the context of the model is an error, unless ``max_prompt_tokens`` says to drop its like.
+  end included. A completion that this limit or the end of the context cuts off has no end token, since it did not end;
+* a prompt that fills the context of the model is an error, unless a lower ``max_prompt_tokens`` drops it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Example:
 
     @property
     def group(self) -> Group:
-        """What a batch holds of it."""
+        """The prompt and the completion as a batch takes them."""
         return Group(self.prompt_ids, [self.completion_ids])
 
 
@@ -71,7 +71,7 @@ class RankedExample:
 
     @property
     def group(self) -> Group:
-        """What a batch holds of it: all its completions, in one forward pass."""
+        """The prompt and the completions as a batch takes them: all go through the model in one forward pass."""
         return Group(self.prompt_ids, self.completion_ids)
 
 

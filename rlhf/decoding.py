@@ -1,10 +1,10 @@
-"""Growing sequences a token at a time: what sampling and the check of a model at loading have in common.
+"""Grows sequences a token at a time, for sampling and for the check of a model when it is loaded.
 
-How the past is kept depends on the model (:mod:`rlhf.probe` finds out what is right for it):
+How the past is kept depends on the model (:mod:`rlhf.probe` finds out which way is right for it):
 
 * ``padded``: prompts of any lengths in one batch, padded on the left, with a cache of keys, values and states;
 * ``aligned``: a cache too, for prompts of one length, because padding would leak into the model's state;
-* ``whole``: no cache. Every sequence goes through the model again for every token: slow, and right.
+* ``whole``: no cache. Every sequence goes through the model again for every token, which is slow but right.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Decoding: TypeAlias = Literal["padded", "aligned", "whole"]
 
 
 class Decoder:
-    """A batch of sequences that grow together; the rows that are done leave it."""
+    """A batch of sequences that grow together. :meth:`keep` takes out the rows that are done."""
 
     def __init__(self, model: LanguageModel, prompts: Sequence[Sequence[int]], decoding: Decoding):
         self.model = model
@@ -33,14 +33,14 @@ class Decoder:
             self.sequences = [list(prompt) for prompt in prompts]
             return
         inner, width = model.model, max(map(len, prompts))
-        # The padding's token does not matter (the mask hides it); left, so that all prompts end at the same column.
+        # Padding is on the left, so that all prompts end in the same column. Its token does not matter: it is masked.
         self.ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=inner.device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=inner.device)
         self.mask = (torch.arange(width, device=inner.device) >= width - lengths[:, None]).long()
         self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)
         self.cache = DynamicCache(config=inner.config)
         names = inspect.signature(inner.forward).parameters
-        # transformers had it as past_key_values, and models that bring their own code still do.
+        # transformers has renamed this argument; models with code of their own still call it past_key_values.
         self.cache_name = "cache" if "cache" in names else "past_key_values"
         self.takes_positions = "position_ids" in names
 
@@ -66,9 +66,9 @@ class Decoder:
         self.positions = self.positions[:, -1:] + 1
 
     def keep(self, rows: Any) -> None:
-        """Leaves only the rows numbered in ``rows``, (kept,) int64."""
+        """Keeps only the rows numbered in ``rows``, (kept,) int64."""
         if self.decoding == "whole":
             self.sequences = [self.sequences[row] for row in rows.tolist()]
             return
-        self.cache.reorder_cache(rows)  # takes fewer rows as well, and every kind of layer has it
+        self.cache.reorder_cache(rows)  # every kind of cache layer has this method, and it can drop rows too
         self.ids, self.mask, self.positions = self.ids[rows], self.mask[rows], self.positions[rows]

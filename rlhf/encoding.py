@@ -1,7 +1,8 @@
 """Prompts and completions as token ids: plain texts, and conversations as the tokenizer's chat template writes them.
 
-Training sees what a rollout sees: the ids of the prompt alone, then those of the completion up to what ends it. That is
-EOS after a text, and after a message what the template ends a turn of the assistant with (:func:`turn_end`).
+Training sees the same ids as a rollout: those of the prompt, encoded by itself, then those of the completion with its
+end. A text ends with EOS, and a message with whatever the template ends a turn of the assistant with
+(:func:`turn_end`).
 """
 
 from __future__ import annotations
@@ -20,29 +21,29 @@ from rlhf.turns import BESIDE_CONTENT, Completion
 Pair: TypeAlias = tuple[Any, Sequence[Completion]]
 """A record with a prompt, and completions of it."""
 Encoded: TypeAlias = tuple[list[int], list[list[int]]]
-"""The ids of a prompt and of its completions, each with what ends it; none of a completion that gives no token."""
+"""The ids of a prompt, and of each completion with its end. A completion that gives no token has no ids at all."""
 
 REFUSALS = (TemplateError, TypeError, ValueError)
-"""What a template raises of its own accord, and what Python does within one that does not expect its input."""
+"""What a template raises on purpose, and what Python raises in a template that does not expect its input."""
 PROBE = "zqprobe"
-"""A content that no template writes by itself."""
+"""A content that can be found again in the output, because no template writes it by itself."""
 
 
 def encode_records(
     records: Sequence[Any], completions: Sequence[Sequence[Completion]], tokenizer: PreTrainedTokenizerBase
 ) -> list[Encoded]:
-    """The ids of every record's prompt, at least one, and of the completions that go with it."""
+    """The ids of every record's prompt, which are at least one, and of its completions."""
     pairs = list(zip(records, completions, strict=True))
     texts = iter(encode_texts([pair for pair in pairs if isinstance(pair[0].prompt, str)], tokenizer))
     chats = iter(encode_chats([pair for pair in pairs if not isinstance(pair[0].prompt, str)], tokenizer))
-    # Something must come before the first token to predict.
+    # An empty prompt gets this token, since the model needs a token before the first one that it predicts.
     first = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     encoded = (next(texts if isinstance(record.prompt, str) else chats) for record in records)
     return [(prompt or [first], answers) for prompt, answers in encoded]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of every text, with no special tokens added: in one call, which tokenizers run in parallel."""
+    """The ids of every text, without special tokens. One call for all texts, since tokenizers run that in parallel."""
     if not texts:
         return []
     # verbose would warn of texts longer than the model's context, which are cut further on.
@@ -73,7 +74,7 @@ def encode_texts(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase) -> list[
 
 
 def encode_openings(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Ids with the special tokens that begin a text (BOS, CLS), without those that end one (EOS, SEP): it goes on."""
+    """Ids with the special tokens that begin a text (BOS, CLS), but not those that end one: a completion follows."""
     if not texts:
         return []
     encoded = tokenizer(texts, return_attention_mask=False, return_special_tokens_mask=True, verbose=False)
@@ -85,7 +86,7 @@ def encode_openings(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> lis
 
 
 def ended(ids: list[int], end: list[int]) -> list[int]:
-    """A completion with its end, which it may already carry as text; nothing remains nothing."""
+    """Appends the end of a completion, unless its text already ends with it. Without ids there is nothing to end."""
     return ids if not ids or ids[-len(end) :] == end else [*ids, *end]
 
 
@@ -100,7 +101,7 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def how_turns_end(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str]:
-    """:func:`turn_end`, and what to take from the end of a conversation where the template writes no special token."""
+    """:func:`turn_end`, and the text to remove after the last turn if the template ends it without a special token."""
     final = after_answer(tokenizer)
     if final is None:
         return [eos_token_id(tokenizer)], ""
@@ -108,8 +109,9 @@ def how_turns_end(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str]:
     ids = encode(tokenizer, [final, final if going_on is None else going_on])
     special = special_ids(tokenizer)
     shared = [token for token, _ in itertools.takewhile(lambda both: both[0] == both[1], zip(*ids, strict=False))]
-    # What ends a turn stands there whether the conversation goes on or not; Phi-3's template writes EOS after the last
-    # one as well. GPT-OSS's ends the last turn by a token of its own, and an answer is the last.
+    # What ends a turn follows it both at the end of a conversation and in the middle, so it is in the part that both
+    # share. (Phi-3's template also writes EOS after the last turn.) GPT-OSS's template ends the last turn with another
+    # token than the turns before it, so no special token is shared. An answer is the last turn, so that token counts.
     for written in (shared, ids[0]):
         ends = [i for i, token in enumerate(written) if token in special]
         if ends:
@@ -118,12 +120,12 @@ def how_turns_end(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], str]:
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that stand for no text: special ones, and what else was added to the vocabulary."""
+    """The tokens that stand for no text: the special ones, and all others that were added to the vocabulary."""
     return {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
 
 def after_answer(tokenizer: PreTrainedTokenizerBase, *later: dict[str, str]) -> str | None:
-    """What the template writes after an answer, and later turns; None if it writes no such conversation."""
+    """What the template writes after an answer that ``later`` turns follow; None if it writes no such conversation."""
     if not tokenizer.chat_template:
         return None
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": PROBE}, *later]
@@ -135,10 +137,10 @@ def after_answer(tokenizer: PreTrainedTokenizerBase, *later: dict[str, str]) -> 
 
 
 def encode_chats(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
-    """Prompts as the template writes them, and completions as what it adds to them in the whole conversation.
+    """The ids of prompts as the template writes them, and of completions as what the whole conversation adds to them.
 
-    Where the whole does not begin with the prompt (one may open a ``<think>`` that the other lacks), a completion is
-    its own text and the end of the turn.
+    If the whole conversation does not begin with the prompt (one may open a ``<think>`` that the other lacks), the
+    completion is its own text with the end of a turn.
     """
     if not pairs:
         return []
@@ -154,7 +156,7 @@ def encode_chats(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase) -> list[
         begun, prompt = whole.startswith(prompts[i]), prompt_ids[i]
         if begun and ids[: len(prompt)] == prompt:
             own = until_end(ids[len(prompt) :], end)
-        elif begun:  # the tokenizer has joined the prompt's end to the answer, which no rollout can
+        elif begun:  # one token spans the prompt's end and the answer's beginning, which a rollout cannot sample
             own = until_end(encode(tokenizer, [whole[len(prompts[i]) :]])[0], end)
         elif isinstance(answer, str):
             own = encode(tokenizer, [answer])[0]
@@ -163,14 +165,14 @@ def encode_chats(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase) -> list[
             reason = "the chat template writes the prompt in another way before such an answer"
             raise field_error(record.where, record.fields[1 + len(answers[i])], reason)
         if begun and own and end[-1] not in own and own[-1] in special:
-            answers[i].append(own)  # GPT-OSS's template ends a call in another way than a text
+            answers[i].append(own)  # GPT-OSS's template ends a call with another token than a text
         else:
             answers[i].append([] if own == end else ended(own, end))
     return list(zip(prompt_ids, answers, strict=True))
 
 
 def until_end(ids: list[int], end: list[int]) -> list[int]:
-    """The ids up to the last end of a turn, which the content may carry as text as well: it counts once."""
+    """The ids up to the last end of a turn. If the content ends with the same tokens as text, they are kept once."""
     if end[-1] in ids:
         ids = ids[: len(ids) - ids[::-1].index(end[-1])]
     while ids[-2 * len(end) :] == end * 2:
@@ -179,9 +181,10 @@ def until_end(ids: list[int], end: list[int]) -> list[int]:
 
 
 def render(record: Any, tokenizer: PreTrainedTokenizerBase, answer: Completion | None = None) -> str:
-    """A conversation as the template writes it: up to where the assistant begins to answer, or with its answer.
+    """The text of a conversation: with the answer, or without one up to where the assistant begins to answer.
 
-    A prompt that ends with the assistant's own turn is written up to the end of what it says there, and goes on so.
+    If the prompt ends with a turn of the assistant, its text stops right after the content of that turn, so that the
+    answer continues it.
     """
     if not tokenizer.chat_template:
         raise field_error(record.where, record.fields[0], "has messages, but the tokenizer has no chat template")
@@ -195,7 +198,7 @@ def render(record: Any, tokenizer: PreTrainedTokenizerBase, answer: Completion |
 
 
 def conversation(record: Any, answer: Completion | None) -> list[Message]:
-    """The prompt's turns and the answer, which may go on with the last of them."""
+    """The prompt's turns and the answer. If the prompt ends with the assistant's turn, the answer is joined to it."""
     if answer is None:
         return record.prompt
     turn = {"role": "assistant", "content": answer} if isinstance(answer, str) else answer
@@ -206,10 +209,10 @@ def conversation(record: Any, answer: Completion | None) -> list[Message]:
 
 
 def check_written(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises if the template leaves out what a role says or calls, or the tools: some do, without a word.
+    """Raises if the template leaves out what a role says or calls, or the tools. Some templates do so silently.
 
-    It is told by whether the text changes with the part: once for each role in a first turn and once in a later one,
-    since each try costs as much as writing the conversation.
+    To find out, the part is changed: if the text stays the same, the template left the part out. Each try costs as much
+    as writing the conversation, so a role is tried only once in a first turn and once in a later one.
     """
     seen: set[tuple[str, str, bool]] = set()
 
@@ -220,7 +223,7 @@ def check_written(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase) -> None
 
     for record, completions in pairs:
         for i, turn in enumerate(record.prompt):
-            # Beside a call many templates write no content, and of earlier turns no reasoning.
+            # Many templates write no content beside a call, and no reasoning in earlier turns. Neither is an error.
             key = "tool_calls" if "tool_calls" in turn else "content"
             if turn[key] and is_new(turn["role"], key, i == 0):
                 prompt = [*record.prompt[:i], turn | {key: changed(turn[key])}, *record.prompt[i + 1 :]]
@@ -240,7 +243,7 @@ def check_written(pairs: list[Pair], tokenizer: PreTrainedTokenizerBase) -> None
 
 
 def changed(value: Any) -> Any:
-    """A content or a list of calls that is another."""
+    """A content or a list of calls that differs from the one given."""
     if isinstance(value, str):
         return value + "x"
     if isinstance(value, list):

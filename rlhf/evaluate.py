@@ -1,7 +1,7 @@
 """Comparing a model with a baseline (Ouyang et al. 2022, section 4).
 
 * win rate: how often a judge prefers the model's completion to the baseline's, ties counted half (Figure 1);
-* reward: the mean score of both under a reward model, where that is the judge;
+* reward: the mean score of the completions of both, if the judge is a reward model;
 * KL: E_y~model [ log π_model(y|x) − log π_baseline(y|x) ], in nats per completion (Figure 38's axis);
 * alignment tax: the rise of the model's loss on pretraining text over the baseline's, in nats per token (section 4.2).
 
@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 
 Judge = Callable[[Any, str, str], float]
 
-# What other layouts of records have beside a prompt, of which `generate` writes its own.
+# Fields that hold answers in any layout of records. They are not copied to the output, which has answers of its own.
 ANSWER_FIELDS = {"prompt", "messages", "completion", "completions", "chosen", "rejected", "answers", "ranks", "scores"}
 
 
@@ -144,7 +144,7 @@ def evaluate(config: EvaluateConfig) -> dict:
 
 
 def check_judged(what: str, scores: torch.Tensor, prompts: list[PromptExample]) -> None:
-    """Scores that are NaN would count as won."""
+    """Raises if a score is not finite: a NaN would count as a win."""
     try:
         check_finite(what, scores, prompts)
     except RewardError as error:
@@ -152,7 +152,7 @@ def check_judged(what: str, scores: torch.Tensor, prompts: list[PromptExample]) 
 
 
 def judged(judge: Judge, prompt: PromptExample, a: str, b: str) -> float:
-    """What a judge in Python says of two completions, which must be a number from 0 to 1."""
+    """What a judge in Python returns for two completions. Raises unless it is a number from 0 to 1."""
     try:
         found = judge(prompt.text, a, b)
     except Exception as error:  # the function is the user's: anything may happen in it
@@ -167,7 +167,7 @@ def judged(judge: Judge, prompt: PromptExample, a: str, b: str) -> float:
 
 
 def check_figures(figures: Mapping[str, Any], name: str = "") -> None:
-    """Raises where a figure is NaN or infinite, which no file should hold as a result."""
+    """Raises if a figure is NaN or infinite, so that no such result is written."""
     for key, value in figures.items():
         if isinstance(value, Mapping):
             check_figures(value, f"{name}{key} of the ")
@@ -176,14 +176,14 @@ def check_figures(figures: Mapping[str, Any], name: str = "") -> None:
 
 
 def sides(config: EvaluateConfig) -> list[tuple[str, Any]]:
-    """The two models compared, by the names their figures carry."""
+    """The two models that are compared, each with the name that its figures have."""
     return [("model", config.model), ("baseline", config.baseline)]
 
 
 def load_prompts(
     config: EvaluateConfig | GenerateConfig, tokenizer: PreTrainedTokenizerBase, sources: Sequence[Any]
 ) -> list[PromptExample]:
-    """Prompts as token ids, with their text, all leaving room for an answer in the context of the models."""
+    """Prompts as token ids, with their text. Each leaves room for an answer in the context of all models."""
     limits = Limits(**asdict(config.lengths), context_length=shared_context(*sources))
     return tokenize_prompts(read_prompts(config.prompts), tokenizer, limits)
 
@@ -278,12 +278,12 @@ def generate(config: GenerateConfig) -> Path:
 
 
 def further_fields(example: PromptExample) -> dict[str, Any]:
-    """What a prompt's record holds besides the prompt: ``tools`` and whatever else, but no answers of other models."""
+    """The fields of a record besides its prompt, ``tools`` for instance, but without the answers of other models."""
     return {name: value for name, value in example.extra.items() if name not in ANSWER_FIELDS}
 
 
 def as_line(record: Mapping[str, Any]) -> str:
-    """A record as a line of JSON; dates and the like, which tables may hold, as text."""
+    """A record as a line of JSON. Dates and the like, which tables may hold, become text."""
     return json.dumps(record, ensure_ascii=False, default=str) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""The fields of a record, each checked: a value of the right kind, or a :class:`DataError` that says what is wrong."""
+"""Checks of a record's fields. Each returns a value of the right kind, or raises a :class:`DataError` that says why."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
 Message: TypeAlias = dict[str, Any]
-"""A turn of a conversation: ``role`` and ``content``, both strings, and what of ``TURN_FIELDS`` it has."""
+"""A turn of a conversation: ``role`` and ``content``, both strings, and those of ``TURN_FIELDS`` that it has."""
 
 TURN_FIELDS = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
-"""What chat templates read of a turn besides its role and content."""
+"""The fields of a turn that chat templates read besides its role and content."""
 MISNAMED = {"human": "user", "gpt": "assistant"}
-"""ShareGPT's names of roles: most templates would write them as they are, and no model knows them."""
+"""ShareGPT's names of roles. Most templates would write them unchanged, but no model knows them."""
 
 KINDS = {
     type(None): "null",
@@ -37,7 +37,7 @@ FOREIGN = (
     (("completion", "label"), "that of unpaired preferences", "demonstrations"),
     (("messages", "label"), "that of unpaired preferences", "demonstrations"),
 )
-"""Layouts that are known but not read: some of their fields, whose layout it is, and what the page makes of it."""
+"""Layouts that are known but not read: some of their fields, whose layout it is, and what the page converts it to."""
 
 
 class DataError(ValueError):
@@ -62,7 +62,7 @@ def present(record: Mapping[str, Any], name: str, where: str) -> Any:
 
 
 def typed(record: Mapping[str, Any], name: str, type_: type, expected: str, where: str) -> Any:
-    """A field that must be there, and of one type."""
+    """A field that must be there and have the given type."""
     value = present(record, name, where)
     if not isinstance(value, type_):
         raise field_error(where, name, f"is {kind(value)}, expected {expected}")
@@ -81,14 +81,14 @@ def check_string(value: Any, name: str, where: str) -> str:
 
 
 def not_blank(value: str, name: str, where: str) -> str:
-    """The value, if there is anything in it to learn from."""
+    """The value, if it is not blank: there is nothing to learn from a blank one."""
     if not value.strip():
         raise field_error(where, name, "is empty")
     return value
 
 
 def check_rank(value: Any, name: str, where: str) -> int:
-    """A rank: 1 is the best. Whole floats count, since tables hold a column of ranks as floats."""
+    """A rank: 1 is the best. Whole floats are accepted, since tables may hold a column of ranks as floats."""
     expected = "expected an integer of at least 1"
     if not is_number(value):
         raise field_error(where, name, f"is {kind(value)}, {expected}")
@@ -124,7 +124,7 @@ def check_messages(turns: Sequence[Any], name: str, where: str) -> list[Message]
 
 
 def check_message(turn: Any, name: str, where: str) -> Message:
-    """One turn. Its role may be any that is not misnamed: what roles there are is the chat template's to say."""
+    """One turn. Any role is accepted that is not misnamed, since the chat template decides which roles there are."""
     if not isinstance(turn, Mapping):
         raise field_error(where, name, f"is {kind(turn)}, expected an object with 'role' and 'content'")
     has_calls = bool(turn.get("tool_calls"))
@@ -143,7 +143,7 @@ def check_message(turn: Any, name: str, where: str) -> Message:
 
 
 def check_calls(calls: Any, name: str, where: str) -> list[dict[str, Any]]:
-    """What a turn calls. OpenAI's arguments are JSON in a string, which templates would quote once more."""
+    """The calls of a turn. Arguments that are JSON in a string, as OpenAI's, are parsed: templates would quote them."""
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
         raise field_error(where, name, f"is {kind(calls)}, expected an array of objects")
     found = []
@@ -182,7 +182,7 @@ def kind(value: Any) -> str:
 
 
 def listed(record: Collection[str]) -> str:
-    """The names of the fields that are there, and what to do where they are those of a layout that is not read."""
+    """The names of a record's fields, and where to read how to convert it if its layout is known but not read."""
     names = ", ".join(map(repr, record)) or "no fields"
     for fields, whose, converted in FOREIGN:
         if all(field in record for field in fields):
@@ -196,10 +196,10 @@ def counted(values: Sequence[Any]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an exception says, in one line: libraries add paragraphs that would bury it."""
+    """The first line of an exception's message, since libraries add paragraphs that would bury it."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def type_and_line(error: BaseException) -> str:
-    """The same after the exception's type, for code that is not ours, where the type may be all that tells."""
+    """The exception's type and first line. For errors of code that is not ours, whose message may say too little."""
     return f"{type(error).__name__}: {first_line(error)}"

@@ -13,7 +13,9 @@ from rlhf.settings import ConfigError
 
 
 def load_function(setting: str, value: Any) -> Callable[..., Any]:
-    """The function that ``module:function`` names, looked for in the current directory as well; or one as it is.
+    """The function that ``module:function`` names. Modules of the current directory are found too.
+
+    A function is returned unchanged.
 
     Raises:
         ConfigError: names the setting; the module or the function is not there, or cannot be imported.

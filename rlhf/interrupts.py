@@ -8,13 +8,13 @@ from typing import Any
 
 
 def end_at_once(*_: Any) -> None:
-    """Ends the program; nothing has been begun that could be left half done."""
+    """Ends the program at once. That is safe, since nothing has been started that could be left half done."""
     os.write(2, b"rlhf: interrupted\n")
     os._exit(130)
 
 
 def hold_off() -> None:
-    """From here on Ctrl-C ends the program at once, unless whoever started it has it ignored."""
+    """From here on Ctrl-C ends the program at once, unless the program was started with Ctrl-C ignored."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_at_once)
 

@@ -1,7 +1,7 @@
-"""Reading models, configurations and tokenizers, with an error of one line for each way that can go wrong.
+"""Reads models, configurations and tokenizers. Whatever goes wrong is an error of one line.
 
-Where a model is asked for, a directory, the name of a model on the hub, the directory of a finished run (its
-``model/`` is meant) or, from Python, a model object will do.
+A model is given as a directory, as a name on the hub, as the directory of a finished run (which stands for its
+``model/``) or, from Python, as a model object.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from rlhf.settings import check
 ModelSource: TypeAlias = str | Path | PreTrainedModel
 """A directory or hub name, or a model."""
 TokenizerSource: TypeAlias = ModelSource | PreTrainedTokenizerBase
-"""A tokenizer, or where one is: a directory or hub name, or a model that came from one."""
+"""A tokenizer, or where to find one: a directory, a hub name, or a model that was loaded from either."""
 
 
 class ModelError(ValueError):
-    """A model or tokenizer that cannot play the part it was given."""
+    """A model or tokenizer that cannot be used in the place where it was given."""
 
 
 def name_of(source: Any) -> str:
-    """What to call a model in messages."""
+    """The name of a model in messages."""
     return str(source) if isinstance(source, (str, Path)) else type(source).__name__
 
 
 def directory_of(path: str | Path) -> str:
-    """The directory of a model, given that or the directory of a run; a hub name as it is.
+    """The directory of a model, from its path or from that of a run. A hub name is returned unchanged.
 
-    Whatever cannot be a hub name (owner/name) must be a directory: no use in asking the hub for it.
+    A path that cannot be a hub name (owner/name) must be a directory, since the hub does not have it.
     """
     path = str(path)
     directory = Path(path).expanduser()
@@ -68,7 +68,7 @@ def directory_of(path: str | Path) -> str:
 
 
 def load_tokenizer(source: TokenizerSource) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model; it must have an end-of-sequence token, since that is how a response ends."""
+    """The tokenizer beside a model. It must have an end-of-sequence token, since responses end with that."""
     if isinstance(source, PreTrainedTokenizerBase):
         tokenizer, name = source, name_of(source)
     else:
@@ -88,9 +88,9 @@ def load_tokenizer(source: TokenizerSource) -> PreTrainedTokenizerBase:
 
 
 def check_same_tokenizer(first: PreTrainedTokenizerBase, first_name: str, other: TokenizerSource) -> None:
-    """A reward model reads the policy's tokens as they are, so both must mean the same by them.
+    """Raises if two tokenizers differ. A reward model reads the policy's ids, so both must use the same tokens.
 
-    A model made in memory has no tokenizer beside it: whoever gives one answers for that.
+    A model made in memory has no tokenizer to compare with. Whoever gives such a model has to know that it fits.
     """
     if not isinstance(other, (str, Path, PreTrainedTokenizerBase)) and not other.name_or_path:
         return
@@ -117,7 +117,7 @@ def end_token_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> fr
     if isinstance(source, (str, Path)):
         try:
             generation: Any = GenerationConfig.from_pretrained(directory_of(source))
-        except OSError:  # a model need not have one
+        except OSError:  # a model need not have a generation_config
             generation = load_config(source)
     else:
         generation = source.generation_config or source.config
@@ -129,7 +129,7 @@ def end_token_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> fr
 
 
 def load_config(source: ModelSource) -> Any:
-    """A model's configuration alone, so that data can be checked before any weights are read."""
+    """A model's configuration without its weights, so that data can be checked before any weights are read."""
     if not isinstance(source, (str, Path)):
         return copy.deepcopy(source.config)
     path = directory_of(source)
@@ -145,12 +145,12 @@ def context_length(config: Any) -> int:
 
 
 def shared_context(*sources: ModelSource | None) -> int:
-    """How many tokens all of several models can see; None stands for a model that there is not."""
+    """How many tokens all of the given models can see. None stands for a model that is not used."""
     return min(context_length(load_config(source)) for source in sources if source is not None)
 
 
 def check_context(setting: str, tokens: int, *sources: ModelSource) -> None:
-    """Raises ConfigError where sequences of ``tokens``, as a setting has it, are more than a model can see."""
+    """Raises ConfigError if a model cannot see sequences as long as ``tokens``, the value of ``setting``."""
     for source in sources:
         length = context_length(load_config(source))
         check(tokens <= length, setting, tokens, f"at most {length}, the context of {name_of(source)}")
@@ -174,9 +174,9 @@ def check_reward_config(source: ModelSource) -> Any:
 
 
 def classifier_class(config: Any) -> Any:
-    """What loads the sequence classifier of a model type.
+    """The class that loads the sequence classifier of a model type.
 
-    Where transformers has none, its generic head on the type's own backbone is made into one.
+    If transformers has no classifier of the type, one is made of the type's backbone and transformers' generic head.
 
     Raises:
         ModelError: the type is no causal language model either.
@@ -188,7 +188,8 @@ def classifier_class(config: Any) -> Any:
         base = shared_base(language_model)
         members = {
             "base_model_prefix": backbone_name(language_model, config),
-            # The code of other modules counts as custom, whose computed buffers (Falcon-H1 has some) stay empty.
+            # transformers takes a class of another module for custom code, and leaves computed buffers of such code
+            # empty. Falcon-H1 has some.
             "__module__": base.__module__,
             "config_class": type(config),
             "made_by_rlhf": True,
@@ -205,7 +206,7 @@ def shared_base(model_class: type) -> Any:
 
 
 def backbone_name(language_model: Any, config: Any) -> str:
-    """Under which name a type's language model keeps its backbone; the class names another one in Llama 4."""
+    """The attribute in which a type's language model keeps its backbone. Llama 4's class names a wrong one."""
     with torch.device("meta"):
         built = language_model(config)
     return built.base_model_prefix if hasattr(built, built.base_model_prefix) else "model"
@@ -229,7 +230,7 @@ def loading_lines(model: PreTrainedModel) -> list[str]:
         "from transformers.modeling_layers import GenericForSequenceClassification",
         f"from {base.__module__} import {base.__name__}",
     ]
-    if base.config_class is not config:  # Llama 4's names the configuration with a vision part
+    if base.config_class is not config:  # the base of Llama 4 names the configuration that has a vision part
         lines.append(f"from {config.__module__} import {config.__name__}")
         own += f', "config_class": {config.__name__}'
     return [
@@ -248,23 +249,23 @@ def load(
     *,
     new_head: bool = False,
 ) -> PreTrainedModel:
-    """The weights at ``source`` in float32 on ``device``, in a model of ``config``; those of an object are copied.
+    """Loads the weights of ``source`` into a model of ``config``, in float32 on ``device``. An object's are copied.
 
     Raises:
-        ModelError: whatever goes wrong, in one line. Also weights that are not there, but for those of a ``new_head``:
-            a model with random parts would train as if nothing were.
+        ModelError: loading fails, or weights are NaN or infinite, or weights are missing that do not belong to a
+            ``new_head``: a model with random parts would train without any sign that something is wrong.
     """
     options: dict[str, Any] = {"config": config, "dtype": torch.float32, "output_loading_info": True}
     if attention:
         options["attn_implementation"] = attention
     if hasattr(config, "rescale_every"):
-        config.rescale_every = 0  # RWKV halves its weights for evaluation, and would save them so
+        config.rescale_every = 0  # RWKV halves its weights for evaluation, and would save the halved ones
     name, path = name_of(source), None
     if isinstance(source, (str, Path)):
         path = directory_of(source)
     else:
         options["state_dict"] = {key: tensor.clone() for key, tensor in source.state_dict().items()}
-        if auto is AutoModelForSequenceClassification:  # which reads the class from a path
+        if auto is AutoModelForSequenceClassification:  # it would look for the class at a path, and there is none
             auto = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
     model: Any
     try:
@@ -287,13 +288,13 @@ def load(
 
 @torch.no_grad()
 def all_finite(weight: torch.Tensor) -> bool:
-    """Whether no number of a tensor is NaN or infinite; extremes need no copy of it, and NaN is among them."""
+    """Whether no number of a tensor is NaN or infinite. Minimum and maximum show that without a copy of the tensor."""
     return weight.numel() == 0 or bool(torch.stack(torch.aminmax(weight)).isfinite().all())
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' own report and progress bars on loading; what matters of them we say ourselves."""
+    """Silences transformers' own report and progress bars on loading. :func:`load` reports what matters of them."""
     logging = transformers.utils.logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

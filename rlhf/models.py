@@ -1,8 +1,8 @@
 """Hugging Face models as the recipe sees them: a language model that gives log-probs, a scalar model that gives scores.
 
 Neither ever builds the (tokens, vocabulary) logits. A :class:`LanguageModel` runs the backbone and hands the hidden
-states that predict response tokens, with the output projection, to an op of ``rlhf_kernels``. Calling the op inside
-``forward`` is what lets DDP and FSDP wrap the whole.
+states that predict response tokens, with the output projection, to an op of ``rlhf_kernels``. The op is called inside
+``forward`` so that DDP and FSDP can wrap all of it.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Backbone(nn.Module):
 
     @classmethod
     def made_of(cls, model: PreTrainedModel, source: ModelSource) -> Self:
-        """The wrapper of a model that was loaded, whose errors say from where."""
+        """Wraps a model that was loaded. Errors say where it was loaded from."""
         try:
             return cls(model)
         except ModelError as error:
@@ -71,7 +71,7 @@ class Backbone(nn.Module):
     def inner(self) -> nn.Module:
         """The part that gives hidden states, without a head."""
         base = self.model.base_model
-        return base if base is not self.model else base.get_submodule("model")  # a type that misnames its own
+        return base if base is not self.model else base.get_submodule("model")  # the type misnames its backbone
 
     @property
     def name(self) -> str:
@@ -80,7 +80,7 @@ class Backbone(nn.Module):
 
     @property
     def flash(self) -> bool:
-        """Whether attention is flash-attn's, which runs on a GPU and in 16 bits alone."""
+        """Whether attention is flash-attn's, which runs only on a GPU and in 16 bits."""
         return "flash" in (self.model.config._attn_implementation or "")
 
     @contextlib.contextmanager
@@ -96,7 +96,7 @@ class Backbone(nn.Module):
 
     @property
     def tolerance(self) -> float:
-        """How far apart two ways to compute the same may be while probing."""
+        """The largest relative error between two ways to compute the same thing that probing accepts."""
         return probe.TOLERANCE[torch.bfloat16 if self.flash else self.model.dtype]
 
     def _find_layout(self) -> Layout:
@@ -146,14 +146,14 @@ class Backbone(nn.Module):
 def first_that_holds(
     options: Sequence[Any], error: Callable[[Any], float], tolerance: float
 ) -> tuple[Any | None, list[str]]:
-    """The first option whose error is within the tolerance, and why those before it were not taken."""
+    """The first option whose error is within the tolerance, and why the options before it were not taken."""
     reasons = []
     for option in options:
         try:
             found = error(option)
-        except Exception as problem:  # whatever a model's own code does with what it does not expect
+        except Exception as problem:  # a model's code may raise anything for input that it does not expect
             reasons.append(f"{option}: {type_and_line(problem)}")
-            logger.debug("%s could not be tried", option, exc_info=True)  # in case the fault is in our own
+            logger.debug("%s could not be tried", option, exc_info=True)  # in case the fault is in our code
             continue
         if found <= tolerance:
             return option, reasons
@@ -162,7 +162,7 @@ def first_that_holds(
 
 
 def say_once(model_type: str, message: str) -> None:
-    """A warning about a type of model, of which a run may load several."""
+    """Warns about a type of model only once, although a run may load several models of that type."""
     if (key := (model_type, message.partition(" (")[0])) not in _said:
         _said.add(key)
         logger.warning("%s %s", model_type, message)
@@ -183,7 +183,7 @@ class LanguageModel(Backbone):
         super().__init__(model)
         config = model.config.get_text_config()
         self.softcap: float | None = next((getattr(config, name) for name in SOFTCAP if hasattr(config, name)), None)
-        # Cohere multiplies its logits by a constant, Granite divides: either way a temperature of the model's own.
+        # Cohere multiplies its logits by a constant and Granite divides: either acts as a temperature.
         self.own_temperature: float = getattr(config, "logits_scaling", 1.0) / (
             getattr(config, "logit_scale", None) or 1.0
         )
@@ -200,7 +200,7 @@ class LanguageModel(Backbone):
         attention: str | None = None,
         device: torch.device | str = "cpu",
     ) -> LanguageModel:
-        """The model in float32 on ``device``, with every dropout at zero but the residual one."""
+        """The model in float32 on ``device``, with every dropout except the residual one at zero."""
         config = load_config(source)
         set_dropout(config, OTHER_DROPOUT, 0.0)
         residual = [name for name in RESIDUAL_DROPOUT if hasattr(config, name)][:1]
@@ -230,7 +230,7 @@ class LanguageModel(Backbone):
     def forward(
         self, batch: Batch, op: Callable[..., Any], *args: Any, temperature: float = 1.0, **options: Any
     ) -> Any:
-        """``op(hidden, weight, targets, *args, ...)`` with this model's projection: one of the ``linear_*`` ops."""
+        """Calls ``op(hidden, weight, targets, *args, ...)``, a ``linear_*`` op, with this model's projection."""
         head = self.model.get_output_embeddings()
         return op(
             self.hidden(batch, batch.before),
@@ -244,7 +244,7 @@ class LanguageModel(Backbone):
         )
 
     def _check_projection(self) -> None:
-        """Fails for an architecture whose logits are not the projection this class takes them for."""
+        """Raises for an architecture whose logits are not the projection that this class computes."""
         name = type(self.model).__name__
         if self.model.get_output_embeddings() is None:
             raise ModelError(f"{name} has no output embeddings; it is no causal language model")
@@ -279,9 +279,9 @@ class LanguageModel(Backbone):
 class ScalarModel(Backbone):
     """A reward or value model: a sequence classifier of transformers with one label.
 
-    The shift that makes demonstrations score 0 on average (the paper, section 3.5) goes into the head's bias where it
-    has one. Most have none: then it is kept in the configuration as ``reward_bias``. Other tools load such a model as
-    it is, and see scores that differ from ours by that constant; the saved model's README.md says so.
+    The shift that makes demonstrations score 0 on average (the paper, section 3.5) goes into the head's bias. Most
+    heads have no bias: then the shift is kept in the configuration as ``reward_bias``. Other tools can load such a
+    model, but do not add that constant, so their scores differ from ours by it. The saved model's README.md says so.
     """
 
     @classmethod
@@ -315,7 +315,7 @@ class ScalarModel(Backbone):
 
     @property
     def bias(self) -> float:
-        """The constant added to the head's product, in reward units."""
+        """The constant that is added to the head's product, in reward units."""
         if self.head.bias is not None:
             return self.head.bias.item()
         return getattr(self.model.config, "reward_bias", 0.0)
@@ -333,7 +333,7 @@ class ScalarModel(Backbone):
         return scores if self.head.bias is not None else scores + self.bias
 
     def save(self, directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Also says which token is padding, since other tools read the score at the last token that is none."""
+        """Also writes which token is padding, since other tools read the score at the last token that is not."""
         distinct = tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id
         self.model.config.pad_token_id = tokenizer.pad_token_id if distinct else None
         super().save(directory, tokenizer)

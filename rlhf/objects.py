@@ -1,4 +1,4 @@
-"""What Python may give where a command line can only name it: data, models, tokenizers and functions as objects."""
+"""Data, models, tokenizers and functions as objects: Python may give these where a command line can only give names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rlhf.sources import is_data_set, is_splits
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of object that a setting takes besides what its type says."""
+    """A kind of object that a setting accepts besides what its written type says."""
 
     name: str
     """For error messages."""
@@ -25,29 +25,29 @@ class Kind:
 
 
 def is_records(value: Any) -> bool:
-    """Data sets and lists of records; what is in them is for :mod:`rlhf.sources` to check."""
+    """Whether a value is a data set or a list. :mod:`rlhf.sources` checks what is in it."""
     return is_data_set(value) or is_splits(value) or isinstance(value, list)
 
 
 def is_model(value: Any) -> bool:
-    """A model of transformers. Importing that takes seconds, and whoever has a model has done so."""
+    """Whether a value is a model of transformers. Whoever has one has imported transformers, which takes seconds."""
     module = sys.modules.get("transformers")
     return module is not None and isinstance(value, module.PreTrainedModel)
 
 
 def is_tokenizer(value: Any) -> bool:
-    """A tokenizer of transformers."""
+    """Whether a value is a tokenizer of transformers."""
     module = sys.modules.get("transformers")
     return module is not None and isinstance(value, module.PreTrainedTokenizerBase)
 
 
 def is_function(value: Any) -> bool:
-    """A function, or an object that can be called like one. A model can be, but is something else here."""
+    """Whether a value is a function or can be called like one. A model can be called too, but is no function here."""
     return callable(value) and not hasattr(value, "state_dict")
 
 
 def is_functions(value: Any) -> bool:
-    """A function, or a list of functions and names."""
+    """Whether a value is a function, or a list of functions and names."""
     items = value if isinstance(value, list) else [value]
     return all(isinstance(item, str) or is_function(item) for item in items)
 
@@ -58,7 +58,8 @@ TOKENIZER = Kind("a tokenizer of transformers", is_tokenizer)
 FUNCTION = Kind("a function", is_function)
 FUNCTIONS = Kind("a function or a list of functions", is_functions)
 
-# The types of settings. A command line and a YAML file see what can be written there; type checkers see it all.
+# The types of settings. The first ones say what a command line or a YAML file may hold, and list the kinds of objects
+# that are accepted besides. The second ones are for type checkers.
 if not TYPE_CHECKING:
     Data: TypeAlias = Annotated[list[str] | str, RECORDS]
     Model: TypeAlias = Annotated[str, MODEL]
@@ -84,7 +85,7 @@ IN_MEMORY = re.compile(r"<.+ in memory(, \w+)?>|<function .+>")
 
 
 def described(value: Any) -> Any:
-    """A value as YAML can hold it: an object as its kind and a digest, since a resumed run must be given the same."""
+    """A value as YAML can hold it. An object becomes its kind and a digest, so that a resumed run can compare them."""
     name = type(value).__name__
     if is_data_set(value):
         # The rows of a stream are not known before it has been read.
@@ -106,13 +107,13 @@ def is_list_of_records(value: list[Any]) -> bool:
 
 
 def records_in_memory(records: Any) -> str:
-    """Records as a line."""
+    """A line that stands for records: their number and a digest."""
     return f"<{len(records)} records in memory, {digest(records)}>"
 
 
 def hash_of(tensor: Any) -> list[Any]:
-    """A tensor's shape, and a hash of all its bits that is the same on every device."""
-    import torch  # whoever has a tensor has done so; settings alone do not wait for it
+    """A tensor's shape, a hash of all its bits that is the same on every device, and its first numbers."""
+    import torch  # here, so that settings alone do not wait for it
 
     return [list(tensor.shape), torch.hash_tensor(tensor).item(), tensor.flatten()[:64].tolist()]
 

@@ -10,7 +10,7 @@ from rlhf.sources import Record
 from rlhf.turns import Completion, Prompt, before_answer, is_conversation, spoken, stated_prompt
 
 PROMPT_NAMES = ("question", "instruction", "input", "query", "post", "context", "history", "messages", "conversations")
-"""What other layouts call a prompt: where one of them is there, two texts are answers and do not begin with it."""
+"""What other layouts call a prompt. Two texts beside such a field are answers, and do not begin with their prompt."""
 
 ASSISTANT = re.compile(
     r"""
@@ -30,7 +30,7 @@ ASSISTANT = re.compile(
 
 
 class Pair(NamedTuple):
-    """Two answers to one prompt; either may be blank, as some published are."""
+    """Two answers to one prompt. Either may be blank, as some published answers are."""
 
     prompt: Prompt
     chosen: Completion
@@ -38,7 +38,7 @@ class Pair(NamedTuple):
 
 
 def whole_pair(record: Record, where: str) -> Pair | None:
-    """The pair of a record whose ``chosen`` and ``rejected`` hold their prompt; None if they are answers beside one."""
+    """The pair of a record whose ``chosen`` and ``rejected`` hold their prompt. None if they are answers alone."""
     chosen, rejected = present(record, "chosen", where), present(record, "rejected", where)
     if is_conversation(chosen) and is_conversation(rejected):
         turns = listed_turns(chosen, "chosen", where), listed_turns(rejected, "rejected", where)
@@ -59,12 +59,12 @@ def whole_pair(record: Record, where: str) -> Pair | None:
 
 
 def listed_turns(value: list | dict, name: str, where: str) -> list[Message]:
-    """The turns of a conversation, which may be a message alone."""
+    """The turns of a conversation, which may be a single message."""
     return check_messages(value, name, where) if isinstance(value, list) else [check_message(value, name, where)]
 
 
 def pair_of_conversations(record: Record, chosen: list[Message], rejected: list[Message], where: str) -> Pair:
-    """The pair of two lists of turns, all of which they share but the last of each."""
+    """The pair of two lists of turns that differ only in their last turn."""
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
@@ -93,17 +93,17 @@ def pair_of_texts(record: Record, chosen: str, rejected: str, where: str) -> Pai
 
 
 def prompt_end(chosen: str, rejected: str) -> int | None:
-    """How many characters of two texts are their prompt; None if nothing says so.
+    """How many characters at the beginning of two texts are their prompt; None if that cannot be told.
 
-    Those of transcripts are the ones up to the last mark of the assistant that both share. Of other texts they are the
-    longest common beginning that ends a word, with white space after it in both, and that leaves something of both: no
-    word is cut, and no character from its accents.
+    The prompt of transcripts ends with the last mark of the assistant that both share. The prompt of other texts is the
+    longest common beginning that ends a word, has white space after it in both and leaves something of both. That cuts
+    no word in two, and no character from its accents.
     """
     shared = chosen[: shared_length(chosen, rejected)]
     if end := last_mark(shared):
         return end
     if ASSISTANT.search(chosen) and ASSISTANT.search(rejected):
-        return None  # they differ before the assistant has said a word
+        return None  # two transcripts that differ before the assistant first speaks
     for end in range(len(shared), 0, -1):
         followed = chosen[end : end + 1].isspace() and rejected[end : end + 1].isspace()
         if followed and not shared[end - 1].isspace() and chosen[end:].strip() and rejected[end:].strip():
@@ -114,7 +114,7 @@ def prompt_end(chosen: str, rejected: str) -> int | None:
 def is_transcript(prompt: str, chosen: str, rejected: str) -> bool:
     """Whether both texts repeat the prompt up to where the assistant speaks.
 
-    Answers that only begin with the words of their prompt ("Hello" to "Hello") do not: they are left as they are.
+    Answers that only begin with the words of their prompt ("Hello" to "Hello") do not count, and are left unchanged.
     """
     begin = prompt.rstrip()
     if not begin or not (chosen.startswith(begin) and rejected.startswith(begin)):

@@ -3,9 +3,10 @@
     objective(φ) = E_(x,y)~π_φ^RL [ r_θ(x, y) − β log( π_φ^RL(y|x) / π^SFT(y|x) ) ] + γ E_x~D_pretrain [ log π_φ^RL(x) ]
 
 maximised by PPO: γ = 0 is "PPO", γ > 0 is "PPO-ptx". Each iteration samples a batch of completions (a bandit: one
-prompt, one completion, one reward at its end), prices every token's drift from the SFT model, estimates advantages with
-a value model that started as the reward model, and takes one pass over the batch in minibatches. The gradient of the
-pretraining loss is added in every minibatch. What is kept is the moving average of the policy's weights.
+prompt, one completion, one reward at its end). Every token pays a KL penalty for its drift from the SFT model.
+Advantages are estimated with a value model that started as the reward model. Then the policy is trained on the batch in
+minibatches, by default in one pass, and the gradient of the pretraining loss is added in every minibatch. The saved
+model is the moving average of the policy's weights.
 
     rlhf ppo --policy runs/sft/model --reward_model runs/reward/model --prompts prompts.jsonl --output_dir runs/ppo
 """
@@ -55,14 +56,14 @@ from rlhf_kernels import linear_ppo_policy_loss, linear_selective_log_softmax, p
 
 logger = logging.getLogger(__name__)
 
-# How far exp(log π − log π_old) may be from 1 before any update: the sampler and the trainer compute the same number
-# by different routes, which rounds differently. More than this means that they do not compute the same thing.
+# How far exp(log π − log π_old) may be from 1 before any update. The sampler and the trainer compute the same number in
+# different ways, so rounding differs. A larger deviation means that they do not compute the same thing.
 RATIO_TOLERANCE = {"no": 1e-3, "bf16": 0.2, "fp16": 0.05}
 
 
 @dataclass(frozen=True)
 class Episode:
-    """A prompt, its completion, and what PPO knows of each token of it. Tensors are (len(response),) float32."""
+    """A prompt, its completion, and what PPO needs for each of its tokens. Tensors are (len(response),) float32."""
 
     prompt: list[int]
     response: list[int]
@@ -73,13 +74,13 @@ class Episode:
 
     @property
     def group(self) -> Group:
-        """What a batch holds of it."""
+        """The prompt and the completion as a batch takes them."""
         return Group(self.prompt, [self.response])
 
 
 @dataclass(frozen=True)
 class Actors:
-    """The models of PPO, and what rewards it."""
+    """The models of PPO, and its rewards."""
 
     policy: LanguageModel
     value: ScalarModel
@@ -209,7 +210,7 @@ def collect(run: Run, actors: Actors, examples: list[PromptExample]) -> tuple[li
     responses = [completion.tokens for completion in completions]
 
     def each(model: Any, read: Callable[[Batch], Tensor]) -> Tensor:
-        """What ``read`` gives of every batch that the completions are laid out in for ``model``."""
+        """Lays the completions out in batches for ``model`` and joins what ``read`` returns for each batch."""
         found = []
         for batch in unwrap(model).batches(groups_of_one(prompts, responses), config.tokens_per_forward):
             with run.accelerator.autocast():

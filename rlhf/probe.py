@@ -1,13 +1,13 @@
-"""What the trainer takes for granted of a model, tried on the model itself when it is loaded.
+"""Tests of what the trainer takes for granted about a model. They run on the model itself when it is loaded.
 
-Three things, each on a few random tokens, in milliseconds on the device where the model will run:
+Three things are tested, each on a few random tokens, in milliseconds on the device where the model will run:
 
 * its logits are its last hidden states times its output embeddings (:func:`projection_error`);
 * sequences laid out in a batch do not see each other (:func:`layout_error`);
 * a cache gives the logits that a whole pass gives (:func:`decoding_error`).
 
-Each function returns by how much it does not hold, relative to the size of what is compared. Float32 rounds to 1e-6 or
-so; a leak through weights that were never trained shows as 3e-4 or more, through trained ones as much more.
+Each function returns the error relative to the size of what is compared. Rounding in float32 gives about 1e-6. A leak
+from one sequence into another gives 3e-4 or more with weights that were never trained, and much more with trained ones.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from rlhf.models import Backbone, LanguageModel
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
-"""What rounding may do, by the precision that activations have."""
+"""The largest error that rounding may cause, by the precision of activations."""
 
 LONGEST = 12
 """Tokens of the longest sequence tried, if the context has room for as many."""
 
 
 def probe_sequences(model: Backbone, lengths: tuple[int, ...]) -> list[list[int]]:
-    """Random tokens, always the same; none that a configuration gives a meaning (padding, BOS, an image, ...)."""
+    """Random tokens, always the same ones, without those that a configuration gives a meaning (padding, BOS, ...)."""
     config = model.model.config.get_text_config()
     named = [value for name, value in config.to_dict().items() if name.endswith("token_id")]
     special = {token for value in named for token in (value if isinstance(value, list) else [value])}
@@ -78,7 +78,7 @@ def layout_error(model: Backbone, layout: Layout) -> float:
 def decoding_error(model: LanguageModel, decoding: Decoding) -> float:
     """How far the logits after each token of a growing batch are from those of a whole pass over each sequence.
 
-    Two prompts grow by three tokens, the first of them leaves, and the other grows on.
+    Two prompts grow by two tokens each. Then the first leaves the batch, and the other goes on growing.
     """
     steps = 5
     longer = min(LONGEST, context_length(model.model.config)) - steps
@@ -92,7 +92,7 @@ def decoding_error(model: LanguageModel, decoding: Decoding) -> float:
         logits = decoder.logits().float()
         for row, ours in zip(rows, logits, strict=True):
             expected = whole[row][step]
-            # What is added to every logit of a row changes no probability.
+            # Centred, since a constant that is added to every logit of a row changes no probability.
             worst = max(worst, relative_error(ours - ours.mean(), expected - expected.mean()))
         if step == 2:
             rows = [1]

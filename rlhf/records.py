@@ -13,7 +13,7 @@ texts           ``{"text"}``, or plain text: a ``.txt`` file is one document
 
 A prompt is a string or a list of messages ``{"role", "content"}``, a completion a string or the assistant's message.
 Further fields are ignored, but those beside a prompt are kept, and ``tools`` go to the chat template. ``docs/data.md``
-has an example of each layout, :mod:`rlhf.sources` says where records may come from. What is wrong with one is a
+has an example of each layout, :mod:`rlhf.sources` says where records may come from. A bad record is a
 :class:`DataError` of one line, with file, line and field.
 """
 
@@ -59,7 +59,7 @@ class Demonstration:
     where: str
     """``file:line``."""
     fields: tuple[str, ...] = ("prompt", "completion")
-    """What the record calls its prompt and its completion, for later errors."""
+    """The record's names for its prompt and its completion, for later errors."""
     tools: list[dict[str, Any]] | None = None
     """What the assistant may call, for the chat template."""
 
@@ -73,7 +73,7 @@ class Comparison:
     ranks: tuple[int, ...]
     where: str
     fields: tuple[str, ...]
-    """What the record calls its prompt and each of its completions."""
+    """The record's names for its prompt and each of its completions."""
     tools: list[dict[str, Any]] | None = None
 
 
@@ -116,7 +116,7 @@ def read_prompts(data: Data) -> list[PromptRecord]:
 
 
 def read_texts(data: Data) -> list[str]:
-    """All documents in order; those that are blank, of which some data sets are full, are left out."""
+    """All documents in order. Blank ones are left out, since some data sets are full of them."""
     texts: list[str] = []
     for source in sources(data, documents=True):
         found = [string(record, "text", where) for where, record in source.records]
@@ -184,7 +184,7 @@ def completions(record: Record, where: str) -> tuple[list[str], list[Completion]
 
 
 def beside(values: Sequence[Any], name: str, expected: str, record: Record, where: str) -> list[tuple[Any, str, str]]:
-    """A field with a value for each of the completions; each with its name and where it stands, to be checked."""
+    """The values of a field that has one for each completion. Each comes with its name and place, for its check."""
     found = typed(record, name, list, expected, where)
     if len(found) != len(values):
         raise field_error(where, name, f"has {counted(found)} but 'completions' has {len(values)}")
@@ -215,7 +215,7 @@ def at_least_two(values: Sequence[Any], name: str, where: str) -> None:
 
 
 def no_preference(record: Comparison) -> str | None:
-    """Why a comparison says nothing, if it does not."""
+    """Why a comparison holds no preference; None if it holds one."""
     if len(set(record.ranks)) == 1:
         return TIED
     blank = any(isinstance(completion, str) and not completion.strip() for completion in record.completions)
@@ -223,7 +223,7 @@ def no_preference(record: Comparison) -> str | None:
 
 
 def prompt_record(record: Record, where: str) -> PromptRecord:
-    """Checks the prompt of a record of any kind: the same that training on the record would take."""
+    """Checks the prompt of a record of any kind. It is the prompt that training on the record would use."""
     asked: Prompt
     read: tuple[str, ...] = ("prompt",)
     if "prompt" in record and any(name in record for name in ("completion", "completions", "answers")):

@@ -2,9 +2,10 @@
 
     loss(θ) = −1 / C(K,2) · E_(x, y_w, y_l)~D [ log σ( r_θ(x, y_w) − r_θ(x, y_l) ) ]
 
-All K completions of a prompt are one batch element: one forward pass for each, and every one of the C(K, 2) pairs in
-the loss. (Shuffled pairs would need C(K, 2) passes, and overfit.) Ties are no pair. The loss does not change when a
-constant is added to r, so after training a bias makes the demonstrations score 0 on average.
+All K completions of a prompt are one batch element: each goes through the model once, and all C(K, 2) pairs are in the
+loss. If the pairs were shuffled as separate examples, they would need C(K, 2) passes and overfit. Tied completions are
+not a pair. The loss does not change when a constant is added to r, so after training a bias makes the demonstrations
+score 0 on average.
 
     rlhf reward --model runs/sft/model --data comparisons.jsonl --output_dir runs/reward
 """
@@ -69,7 +70,8 @@ def train(config: RewardConfig, *, resume: bool = False) -> Path:
         indices = batch_indices(len(training), config.batch_size, step, seed=config.seed, epochs=config.epochs)
         batch = [comparisons[training[i]] for i in indices]
         factor = cosine_to_tenth(step, steps)
-        # A process without a share of a short last batch runs along, since the others wait for its gradient.
+        # A short last batch may leave a process without a share. It still runs, on an example without a pair, since the
+        # other processes wait for its gradient.
         share = process_share(run, batch) or [RankedExample(batch[0].prompt_ids, batch[0].completion_ids[:1], [1])]
         loss, accuracy = ranking_step(run, model, share, prompts=len(batch))
         run.require_finite(loss=loss)

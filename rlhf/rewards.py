@@ -1,12 +1,12 @@
 """What PPO maximises: the reward model's score, functions in Python, or a weighted sum of them.
 
-A function gets lists, by name, and returns a number for every completion::
+A function gets lists as keyword arguments and returns a number for every completion::
 
     def polite(prompts, completions, **fields):
         return [float(completion.count("please")) for completion in completions]
 
-``prompts`` are as the records have them (texts or messages), ``completions`` texts without the token that ended them,
-and every further field of the records is a list as well, None where a record lacks it.
+``prompts`` are as the records have them (texts or messages), ``completions`` are texts without the token that ended
+them, and every further field of the records is a list as well, with None for a record that lacks the field.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from rlhf.models import ScalarModel
 
 
 class RewardError(ValueError):
-    """A function that fails, or a reward that is no finite number; the message names the one and the prompt."""
+    """A function failed, or a reward is no finite number. The message names the reward, and the prompt if it knows."""
 
 
 @dataclass(frozen=True)
 class Rewards:
-    """The rewards of a run. ``model`` is scored by PPO itself, in the pass that it makes over each batch anyway."""
+    """The rewards of a run. PPO itself computes the scores of ``model``, and gives them to :meth:`total`."""
 
     model: ScalarModel | None
     functions: dict[str, Callable[..., Any]]
@@ -46,8 +46,8 @@ class Rewards:
         """(S,) float32: the weighted sum, given the model's (S,) scores where there is a model.
 
         Raises:
-            RewardError: a reward that is NaN, infinite or no number; or a function that fails, or returns another
-                count than one for each completion.
+            RewardError: a reward is NaN, infinite or no number; or a function fails, or does not return exactly one
+                number for each completion.
         """
         rewards = [] if scores is None else [check_finite("the reward model", scores, prompts)]
         completions = [decode(self.tokenizer, response, self.end_token_ids) for response in responses]

@@ -1,7 +1,7 @@
 """Sampling from a policy, keeping the log-prob of every sampled token.
 
-PPO needs log π_old(token): it is at hand when the token is drawn, so it is kept, and the old policy is never run
-again over its own samples. Completions that have ended leave the batch, so none of them costs a step more.
+PPO needs log π_old(token). It is known when the token is drawn, so it is kept then, and the old policy never runs
+again over its own samples. Completions that have ended leave the batch, so that they cost no further steps.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Completion:
 
 
 class NotFiniteError(ArithmeticError):
-    """A model whose logits are NaN or infinite has no next token."""
+    """The model's logits are NaN or infinite, so no next token can be drawn."""
 
 
 def sample(
@@ -42,8 +42,8 @@ def sample(
 ) -> list[Completion]:
     """One completion for every prompt, in their order. Draws from torch's global generator.
 
-    Prompts of like length are sampled together, so that little of a batch is padding. Temperature 0 takes the
-    likeliest token (its log-probs are those at temperature 1).
+    Prompts of similar length are sampled together, so that little of a batch is padding. Temperature 0 takes the
+    likeliest token; the log-probs are then those at temperature 1.
 
     Raises:
         NotFiniteError: the model's logits are NaN or infinite.
@@ -56,7 +56,7 @@ def sample(
 
 
 def sampling_batches(model: LanguageModel, prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
-    """Indices of prompts to sample together: of like length, or of one length where the model needs that."""
+    """Indices of prompts to sample together. Their lengths are similar, or equal if the model needs that."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     members: list[int] = []
     for i in order:
@@ -92,7 +92,7 @@ def sample_batch(
     for step in range(max_new_tokens):
         logits = decoder.logits()
         probabilities = (logits.float() / (temperature or 1.0)).softmax(-1)
-        # One NaN makes a whole row NaN, and torch.multinomial's way to say so is a traceback, or a dead GPU.
+        # One NaN makes a whole row NaN. torch.multinomial would raise a traceback, or leave the GPU unusable.
         if probabilities[:, 0].isnan().any():
             raise NotFiniteError("the model's logits are not finite")
         drawn = logits.argmax(-1) if temperature == 0 else torch.multinomial(probabilities, 1).squeeze(1)

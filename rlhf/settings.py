@@ -1,4 +1,4 @@
-"""What every group of settings does: checks its types, takes a dict for a nested group, and can be written down."""
+"""What every group of settings does: it checks its types, takes a dict for a nested group, and becomes plain data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, g
 
 from rlhf.objects import IN_MEMORY, described
 
-# What people type by habit of other trainers, where the spelling is no help.
+# Names that people know from other trainers, and that are not spelt like ours.
 HABITS = {
     "lr": "learning_rate",
     "beta": "kl_coefficient",
@@ -50,7 +50,7 @@ def check(condition: bool, name: str, value: Any, fits: str) -> None:
 
 @dataclass
 class Settings:
-    """A group of settings. Subclasses add the ranges."""
+    """A group of settings. Subclasses add the checks of ranges."""
 
     def __new__(cls, *_: Any, **given: Any) -> Any:
         """Refuses a setting that does not exist, with the one that may have been meant."""
@@ -91,7 +91,7 @@ def setting_names(group: Any) -> list[str]:
 
 
 def list_settings(group: Any) -> list[str]:
-    """The settings of a stage that take one value or a list of them, as data do."""
+    """The settings of a stage that take one value or a list of values, such as ``data``."""
     return [name for name, hint in hints(group).items() if get_origin(hint) is Annotated and fits_type([], hint)]
 
 
@@ -120,7 +120,7 @@ def no_such_setting(name: str, known: Sequence[str]) -> str:
 
 
 def as_written(value: Any) -> Any:
-    """A value as a command line would have it, also within a list: paths and devices as text, NumPy's numbers plain."""
+    """A value as a command line would have it, also in lists: paths and devices as text, NumPy's numbers as plain."""
     if isinstance(value, Path) or type(value).__name__ == "device":
         return str(value)
     if getattr(value, "shape", None) == () and hasattr(value, "item"):
@@ -129,7 +129,7 @@ def as_written(value: Any) -> Any:
 
 
 def fits_type(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type: numbers are finite and no bools, and an int will do for a float."""
+    """Whether a value is of a type. A number must be finite and no bool, and an int is accepted for a float."""
     if get_origin(hint) is Annotated:
         written, *kinds = get_args(hint)
         return fits_type(value, written) or any(kind.holds(value) for kind in kinds)
@@ -164,7 +164,7 @@ def in_words(hint: Any) -> str:
 
 
 def as_plain(settings: Any) -> dict[str, Any]:
-    """The settings as YAML can hold them; what came from Python as a line that says what it was."""
+    """The settings as YAML can hold them. An object that came from Python becomes a line that describes it."""
     return {
         item.name: as_plain(value) if is_dataclass(value := getattr(settings, item.name)) else described(value)
         for item in fields(settings)

@@ -80,14 +80,15 @@ def train(config: SFTConfig, *, resume: bool = False) -> Path:
         factor = cosine_to_tenth(step, steps)
         before = {"held_out_loss_before": mean_loss(run, model, validation)} if validation and step == 0 else {}
         model.train()
-        # A process without a share of a short last batch runs along, since the others wait for its gradient.
+        # A short last batch may leave a process without a share. It still runs, on an empty completion, since the other
+        # processes wait for its gradient.
         share = process_share(run, batch) or [Example(batch[0].prompt_ids, [])]
         loss = language_model_step(run, model, share)
         run.require_finite(loss=loss)
         norm = optimizer_step(run, model, optimizer, config.adam, factor)
         metrics = before | {"loss": loss, "learning_rate": config.adam.learning_rate * factor, "gradient_norm": norm}
         epoch_done = (step + 1) * demonstration_size // len(training) > step * demonstration_size // len(training)
-        if validation and epoch_done:  # as it is after the last step
+        if validation and epoch_done:  # also true after the last step
             metrics["held_out_loss"] = mean_loss(run, model, validation)
         run.log(step, metrics, show=["loss", "held_out_loss"])
 
@@ -96,14 +97,14 @@ def train(config: SFTConfig, *, resume: bool = False) -> Path:
         rows["held-out loss before (nats per token)"] = run.history[0]["held_out_loss_before"]
         rows["held-out loss after"] = run.history[-1]["held_out_loss"]
     report.write(run, "Supervised fine-tuning", rows, curves=[["loss", "held_out_loss"], ["learning_rate"]])
-    # The model last: its presence is what says that the run is finished.
+    # The model is saved last, since its presence means that the run is finished.
     path = run.save_model(run.accelerator.unwrap_model(model), tokenizer)
     run.close()
     return path
 
 
 def pretraining_examples(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> list[Example]:
-    """Chunks of pretraining text as prompt and completion: the first token has nothing to predict it from."""
+    """Chunks of pretraining text. The first token is the prompt, since there is nothing to predict it from."""
     return [
         Example(prompt_ids=chunk[:1], completion_ids=chunk[1:])
         for chunk in tokenize_texts(texts, tokenizer, length=length).tolist()

@@ -22,9 +22,9 @@ Data: TypeAlias = Any
 a list of any of these."""
 
 FILE_SUFFIXES = (".jsonl", ".json", ".json-lines", ".ndjson", ".parquet", ".txt")
-"""What is a file by its name alone, with ``.gz`` or without; another name that is no file is looked up on the hub."""
+"""A name with such an ending, ``.gz`` or not, is a file. Any other name is looked up on the hub if no file has it."""
 UNREADABLE = (OSError, EOFError, zlib.error)
-"""What reading a file can raise; the last two are a damaged gzip file."""
+"""What reading a file can raise; the last two come from a damaged gzip file."""
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -34,13 +34,13 @@ class Source:
 
     name: str
     records: Iterator[tuple[str, Record]]
-    """Each with where it stands; one at a time, so that of several bad ones the first is reported."""
+    """Each record with its place. They are read one at a time, so that the first of several bad ones is reported."""
 
 
 def sources(data: Data, *, documents: bool = False, name: str = "records") -> Iterator[Source]:
     """All that ``data`` holds, in order. ``documents``: a plain text file is one record, ``{"text"}``.
 
-    A record stands at ``file:line``, ``file:line (record N)`` of a JSON array, ``file:row N`` of a table, or at what
+    The place of a record is ``file:line``, ``file:line (record N)`` in a JSON array, ``file:row N`` in a table, or what
     Python would write for it: ``records[3]``, and ``records[1][3]`` in the second of a list of sources.
     """
     if isinstance(data, (str, os.PathLike)):
@@ -58,7 +58,7 @@ def sources(data: Data, *, documents: bool = False, name: str = "records") -> It
 
 
 def source(name: str, records: Iterator[tuple[str, Record]]) -> Source:
-    """A source, which is to hold something."""
+    """A source whose records raise an error if there are none."""
 
     def checked() -> Iterator[tuple[str, Record]]:
         empty = True
@@ -84,7 +84,7 @@ def in_memory(records: Iterable[Any], name: str) -> Iterator[tuple[str, Record]]
 
 
 def is_data_set(data: Any) -> bool:
-    """Whether ``datasets`` made it; importing that takes a second, and whoever has a data set has done so."""
+    """Whether ``datasets`` made it. Whoever has a data set has imported that library, which takes a second."""
     module = sys.modules.get("datasets")
     return module is not None and isinstance(data, (module.Dataset, module.IterableDataset))
 
@@ -96,14 +96,14 @@ def is_splits(data: Any) -> bool:
 
 
 def unusable(data: Any) -> str:
-    """What some object is that cannot be read."""
+    """Says what an object is that cannot be read."""
     if is_splits(data):
         return f"is a {type(data).__name__} of the splits {', '.join(map(repr, data))}, one of which has to be chosen"
     return f"is of type {type(data).__name__}"
 
 
 def without_nulls(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The rows of a table without the nulls that fill its columns and structs where a record lacks the field."""
+    """The rows of a table, without the nulls that its columns and structs hold for fields that a record lacks."""
     for row in rows:
         yield {name: filled(value) for name, value in row.items() if value is not None}
 
@@ -121,7 +121,7 @@ def filled(value: Any) -> Any:
 
 
 def read_records(path: str, *, documents: bool) -> Iterator[tuple[str, Record]]:
-    """Every record of a file or of a data set on the hub, with where it stands."""
+    """Every record of a file or of a data set on the hub, with its place."""
     name = path.removesuffix(".gz")
     if name.endswith(".txt"):
         if not documents:
@@ -167,7 +167,7 @@ def line_records(path: str, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[
                 value = json.loads(line.rstrip("\r\n"))
             except json.JSONDecodeError as error:
                 raise DataError(f"{where}: invalid JSON at column {error.colno}: {error.msg}") from error
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets nested as deep
+            except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
                 raise DataError(f"{where}: invalid JSON: {first_line(error)}") from error
             yield where, named_fields(value, where)
 
@@ -188,13 +188,13 @@ def json_records(path: str) -> Iterator[tuple[str, Record]]:
 
 
 def array_records(path: str, number: int, text: str) -> Iterator[tuple[str, Record]]:
-    """The records of a JSON array, whose first line is ``number``; one by one, so that each error has its line."""
+    """The records of a JSON array that begins on line ``number``, read one by one so that each error has its line."""
 
     def invalid(error: json.JSONDecodeError) -> DataError:
         return DataError(f"{path}:{number + error.lineno - 1}: invalid JSON at column {error.colno}: {error.msg}")
 
     def skip_space(position: int) -> int:
-        return SPACE.match(text, position).end()  # type: ignore[union-attr]  # it matches nothing, too
+        return SPACE.match(text, position).end()  # type: ignore[union-attr]  # it always matches, if only nothing
 
     decoder = json.JSONDecoder()
     position, line, counted_to = skip_space(text.index("[") + 1), number, 0
@@ -230,11 +230,11 @@ def named_fields(value: Any, where: str) -> Record:
 
 def parquet_rows(path: str) -> list[dict[str, Any]]:
     """The rows of a local Parquet file."""
-    import pyarrow.parquet  # what datasets reads Parquet with, without its copy of the file in a cache
+    import pyarrow.parquet  # not datasets, which would first copy the file into a cache
 
     try:
         with open_file(path) as file:
-            # Parquet is read from its end, where gzip's files are slow.
+            # Parquet is read from its end, and seeking is slow in a gzip file.
             return pyarrow.parquet.read_table(io.BytesIO(file.read()) if path.endswith(".gz") else file).to_pylist()
     except UNREADABLE as error:
         raise unreadable(path, error) from error

@@ -1,4 +1,4 @@
-"""A run: its directory, metrics, progress, learning rate and checkpoints. What the three trainers share.
+"""What the three trainers share: a run with its directory, metrics, progress, learning rate and checkpoints.
 
     output_dir/
       config.yaml             every setting
@@ -47,9 +47,9 @@ from rlhf.settings import ConfigError, as_plain, flatten
 logger = logging.getLogger(__name__)
 console = Console(stderr=True)
 
-# May differ between a run and its resumption: they change where or how often, never what is computed ...
+# Settings that may differ when a run is resumed: they say where it runs and how often it saves, not what it computes.
 FREE_ON_RESUME = {"output_dir", "checkpoint_every", "device"}
-# ... but for the learning rates, which someone whose run diverged has to change.
+# These may differ too, although they change what is computed: a run that diverged can only go on with lower rates.
 LEARNING_RATES = {"adam.learning_rate", "value_adam.learning_rate"}
 
 
@@ -58,7 +58,7 @@ class RunError(RuntimeError):
 
 
 class Run:
-    """One run of one stage. Use as ``for step in run.steps(total): ...`` between ``prepare`` and ``finish``."""
+    """One run of one stage. Use as ``for step in run.steps(total): ...`` between ``prepare`` and ``close``."""
 
     def __init__(self, stage: str, config: RunConfig, *, resume: bool = False):
         self.stage = stage
@@ -74,7 +74,10 @@ class Run:
         self.checkpoint = latest_checkpoint(self.directory) if resume else None
 
     def _check_directory(self, resume: bool) -> None:
-        """The directory is new, or the run in it is this one. Nothing is written before the models are loaded."""
+        """Raises if the directory cannot be written to, or holds another run or one that is not to be resumed.
+
+        Nothing is written before the models are loaded, so that an error until then leaves nothing behind.
+        """
         config_file = self.directory / "config.yaml"
         above = next(path for path in (self.directory, *self.directory.absolute().parents) if path.exists())
         if not above.is_dir():
@@ -125,7 +128,7 @@ class Run:
     def prepare(self, *models_and_optimizers: Any, also: Sequence[Any] = ()) -> list[Any]:
         """Places models and optimizers on their devices and brings them to the checkpoint's state, if there is one.
 
-        ``also``: further objects with ``state_dict`` and ``load_state_dict`` that belong into the checkpoint.
+        ``also``: further objects with ``state_dict`` and ``load_state_dict`` that belong in the checkpoint.
         """
         if self.is_main:
             with describing(f"{self.directory}: cannot be used for output"):
@@ -143,7 +146,7 @@ class Run:
         return int(self.checkpoint.name.removeprefix("checkpoint-")) if self.checkpoint else 0
 
     def _open_metrics(self, first_step: int) -> None:
-        """Opens the metrics for appending, without what a killed run had logged beyond its checkpoint."""
+        """Opens the metrics for appending. Drops what was logged after the checkpoint, since those steps run again."""
         self.history: list[dict[str, Any]] = []
         if not self.is_main:
             return
@@ -201,7 +204,7 @@ class Run:
         progress.update(task, metrics="  ".join(f"{name} {metrics[name]:.3g}" for name in show if name in metrics))
 
     def save_checkpoint(self, step: int) -> None:
-        """Writes ``checkpoint-<step>`` whole. Those before it go when the next step has shown that it is sound."""
+        """Writes ``checkpoint-<step>`` whole. Older ones are removed only after the next step has run without error."""
         target = self.directory / checkpoint_name(step)
         temporary = target.with_suffix(".tmp")
         with describing(
@@ -212,18 +215,18 @@ class Run:
             self._publish(temporary, target)
 
     def last_checkpoint(self) -> str:
-        """For errors: what a run that stops here leaves to go on from."""
+        """For error messages: from which checkpoint a run that stops here can go on."""
         found = latest_checkpoint(self.directory)
         return f"{found.name} is intact" if found else "there is no checkpoint yet"
 
     def _remove_older_checkpoints(self) -> None:
-        """Leaves the newest one."""
+        """Removes all checkpoints but the newest."""
         if self.is_main:
             for older in checkpoints(self.directory)[:-1]:
                 shutil.rmtree(older)
 
     def require_finite(self, **quantities: float) -> None:
-        """Stops a run that has gone bad: from a NaN on, every step only spreads it.
+        """Stops the run if a quantity is NaN or infinite, since further steps would only spread it.
 
         Raises:
             RunError: names the quantity, the last good checkpoint and what to try.
@@ -232,7 +235,7 @@ class Run:
         if not bad:
             return
         found = checkpoints(self.directory)
-        # A checkpoint whose very next step fails is no good one: its weights may be huge, and finite.
+        # If the very next step after a checkpoint fails, the checkpoint is bad: its weights may be finite but huge.
         if found and found[-1].name == checkpoint_name(self.step):
             if self.is_main:
                 shutil.rmtree(found[-1])
@@ -258,7 +261,7 @@ class Run:
         return target
 
     def _publish(self, temporary: Path, target: Path) -> None:
-        """Makes a finished directory appear under its name at once, and last through a power cut."""
+        """Gives a complete directory its final name. It is flushed before that, so that it survives a power cut."""
         self.accelerator.wait_for_everyone()
         if self.is_main:
             for path in [*temporary.rglob("*"), temporary]:
@@ -294,7 +297,7 @@ def describing(what: str, half_written: Path | None = None) -> Iterator[None]:
 
 
 def quiet_libraries() -> None:
-    """Libraries report every file and every tied weight; what matters of it, we say ourselves."""
+    """Silences libraries, which report every file and every tied weight. We report what matters of it ourselves."""
     for library in ("accelerate", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
@@ -302,7 +305,7 @@ def quiet_libraries() -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that a kill leaves the old one or the new one, never a part."""
+    """Writes a file so that a kill leaves the old file or the new one, never a part of it."""
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     temporary.replace(path)
@@ -401,7 +404,8 @@ def optimizer_step(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer,
         group["lr"] = adam.learning_rate * factor
     norm = run.accelerator.clip_grad_norm_(model.parameters(), adam.max_grad_norm)
     scaler = run.accelerator.scaler
-    # In fp16 the scale is found by trying: a step whose gradients overflow is left out, and the scale is halved.
+    # In fp16 the loss scale is found by trying: a step whose gradients overflow is skipped, and the scale is halved. So
+    # an infinite norm is an error only without a scale, or once the scale is below 1.
     if scaler is None or scaler.get_scale() < 1:
         run.require_finite(gradient_norm=float(norm))
     optimizer.step()
@@ -418,9 +422,9 @@ def permutation(count: int, seed: int, epoch: int) -> list[int]:
 
 
 def batch_indices(count: int, batch_size: int, step: int, *, seed: int, epochs: int | None = None) -> list[int]:
-    """Which of ``count`` examples make up batch number ``step``: a function of its arguments alone.
+    """Which of ``count`` examples make up batch number ``step``. The result depends on the arguments alone.
 
-    Epochs follow one another, each in an order of its own, without end unless ``epochs`` is given: then the last
+    Epochs follow one another, each in an order of its own. They never end unless ``epochs`` is given; then the last
     batch may be short.
     """
     stop = (step + 1) * batch_size if epochs is None else min((step + 1) * batch_size, epochs * count)
@@ -443,8 +447,8 @@ def hold_out(count: int, fraction: float, seed: int) -> tuple[list[int], list[in
 def accumulate(run: Run, model: nn.Module, examples: Sequence[Any]) -> Iterator[tuple[list[Any], Batch]]:
     """The examples of one optimizer step in parts of ``tokens_per_forward``, each with its batch.
 
-    Every part is for a forward pass and a :func:`backward` of its own. Gradients add up; processes exchange them once,
-    at the last part. An example is whatever has a ``group``.
+    Every part gets a forward pass and a :func:`backward` of its own. Gradients add up; processes exchange them once,
+    at the last part. An example is any object with a ``group``.
     """
     inner: Backbone = unwrap(model)
     parts = inner.parts([example.group for example in examples], run.config.tokens_per_forward)
@@ -455,8 +459,8 @@ def accumulate(run: Run, model: nn.Module, examples: Sequence[Any]) -> Iterator[
 
 
 def backward(run: Run, loss: Tensor, share: float) -> None:
-    """Adds the gradient of ``share * loss``, where the shares of all parts on all processes make up the step's loss."""
-    # DDP averages gradients over processes, and what is wanted is their sum.
+    """Adds the gradient of ``share * loss``. The sum of these over all parts and processes is the step's loss."""
+    # DDP averages gradients over processes, but their sum is needed.
     run.accelerator.backward(loss * (share * run.accelerator.num_processes))
 
 

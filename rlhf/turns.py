@@ -22,17 +22,17 @@ from rlhf.fields import (
 from rlhf.sources import Record
 
 Prompt: TypeAlias = str | list[Message]
-"""A text, or the messages of a conversation. One that ends with the assistant's turn is to be continued in it."""
+"""A text, or the messages of a conversation. If they end with the assistant's turn, the completion continues it."""
 
 Completion: TypeAlias = str | Message
-"""What the assistant says, or its whole turn where that has more to it: calls of tools, reasoning."""
+"""What the assistant says, or its whole turn if that has more than content: calls of tools, reasoning."""
 
 BESIDE_CONTENT = ("tool_calls", "reasoning_content", "thinking")
-"""What of a turn is to be learned besides its content."""
+"""The fields of a turn that are trained on besides its content."""
 
 
 def prompt(record: Record, where: str) -> Prompt:
-    """The field ``prompt``. A string beside answers that are messages is what the user said."""
+    """The field ``prompt``. If it is a string and an answer is a message, it becomes a message of the user."""
     asked = stated_prompt(record, where)
     completions = record.get("completions")
     answers = [record.get(name) for name in ("completion", "chosen", "rejected")]
@@ -50,7 +50,7 @@ def stated_prompt(record: Record, where: str) -> Prompt:
 
 
 def before_answer(record: Record, turns: list[Message], name: str, where: str) -> list[Message]:
-    """The turns of the field ``name`` before its answer; if the record has a ``prompt`` as well, they must hold it."""
+    """The turns of the field ``name`` before its answer. If the record also has a ``prompt``, they must contain it."""
     if not turns:
         raise field_error(where, name, "has no turn before the assistant's")
     if turns[-1]["role"] == "assistant":
@@ -87,12 +87,12 @@ def spoken(turn: Message, name: str, where: str, *, may_be_blank: bool) -> Compl
 
 
 def is_conversation(value: Any) -> bool:
-    """Whether it has to be messages, being no text."""
+    """Whether a value has to be read as messages, since it is no text."""
     return isinstance(value, (list, Mapping))
 
 
 def tools(record: Record, asked: Prompt, where: str) -> list[dict[str, Any]] | None:
-    """The functions that the assistant may call, for the chat template: an array, or one as JSON in a string."""
+    """The functions that the assistant may call, for the chat template: an array, or JSON of an array in a string."""
     found = record.get("tools")
     if not found or isinstance(asked, str):
         return None

@@ -18,7 +18,7 @@ from rlhf.training import RunError, console, quiet_libraries
 
 
 class Background:
-    """Starts ``function(*args, **options)`` on one core, quietly. It dies with its parent, however that dies."""
+    """Starts ``function(*args, **options)`` on one core, quietly. Its process ends when its parent ends or dies."""
 
     def __init__(self, function: Callable[..., Any], *args: Any, **options: Any):
         self.process = multiprocessing.get_context("spawn").Process(
@@ -56,7 +56,7 @@ def _run(parent: int, function: Callable[..., Any], args: tuple, options: dict) 
 
 
 def _die_with(parent: int) -> None:
-    """A killed parent must not leave a writer in a directory that its resumed self will write to."""
+    """Ends this process when its parent is gone: a resumed experiment will write to the same directory."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

@@ -1,4 +1,4 @@
-"""The sizes of the miniature. The recipe's own settings keep the paper's values unless a line here says otherwise."""
+"""The sizes of the miniature. The stages keep the paper's settings except for those that experiment.py sets."""
 
 from __future__ import annotations
 

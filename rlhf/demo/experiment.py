@@ -8,7 +8,7 @@
     ppo, ppo_ptx    the policy, without and with the pretraining mix; ppo_free is PPO at β = 0
     evaluation      labellers who ranked nothing for the reward model compare everything with the SFT model
 
-The trainer sees text, demonstrations and rankings. What the labellers go by, it never sees.
+The trainer sees text, demonstrations and rankings. It never sees by what the labellers judge.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ LENGTHS = LengthConfig(max_prompt_tokens=32, max_response_tokens=40)
 SHOTS = 2
 """Worked examples in the few-shot prompt."""
 GAMMA_PTX = 1.0
-"""The paper's 27.8 weighs losses whose normalisation it does not give; with the mean over tokens for both, 27.8 leaves
-the reward no room at this size."""
+"""The paper's value is 27.8, but it does not say how the losses are normalised. Here both are means over tokens, and at
+this size 27.8 leaves the reward no room."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Data:
 
 
 def run(config: DemoConfig, *, resume: bool = False) -> dict:
-    """Runs what of the experiment is not done yet, writes the report and returns its figures."""
+    """Runs the steps of the experiment that are not done yet, writes the report and returns its figures."""
     output = Path(config.output_dir)
     open_directory(output, config, resume)
     clock = Clock(output / "seconds.json")
@@ -78,7 +78,7 @@ def run(config: DemoConfig, *, resume: bool = False) -> dict:
         config.large_width, 6, heads=config.large_width // 56, batch_size=8, steps=config.large_steps,
         learning_rate=1e-3, mixed_precision="bf16" if has_fast_bf16() else "no",
     )  # fmt: skip
-    # One core each: the models that are aligned are too small to keep two busy, so the large base has the other.
+    # The models that are aligned are too small to keep two cores busy, so the large base trains on the other core.
     torch.set_num_threads(1)
     large = Background(pretrain, output / "large_base", tokenizer, data.documents, large_size, seed=config.seed)
     with clock.timing("base"):
@@ -110,7 +110,7 @@ def run(config: DemoConfig, *, resume: bool = False) -> dict:
 
 
 def open_directory(output: Path, config: DemoConfig, resume: bool) -> None:
-    """Makes the directory; one that holds another experiment is put aside, never overwritten."""
+    """Makes the directory. A directory that holds another experiment is renamed, so that nothing is overwritten."""
     settings = output / "config.yaml"
     asked = {name: value for name, value in asdict(config).items() if name != "output_dir"}
     if settings.exists():
@@ -171,7 +171,7 @@ def write_records(path: Path, records: list[dict]) -> None:
 
 
 def train_sft(config: DemoConfig, base: Path) -> Path:
-    """The paper's 16 epochs; the learning rate is for a model this small, for which a dropout of 0.2 is too much."""
+    """Trains for the paper's 16 epochs. A model this small needs another learning rate, and 0.2 dropout is too much."""
     output = Path(config.output_dir)
     return sft.train(
         SFTConfig(
@@ -206,7 +206,7 @@ def make_rankings(folder: Path, data: Data, sft_model: Path, seed: int) -> None:
             completions = [next(samples) for _ in range(size)]
             ranks = rng.choice(labellers).rank(instruction, completions)
             records.append({"prompt": instruction.prompt, "completions": completions, "ranks": ranks})
-        # An empty completion cannot be scored; labellers skipped such prompts.
+        # A record with an empty completion would be refused, so the labellers skip such prompts.
         records = [record for record in records if all(text.strip() for text in record["completions"])]
         write_records(folder / f"{name}.jsonl", records)
 
@@ -267,20 +267,20 @@ def sample_texts(path: Path, prompts: list[str], seed: str) -> list[str]:
 
 
 def few_shot(data: Data, prompt: str, rng: random.Random) -> str:
-    """The prompt as the last of a page of worked examples, which is how the paper prompted GPT-3 to follow it."""
+    """The prompt at the end of a page of worked examples, as the paper prompted GPT-3 to follow instructions."""
     shots = rng.sample(data.demonstrations, SHOTS)
     return answer_page([(instruction.prompt, text) for instruction, text in shots], prompt)
 
 
 def evaluate(config: DemoConfig, data: Data, models: dict[str, Path], reward_model: Path) -> dict:
-    """Every figure of the report but the time."""
+    """Computes every figure of the report except the times."""
     output = Path(config.output_dir)
     tokenizer = load_tokenizer(str(models["sft"]))
     prompts = [instruction.prompt for instruction in data.evaluation]
     rng = random.Random(f"evaluation {config.seed}")
     texts = {name: sample_texts(path, prompts, f"{name} {config.seed}") for name, path in models.items()}
     prompted = [few_shot(data, prompt, rng) for prompt in prompts]
-    # A prompted base goes on to make up the next question; the completion is what comes before it.
+    # After its answer a prompted base makes up the next question. The completion is the text before that.
     answers = sample_texts(models["base"], prompted, f"few shot {config.seed}")
     texts["base_few_shot"] = [answer.split(STOP_WORD)[0].strip() for answer in answers]
     judges = [rng.choice(data.held_out_labellers) for _ in prompts]
@@ -320,7 +320,7 @@ def evaluate(config: DemoConfig, data: Data, models: dict[str, Path], reward_mod
 
 
 def course(directory: Path, data: Data, config: DemoConfig) -> list[dict]:
-    """Reward and KL over training, and what the held-out labellers would have said of the policy on the way."""
+    """Reward and KL over training, and the mean gold utility of the policies that were kept on the way."""
     records = {record["step"] + 1: record for record in read_metrics(directory / "metrics.jsonl")}
     points = [{"iteration": step, "reward": r["reward"], "kl": r["kl"]} for step, r in records.items()]
     some = data.evaluation[:300]
@@ -332,7 +332,7 @@ def course(directory: Path, data: Data, config: DemoConfig) -> list[dict]:
 
 
 def mean_gold(data: Data, instructions: list[Instruction], texts: list[str]) -> float:
-    """What the labellers would make of the answers on average, without their noise."""
+    """The mean gold utility of the answers: what the average labeller thinks of them, without noise."""
     return statistics.fmean(gold_utility(data.world, i, text) for i, text in zip(instructions, texts, strict=True))
 
 
@@ -365,7 +365,7 @@ def count_parameters(path: Path) -> int:
 
 
 class Clock:
-    """How long each step took, over all the times the experiment was resumed."""
+    """How long each step took, summed over all resumptions of the experiment."""
 
     def __init__(self, path: Path):
         self.path = path

@@ -1,9 +1,9 @@
 """The labellers: what they value, how they differ, and how often they slip.
 
-All of them want the same things, in different measure: each labeller weighs the qualities of an answer by tastes of
-their own, and every judgement carries noise. Both are set so that two labellers agree on about 73 % of the pairs, as
-the paper's did (Ouyang et al. 2022, section 3.4). Noise is a function of labeller and text, so that the whole
-experiment is a function of its seed.
+All labellers value the same qualities of an answer, but each weighs them by tastes of their own, and every judgement
+carries noise. Tastes and noise are set so that two labellers agree on about 73 % of the pairs, as the paper's did
+(Ouyang et al. 2022, section 3.4). Noise depends only on labeller, prompt and text, so the whole experiment follows from
+its seed.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ class Labeller:
         self.weights = {quality: weight * rng.lognormvariate(0, TASTE) for quality, weight in WEIGHTS.items()}
 
     def utility(self, instruction: Instruction, completion: str) -> float:
-        """What this labeller makes of a completion, slips included."""
+        """How good this labeller finds a completion, noise included."""
         assessment = vars(self.world.assess(instruction, completion))
         text = " ".join(completion.split())
         slip = random.Random(f"{self.name} / {instruction.prompt} / {text}").gauss(0, NOISE)
         return sum(weight * assessment[quality] for quality, weight in self.weights.items()) + slip
 
     def rank(self, instruction: Instruction, completions: Sequence[str]) -> list[int]:
-        """1 for the best. The same text twice is a tie."""
+        """The rank of each completion, 1 for the best. Equal texts are tied."""
         utilities = [self.utility(instruction, completion) for completion in completions]
         return [1 + sum(other > own for other in utilities) for own in utilities]
 

@@ -1,4 +1,4 @@
-"""The demo's report: a table beside the paper's figures, and plots that say something at a glance."""
+"""The demo's report: a table of its figures beside the paper's, and plots."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def write(output: Path, figures: dict[str, Any]) -> None:
 
 
 def table(figures: dict[str, Any]) -> list[list[str]]:
-    """What came out, beside what the paper has. The paper's win rates are against its 175B SFT model."""
+    """The demo's figures beside the paper's. The paper's win rates are against its 175B SFT model."""
     parameters, accuracy = figures["parameters"], figures["rm_accuracy"]
     ratio = parameters["large"] / parameters["small"]
     sizes = f"{parameters['small']:,} and {parameters['large']:,} ({ratio:.0f}×)"
@@ -117,7 +117,7 @@ def page(figures: dict[str, Any], rows: list[list[str]]) -> str:
 
 
 def plot_win_rates(path: Path, figures: dict[str, Any]) -> None:
-    """The paper's Figure 1: who is preferred to the SFT model, and how surely."""
+    """Plots win rates against the SFT model with their intervals, as in the paper's Figure 1."""
     rates = figures["win_rate_vs_sft"]
     order = ["base", "base_few_shot", "large_base", "ppo", "ppo_ptx"]
     figure, axes = plt.subplots(figsize=(6.5, 3.2))
@@ -137,7 +137,7 @@ def plot_win_rates(path: Path, figures: dict[str, Any]) -> None:
 
 
 def plot_tax(path: Path, figures: dict[str, Any]) -> None:
-    """What aligning costs on pretraining text, and what the pretraining mix gives back."""
+    """Plots what aligning costs on pretraining text, and how much of that the pretraining mix avoids."""
     figure, axes = plt.subplots(figsize=(4.5, 3))
     for x, (name, tax) in enumerate(figures["alignment_tax"].items()):
         axes.bar(x, tax, color=COLOURS.get(name, "tab:blue"), alpha=0.8)
@@ -150,7 +150,7 @@ def plot_tax(path: Path, figures: dict[str, Any]) -> None:
 
 
 def plot_course(path: Path, figures: dict[str, Any]) -> None:
-    """Reward, KL and what the labellers value, over training: with β = 0 the first rises at the last's cost."""
+    """Plots reward, KL and gold score over training. With β = 0 the reward rises at the cost of the gold score."""
     figure, panels = plt.subplots(1, 3, figsize=(12, 3.3))
     labels = [
         "reward model's score",

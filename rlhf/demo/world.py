@@ -1,15 +1,15 @@
 """A small generated world: creatures, facts about them, the text people write about them, and what they ask.
 
-Everything is drawn from a seed. The "web" that base models are pretrained on is like the real one in what matters here:
-it states facts, of which a quarter are wrong; it contains rude chatter; and a question in it is mostly followed by more
-questions, so that a model of it continues an instruction rather than follows it (Ouyang et al. 2022, section 1), unless
-it is shown the format of the web's pages of questions and answers (``answer_page``, the few-shot prompt).
+Everything is drawn from a seed. The "web" that base models are pretrained on is like the real one in what matters here.
+It states facts, and a quarter of them are wrong. It contains rude chatter. A question in it is mostly followed by more
+questions, so a model of it continues an instruction instead of following it (Ouyang et al. 2022, section 1), unless the
+prompt has the format of the web's pages of questions and answers (``answer_page``, the few-shot prompt).
 Words are separated by spaces, punctuation is a word, and the vocabulary is the same for every seed.
 
     World(seed)     the facts
     .documents      pages of the web, for pretraining
     .instructions   what people ask, with its meaning; .demonstration is what a paid writer answers
-    .assess         how well a completion does what was asked; labellers.py makes preferences of that
+    .assess         how well a completion does what was asked; labellers.py turns that into preferences
 """
 
 from __future__ import annotations
@@ -87,16 +87,16 @@ DIARY_LINES = (
     "{when} the {how} {what} was {where} the {home} {end} .",
 )
 STOP_WORD = "asked"
-"""Where a model that continues an answer page goes on to the next pair."""
+"""The word that begins the next pair when a model continues an answer page."""
 WEB_ERROR = 0.3
-"""How often the web picks a value at random; what it says is then mostly, not always, wrong."""
+"""How often the web picks a value at random. A random value is mostly wrong, but sometimes right."""
 SENTENCES_AT_MOST = 5
-"""Answers with more are long-winded."""
+"""Answers with more sentences are long-winded."""
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """A prompt and, hidden from every model, what it asks: (creature, attribute) pairs, or a story with creatures."""
+    """A prompt and what it asks, which no model sees: (creature, attribute) pairs, or the creatures of a story."""
 
     prompt: str
     kind: str
@@ -106,24 +106,24 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Assessment:
-    """What there is to say about a completion; shares are in [0, 1]."""
+    """The qualities of a completion. Shares are in [0, 1]."""
 
     follows: float
     """Share of what was asked that the completion speaks to."""
     truthful: float
-    """Share of what was asked that it answers truly, further false claims counting against it."""
+    """Share of what was asked that it answers correctly. Further false claims lower it."""
     detail: float
-    """Further true facts about the creatures asked about, or further lines of the story; two are enough."""
+    """Further true facts about the creatures asked about, or further lines of the story. Two are enough for 1."""
     fluent: float
-    """Share of its words that are in well-formed sentences, none of them said twice."""
+    """Share of its words that are in well-formed sentences. A repeated sentence counts once."""
     polite: float
-    """1 for a kind closing word."""
+    """1 if it has a polite closing sentence."""
     rude: float
-    """1 for an insult."""
+    """1 if it has an insult."""
     off_topic: float
     """Share of its well-formed sentences that nobody asked for."""
     long_winded: float
-    """Sentences beyond what anyone wants to read, out of five."""
+    """Sentences beyond ``SENTENCES_AT_MOST``, up to five, divided by five."""
 
 
 class World:
@@ -222,7 +222,10 @@ class World:
         return self._answer(instruction, rng, error=WEB_ERROR)
 
     def instructions(self, count: int, rng: random.Random) -> list[Instruction]:
-        """Distinct instructions, in random order (drawn in turn, the few questions there are would come first)."""
+        """Distinct instructions, in random order.
+
+        They are shuffled, since the few distinct questions that there are would all be drawn early.
+        """
         found: dict[str, Instruction] = {}
         while len(found) < count:
             instruction = self._instruction(rng)
@@ -281,7 +284,7 @@ class World:
         astray += max(len(reading.courtesies) - 1, 0) + reading.evasions
         if instruction.kind == "story":
             cast: set[str] = set().union(*reading.narration)
-            # A story needs two lines; a stranger in it makes it another story.
+            # A story needs two lines. With a creature that was not asked for it is another story, and counts little.
             follows = min(len(reading.narration), 2) / 2 * (len(cast & creatures) / 2 if cast <= creatures else 0.25)
             truthful = follows * (len(true) / len(reading.claims) if reading.claims else 1.0)
             further = len(reading.narration) - 2
@@ -304,14 +307,14 @@ class World:
 
 
 def answer_page(pairs: Sequence[tuple[str, str]], prompt: str | None = None) -> str:
-    """Questions and answers as some pages of the web have them; ``prompt`` is one more, which waits for its answer."""
+    """Questions and answers as some pages of the web have them. ``prompt`` adds a question without an answer."""
     blocks = [ANSWER_PAGE.format(*pair) for pair in pairs]
     return " ".join(blocks if prompt is None else [*blocks, ANSWER_PAGE.format(prompt, "").strip()])
 
 
 @dataclass
 class Reading:
-    """What a completion says. A sentence said twice counts once, as does its share of good words."""
+    """What a completion says. A repeated sentence counts once, also in ``good_words`` and ``good_sentences``."""
 
     claims: dict[tuple[str, str], str]
     """Value claimed for each (creature, attribute)."""
@@ -327,14 +330,14 @@ class Reading:
 
 
 def read(completion: str, subject: str) -> Reading:
-    """Parses a completion by the world's grammar; ``subject`` is whom an "it" at the beginning refers to."""
+    """Parses a completion by the world's grammar. ``subject`` is the creature that an "it" at the beginning means."""
     words = completion.split()
     sentences = [sentence.strip() for sentence in re.findall(r"[^.?]*[.?]", " ".join(words))]
     reading = Reading({}, [], set(), len(words), len(sentences), not RUDE_WORDS.isdisjoint(words))
     for sentence in dict.fromkeys(sentences):
         if claim := _read_statement(sentence, subject):
             (subject, attribute), value = claim
-            # Who says both this and that has said neither.
+            # Two values for the same attribute contradict each other, so the claim becomes "", which is never true.
             consistent = reading.claims.setdefault((subject, attribute), value) == value
             reading.claims[subject, attribute] = value if consistent else ""
         elif (names := _read_narration(sentence)) is not None:
@@ -372,7 +375,7 @@ _NARRATION_PATTERNS = [
 
 
 def _read_statement(sentence: str, subject: str) -> tuple[tuple[str, str], str] | None:
-    """((creature, attribute), value) of a statement of fact; ``subject`` is whom "it" refers to."""
+    """((creature, attribute), value) of a statement of fact. ``subject`` is the creature that "it" means."""
     for attribute, pattern in _STATEMENT_PATTERNS:
         if found := pattern.fullmatch(sentence):
             return (found["s"] or subject, attribute), found["v"]

@@ -31,7 +31,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory, tokenizer):
-    """A causal LM's directory; its answers end soon, since EOS is a likely token."""
+    """The directory of a causal LM. Its answers end soon, since EOS is a likely token."""
     torch.manual_seed(1)
     model = tiny_gpt2(len(tokenizer), tokenizer.eos_token_id)
     directory = tmp_path_factory.mktemp("base")
@@ -55,7 +55,7 @@ def reward_model(tmp_path_factory, base):
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """Paths of ``demonstrations``, ``comparisons``, ``prompts`` and ``texts``. In all of them a word is followed by the
-    next one, and the better completion is the one that starts so."""
+    next word of ``WORDS``. The best completion of a comparison goes on like that, the others are random."""
     directory = tmp_path_factory.mktemp("data")
     draw = random.Random(0)
 
@@ -137,7 +137,7 @@ def ppo_config(tmp_path, base, reward_model, data):
 
 @pytest.fixture
 def open_run():
-    """A run whose metrics and progress bar exist, for calling the functions of a stage one at a time."""
+    """A run on which the functions of a stage can be called one at a time."""
 
     def make(stage, config):
         return Run(stage, config)

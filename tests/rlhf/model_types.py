@@ -123,7 +123,7 @@ TYPES: dict[str, dict[str, Any]] = {
 
 
 def tiny(model_type: str, vocabulary: int, eos: int, scale: float = 8.0) -> Any:
-    """A model of the type, its matrices ``scale`` times as large as it would begin with."""
+    """A model of the type whose matrices are ``scale`` times as large as its initialisation makes them."""
     sizes = {"vocab_size": vocabulary, "bos_token_id": eos, "eos_token_id": eos, "pad_token_id": 0}
     settings = SIZES | sizes | TYPES[model_type]
     config = AutoConfig.for_model(model_type, **{k: v for k, v in settings.items() if v is not None})

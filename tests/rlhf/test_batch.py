@@ -1,4 +1,4 @@
-"""Packing: every token once, flat indices that mean what they say, and a model that cannot tell the difference."""
+"""Packing: every token is laid out once, flat indices are right, and log-probs are the same as without packing."""
 
 from itertools import pairwise
 
@@ -32,7 +32,7 @@ def groups_of(lengths):
 
 
 def segments(batch):
-    """(start, tokens) of everything in the rows that begins at position 0, the unused tails among them."""
+    """(start, tokens) of everything in the rows that begins at position 0, including the unused ends of rows."""
     found = []
     columns = batch.input_ids.shape[1]
     for row, (ids, positions) in enumerate(zip(batch.input_ids.tolist(), batch.position_ids.tolist(), strict=True)):
@@ -65,7 +65,7 @@ def test_row_length(pairs):
 @given(PAIRS, st.booleans())
 def test_flat_indices_agree_with_a_recomputation(pairs, one_row):
     batch = lay_out(groups_of_one(*unzip(pairs)), "one_row" if one_row else "packed")
-    # Where each sequence went: `last` is checked against the segments, which know nothing of it.
+    # `last` is checked against where the segments end, which is found without it.
     ends = {start + len(tokens) - 1: tokens for start, tokens in segments(batch) if any(tokens)}
     last = batch.last.tolist()
     assert sorted(last) == sorted(ends)
@@ -95,7 +95,7 @@ def test_a_response_may_be_empty(pairs):
 
 
 def test_all_responses_may_be_empty():
-    """As when a model without a cache samples its next token."""
+    """This happens when a model without a cache samples its next token."""
     batch = lay_out(groups_of_one([[1, 2], [3]], [[], []]))
     assert batch.before.dtype == batch.targets.dtype == torch.int64
     assert batch.before.tolist() == batch.targets.tolist() == []
@@ -110,7 +110,7 @@ def test_prompts_and_responses_must_pair_up():
 
 
 def test_padded_rows():
-    """One for each sequence, in order, with a mask and no positions, even where two would fit one row."""
+    """One row for each sequence, in order, with a mask and no positions, even if two sequences would fit one row."""
     batch = lay_out(groups_of_one([[1, 2], [3], [4]], [[5, 6], [7], [8, 9]]), "padded")
     assert batch.input_ids.tolist() == [[1, 2, 5, 6], [3, 7, 0, 0], [4, 8, 9, 0]]
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 0]]
@@ -205,7 +205,7 @@ def test_split(lengths, tokens):
     for part in parts:
         assert len(part) == 1 or sum(lengths[index] for index in part) <= tokens
     for part, following in pairwise(parts):
-        # No part ends early.
+        # No part ends while the next group would still fit.
         assert sum(lengths[index] for index in part) + lengths[following[0]] > tokens
 
 

@@ -1,6 +1,6 @@
 """A run of each stage against the same run written out in plain torch: one sequence at a time, by Hugging Face's own
-models, and straight from the files. Every setting has a value at which it acts, so one that is dropped, swapped with
-its neighbour or given to the wrong part leaves other weights or other figures.
+models, and straight from the files. Every setting has a value that matters, so a setting that is dropped, swapped with
+another or given to the wrong part changes the weights or the figures.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from rlhf.training import Run, batch_indices, hold_out
 
 @pytest.fixture
 def told(monkeypatch):
-    """What a run says beside its metrics: its report, which is not drawn here, the figures at its progress bar, and the
-    lengths of the sequences that it asks to be parted, with the tokens that a part may have."""
+    """Records what a run says besides its metrics: its report, which is not drawn here; the figures beside its progress
+    bar; and for each batch that it splits into parts, the lengths of the sequences and the tokens of a part."""
     said = SimpleNamespace(shown=[], parted=[])
     log, steps, parts = Run.log, Run.steps, Backbone.parts
 
@@ -78,20 +78,20 @@ def demonstrations(path, tokenizer, longest_prompt, longest_response):
 
 
 def chunks(path, tokenizer, length):
-    """All texts, each with an EOS, in chunks of which the first token is only read."""
+    """All texts, each with an EOS, in chunks. The first token of a chunk is read, but not predicted."""
     stream = [token for each in records(path) for token in [*ids(tokenizer, each["text"]), tokenizer.eos_token_id]]
     whole = [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
     return [(chunk[:1], chunk[1:]) for chunk in whole]
 
 
 def log_probs(model, prompt, response, temperature=1.0):
-    """Of every token that could stand at each place of the response: (len(response), V)."""
+    """The log-probs of all tokens at each place of the response: (len(response), V)."""
     logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
     return (logits / temperature).log_softmax(-1)
 
 
 def negative_log_likelihoods(model, examples):
-    """One for each token of the completions."""
+    """The negative log-likelihood of each token of the completions."""
     return torch.cat(
         [-log_probs(model, prompt, response)[range(len(response)), response] for prompt, response in examples]
     )
@@ -104,7 +104,7 @@ def scalars(model, prompt, response):
 
 
 def parted(examples):
-    """For a prompt and completion each, or a prompt and all its completions, in parts of 20 tokens."""
+    """What ``told`` records when prompts, each with all its completions, are split into parts of 20 tokens."""
     groups = [[len(prompt) + len(each) for each in responses] for prompt, responses in examples]
     return groups, 20
 
@@ -273,7 +273,7 @@ def words(completions, **_):
 
 @pytest.fixture
 def sampled(monkeypatch):
-    """The completions that PPO samples: they are the one thing here that is not computed anew."""
+    """Records the completions that PPO samples. They are the only thing that this file does not compute again."""
     batches, sample = [], ppo.sample
 
     def keep(policy, prompts, **options):
@@ -286,7 +286,7 @@ def sampled(monkeypatch):
 
 
 def advantages_by_hand(rewards, values, gamma, lam):
-    """Of one completion, from its last token to its first."""
+    """The advantages of one completion, computed from its last token to its first."""
     advantages, following, value = [], 0.0, 0.0
     for reward_, value_ in zip(reversed(rewards), reversed(values), strict=True):
         following = reward_ + gamma * value - value_ + gamma * lam * following
@@ -416,7 +416,7 @@ def test_ppo(ppo_config, data, base, reward_model, told, sampled):
 
 
 def test_ppo_reports_the_last_tenth(ppo_config, told):
-    """Of 21 iterations the last two; every eighth policy is kept; there is no pretraining mix to speak of."""
+    """The last tenth of 21 iterations is two. Every eighth policy is kept. Without a mix the title is PPO."""
     lengths = {"max_prompt_tokens": 16, "max_response_tokens": 3}
     config = ppo_config(episodes=85, batch_size=4, minibatch_size=4, lengths=lengths, keep_every=8)
     path = ppo.train(config)

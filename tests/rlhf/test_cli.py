@@ -22,7 +22,7 @@ from rlhf.demo.pretrain import make_tokenizer
 
 @pytest.fixture
 def bare(base, reward_model, tmp_path):
-    """Models without weights: a configuration and a tokenizer. To read the weights fails with another error."""
+    """Models without weights: a configuration and a tokenizer. Reading their weights would fail with another error."""
     paths = []
     for path in (base, reward_model):
         paths.append(shutil.copytree(path, tmp_path / f"bare-{len(paths)}"))
@@ -32,7 +32,7 @@ def bare(base, reward_model, tmp_path):
 
 @pytest.fixture
 def commands(bare, data, tmp_path):
-    """A command for every stage, that lacks nothing but weights."""
+    """A command for every stage in which only the weights are missing."""
     out = ["--output_dir", tmp_path / "out"]
     short = ["--lengths.max_response_tokens", 8]
     return {
@@ -74,7 +74,7 @@ def test_help_explains_every_setting(rlhf):
         "default: 0.02)",
     ):
         assert words.lower() in text.lower()
-    # A setting without a word about it would go from its name straight to its default.
+    # The help of a setting without a docstring goes from its name straight to its default.
     assert not re.search(r"--[\w.]+ [A-Z_0-9]+ \((required|type|default)", text)
 
 
@@ -298,7 +298,7 @@ def test_no_such_data_file(rlhf, commands, tmp_path):
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "evaluate", "generate"])
 def test_weights_are_missing(rlhf, commands, stage):
-    """What the tests above rely on: with good data, these commands do go on to the weights."""
+    """The tests above rely on this: with good data, these commands go on to read the weights."""
     code, error = rlhf(stage, *commands[stage])
     assert code == 2
     assert "could not be loaded as" in only_line(error)
@@ -358,7 +358,7 @@ def test_interrupt(rlhf, commands, base, bare, monkeypatch):
 
 
 def test_the_recipe_end_to_end(rlhf, base, data, tmp_path):
-    """Every command once, each on what the one before it made."""
+    """Every command once, each on the output of the one before it."""
     common = ["--device", "cpu", "--adam.learning_rate", 1e-3]
     short = ["--lengths.max_prompt_tokens", 16, "--lengths.max_response_tokens", 8]
     texts = ["--pretraining_data", data.texts, "--pretraining_tokens", 16]
@@ -387,7 +387,7 @@ def test_the_recipe_end_to_end(rlhf, base, data, tmp_path):
         "generate", "--model", sft / "model", "--prompts", data.prompts, "--samples", 4, "--output_dir", answers, *short
     )
     records = [json.loads(line) for line in (answers / "completions.jsonl").read_text().splitlines()]
-    # The labeller likes what goes on with more words.
+    # The labeller prefers completions with more words.
     ranked = [
         record
         | {
@@ -420,7 +420,7 @@ def test_the_recipe_end_to_end(rlhf, base, data, tmp_path):
 
 
 def test_settings_are_stored_and_can_be_used_again(rlhf, base, data, tmp_path):
-    """config.yaml of a run is what --config takes, but for the name of the stage."""
+    """The config.yaml of a run can be given as --config, here without the name of its stage."""
     command = [
         "sft",
         "--model",
@@ -484,7 +484,7 @@ def test_module_and_exit_status(tmp_path):
 
 @pytest.fixture
 def stopped(rlhf, base, data, tmp_path, monkeypatch):
-    """A run of SFT that an interrupt ended after its fifth step, and one that nothing ended."""
+    """A run of SFT that was interrupted after its fifth step, and the same run without the interrupt."""
     from rlhf import sft
 
     command = ["sft", "--model", base, "--data", data.demonstrations, "--epochs", 2, "--batch_size", 8]
@@ -532,7 +532,7 @@ def test_a_run_that_was_moved_goes_on_where_it_is(stopped, rlhf, tmp_path):
 
 
 def test_a_setting_that_takes_a_list_may_be_given_again(rlhf, base, data, tmp_path):
-    """Both files are read, whichever way they are written; of another setting the last one counts."""
+    """Both files are read, in whichever way they are given. For any other setting the last value counts."""
     path = data.demonstrations
     for i, more in enumerate((["--data", path], [f"--data={path}"], ["--data", f"['{path}']", "--epochs", 1])):
         command = ["sft", "--model", base, "--epochs", 1 if i < 2 else 9, "--data", path, "--device", "cpu", *more]
@@ -545,7 +545,7 @@ def test_a_setting_that_takes_a_list_may_be_given_again(rlhf, base, data, tmp_pa
 
 
 def test_cli_is_a_module_that_runs():
-    """As some launchers are told to start it."""
+    """Some launchers start it like this."""
     done = subprocess.run([sys.executable, "-m", "rlhf.cli", "sft"], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("rlhf sft: error: ")

@@ -1,4 +1,4 @@
-"""Records: every way they can be wrong, and what becomes of them as token ids."""
+"""Records: every way they can be wrong, and the token ids of good ones."""
 
 import json
 import logging
@@ -39,7 +39,7 @@ EOS, BOS, UNK, A, B, C, D = range(7)
 
 
 def words(*, bos=False, closing=False, chat_template=None, **special):
-    """A tokenizer with a token per word; ``bos`` and ``closing`` are tokens that it puts around a text itself."""
+    """A tokenizer with a token per word. With ``bos`` and ``closing`` it puts BOS and EOS around a text by itself."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if bos or closing:
@@ -173,7 +173,7 @@ def test_bad_record(tmp_path, read, good, line, reason):
     path.write_bytes(good + b"\n" + line + b"\n" + b"a second problem\n")
     with pytest.raises(DataError) as error:
         read([str(path)])
-    # Some Pythons say more about what the recursion was in.
+    # Some versions of Python also say where the recursion happened.
     message = str(error.value).removesuffix(" while decoding a JSON array from a unicode string")
     assert message == f"{path}:3: {reason}"
 
@@ -375,7 +375,7 @@ def test_data_set_by_name(monkeypatch):
         (words(closing=True), "a b", [A, B]),
         (words(closing=True), "", [EOS]),
         (words(bos=True, closing=True, bos_token="<bos>"), "a b", [BOS, A, B]),
-        (words(bos=True, bos_token="<bos>"), "a <eos>", [BOS, A, EOS]),  # of the text, not added to it
+        (words(bos=True, bos_token="<bos>"), "a <eos>", [BOS, A, EOS]),  # this EOS is in the text, not added to it
         (
             words(chat_template=CHAT),
             [{"role": "user", "content": "a"}],
@@ -472,7 +472,7 @@ NO_ROOM = "tokens, which leaves no room for a completion in the model's context 
         (
             [demo("a " * 13)],
             words(),
-            {"max_prompt_tokens": 12},  # the context, so that it is no limit of its own
+            {"max_prompt_tokens": 12},  # as large as the context, so it drops no prompt
             f"d.jsonl:1: field 'prompt': has 13 {NO_ROOM} such prompts",
         ),
         (

@@ -1,4 +1,4 @@
-"""A run that has gone bad stops at that step with one line, and can be taken up again before it."""
+"""A run whose figures become NaN stops at that step with one line of error, and can go on from a checkpoint."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def command(base, reward_model, data, tmp_path):
     return make
 
 
-# What a stage computes, where in its result the number is, and what the line calls it.
+# The module and the function that compute a quantity, how to spoil the result, and the quantity's name in the error.
 QUANTITIES = {
     "sft loss": (sft, "language_model_step", lambda found: NAN, "loss"),
     "reward loss": (reward, "ranking_step", lambda found: (NAN, found[1]), "loss"),
@@ -45,7 +45,7 @@ QUANTITIES = {
 
 
 def spoil(monkeypatch, module, name, change, step):
-    """The function's result is another one at ``step``, the first time that it comes to it."""
+    """Changes the function's result at ``step``, but only the first time that the run gets there."""
     function = getattr(module, name)
     left = [True]
 
@@ -114,13 +114,13 @@ def test_gradient_that_is_not_finite_changes_no_weight(sft_config, open_run, bas
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 def test_learning_rate_that_is_far_too_high(stage, command, rlhf, tmp_path):
-    """Whatever becomes NaN first; nothing is kept as finished, and a sane rate starts again."""
+    """Whatever becomes NaN first, no model is saved, and the run can start again with a sensible rate."""
     code, error = rlhf(*command(stage, 1e30))
     assert code == 1
     assert only_line(error).startswith(f"rlhf {stage}: error: step ")
     assert not (tmp_path / "run/model").exists()
     rates = [word for adam in RATES[stage] for word in (f"--{adam}.learning_rate", 1e-3)]
-    for checkpoint in (tmp_path / "run").glob("checkpoint-*"):  # of weights that are huge, and finite
+    for checkpoint in (tmp_path / "run").glob("checkpoint-*"):  # their weights are huge, but finite
         shutil.rmtree(checkpoint)
     assert rlhf(stage, "--resume", tmp_path / "run", *rates)[0] == 0
     assert (tmp_path / "run/model").is_dir()
@@ -128,7 +128,7 @@ def test_learning_rate_that_is_far_too_high(stage, command, rlhf, tmp_path):
 
 def spoilt_reward_model(reward_model, path):
     model = ScalarModel.load(reward_model)
-    torch.nn.init.constant_(model.head.weight, 3e38)  # finite, as weights must be; its products are not
+    torch.nn.init.constant_(model.head.weight, 3e38)  # finite, or it would not be loaded; its products are not
     model.save(path, load_tokenizer(reward_model))
     return str(path)
 

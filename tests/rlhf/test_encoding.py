@@ -56,7 +56,7 @@ OSS = template(
 )
 TWO = template("[{{ m.role }}]{{ m.content }}<|end|><|im_end|>", "[assistant]")
 PLAIN = template("{{ m.role }}: {{ m.content }}\n", "assistant:")
-# Qwen 3 writes an empty thought before an answer that has none; others begin one in the prompt, and only there.
+# Qwen 3 writes an empty thought before an answer without one. Other templates begin a thought in the prompt only.
 THOUGHT = template(
     "<|im_start|>{{ m.role }}\n{% if loop.last and m.role == 'assistant' %}<think></think>{% endif %}"
     "{{ m.content }}<|im_end|>\n",
@@ -72,7 +72,7 @@ TOOLS = (
 
 
 def bytes_tokenizer(chat_template, *, merges=(), bos=False):
-    """A token per byte, and the special tokens; ``bos``: it begins every text with one by itself."""
+    """A token per byte, and the special tokens. With ``bos`` it begins every text with BOS by itself."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: i for i, letter in enumerate([*alphabet, *(a + b for a, b in merges)])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
@@ -121,7 +121,7 @@ CASES = [
 def test_a_turn_ends_as_the_template_ends_it(chat_template, end, prompt, completion):
     tokenizer = bytes_tokenizer(chat_template)
     assert tokenizer.decode(turn_end(tokenizer)) == end
-    for content in ("c", f"c{end}"):  # one that carries its end as text does not end twice
+    for content in ("c", f"c{end}"):  # a content that has the end as text does not end twice
         example = demonstrate(tokenizer, [user()], content)
         assert decoded(tokenizer, example) == (prompt, completion)
     [example] = tokenize_prompts([PromptRecord([user()], "p:1")], tokenizer, LIMITS)
@@ -174,7 +174,7 @@ def test_what_a_tokenizer_would_join_stays_apart():
     tokenizer = bytes_tokenizer(CHATML, merges=[("Ċ", "Ċ")])
     whole = tokenizer.apply_chat_template([user(), said("\n\nc")], return_dict=False)
     example = demonstrate(tokenizer, [user()], "\n\nc")
-    # In the whole text the line end of the prompt is one token with the first of the answer.
+    # In the whole text the prompt's line end and the answer's first line end are one token.
     assert whole[: len(example.prompt_ids)] != example.prompt_ids
     assert example.completion_ids == tokenizer("\n\nc<|im_end|>").input_ids
     assert decoded(tokenizer, example) == ("<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\n", "\n\nc<|im_end|>")

@@ -1,4 +1,4 @@
-"""Comparisons of two models: the interval, the judge's word, KL and the alignment tax, each recomputed by hand."""
+"""Comparisons of two models: the interval, the judge's outcomes, KL and alignment tax, each recomputed by hand."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def written(config):
 
 
 def longer(prompt, a, b):
-    """A judge."""
+    """A judge that prefers the longer answer."""
     assert prompt
     return 0.5 if len(a) == len(b) else float(len(a) > len(b))
 
@@ -141,7 +141,7 @@ def test_no_such_judge(make, judge):
 
 def test_a_judge_that_gives_nan_prefers_nothing(make, reward_model, tmp_path):
     model = ScalarModel.load(reward_model)
-    torch.nn.init.constant_(model.head.weight, 3e38)  # finite, as weights must be; its products are not
+    torch.nn.init.constant_(model.head.weight, 3e38)  # finite, or it would not be loaded; its products are not
     model.save(tmp_path / "nan", load_tokenizer(reward_model))
     with pytest.raises(ModelError, match=r"judge: the score of the model's completion gives .* for the prompt"):
         evaluate(make(judge=str(tmp_path / "nan")))
@@ -171,7 +171,7 @@ def test_figures_that_are_not_finite_are_no_result(make, monkeypatch, tmp_path):
 
 
 def test_every_model_must_have_room(make, base, reward_model, data, tmp_path):
-    """The baseline and the judge read the prompts and answers as well, and may see less than the model."""
+    """The baseline and the judge read the prompts and answers too, and may have a shorter context than the model."""
     for setting, cls, source in (("baseline", LanguageModel, base), ("judge", ScalarModel, reward_model)):
         short = cls.load(source)
         embedding = torch.nn.Embedding(18, 32)
@@ -286,7 +286,7 @@ def test_generate(generation):
 
 
 def test_generate_keeps_further_fields(generation, tmp_path):
-    """An id, or the tools that the prompt was written with; not what another model answered."""
+    """An id is kept, and so are the tools that the prompt was written with, but not the answers of another model."""
     records = [{"prompt": f"w0{i}", "id": i, "source": {"page": i}, "completions": ["w01", "w02"]} for i in range(3)]
     path = generate(generation(prompts=write_jsonl(tmp_path / "prompts.jsonl", records)))
     for record, written in zip(records, map(json.loads, path.read_text().splitlines()), strict=True):
@@ -304,7 +304,7 @@ def test_generate_keeps_the_order_of_prompts(generation, data):
 
 
 def test_generate_greedily(generation, tmp_path):
-    """Temperature 0 has no luck in it: neither the seed nor the batch changes a word."""
+    """At temperature 0 nothing is random: neither the seed nor the batch size changes a word."""
     first = generate(generation(temperature=0.0, samples=2))
     second = generate(generation(temperature=0.0, seed=5, batch_size=7, samples=2, output_dir=str(tmp_path / "again")))
     assert first.read_bytes() == second.read_bytes()

@@ -1,4 +1,4 @@
-"""The layouts of records: what each is read as, and what is said of one that is broken."""
+"""The layouts of records: what each is read as, and the error of each broken record."""
 
 import json
 import logging
@@ -169,7 +169,7 @@ def test_tools(tools):
     assert prompt.extra == {"tools": tools}
     [pair] = read_comparisons([{"prompt": [USER], "chosen": "x", "rejected": "y", "tools": tools}])
     assert pair.tools == TOOLS
-    # A text has no place for them.
+    # A prompt that is a text has no place for tools.
     assert read_prompts([{"prompt": "p", "tools": "hammer"}])[0].tools is None
     assert [read_prompts([{"prompt": [USER], "tools": none}])[0].tools for none in (None, [], "[]")] == [None] * 3
 
@@ -367,8 +367,8 @@ def test_broken(read, record, reason):
 
 # Where texts are split ----------------------------------------------------------------------------------------------
 
-# Words and what stands between them, with what has gone wrong elsewhere: accents on their own, a letter outside of the
-# basic plane, joined emoji, line ends of two characters.
+# Words and the space between them, with characters that often cause mistakes: accents on their own, a letter outside of
+# the basic plane, joined emoji, line ends of two characters.
 letters = st.sampled_from(["a", "b", "é", "e\u0301", "\u0301", "𝒳", "👩\u200d👧", "'", "."])
 words = st.lists(letters, min_size=1, max_size=4).map("".join)
 spaces = st.sampled_from([" ", "\n", "\r\n", "  ", "\t", "\u3000"])

@@ -1,4 +1,4 @@
-"""Every type of model goes through the three stages, or says why not; and what a later type may do is found out."""
+"""Every type of model goes through the three stages. What an unknown type might do wrong is found out and refused."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from rlhf_kernels import linear_selective_log_softmax
 
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15]]
 RESPONSES = [[16, 17, 18, 19, 20, 21], [22, 23, 24, 25], [26, 27, 28]]
-# What keeps its sequences apart in a row, and what has to be sampled in another way than in a left-padded batch.
+# Types that need a row for each sequence, and below those that cannot be sampled in a left-padded batch.
 PADDED = {
     "bamba", "biogpt", "bloom", "falcon_h1", "falcon_mamba", "gpt_oss", "granitemoehybrid", "jamba", "lfm2", "mamba",
     "mamba2", "minimax", "mpt", "openai-gpt", "opt", "qwen3_next", "recurrent_gemma", "rwkv", "xglm", "xlstm", "zamba2",
@@ -32,9 +32,9 @@ DECODING = {"mamba": "aligned", "falcon_mamba": "aligned"} | dict.fromkeys(
 
 @pytest.fixture(scope="module", params=TYPES)
 def directory(request, tmp_path_factory, tokenizer):
-    """A model's directory, with weights that are large, its tokenizer's, and its type.
+    """The directory of a model with large weights, the directory of its tokenizer, and its type.
 
-    The tokenizer has one of its own, since beside a Qwen 2 transformers takes any for that type's.
+    The two directories differ, since transformers takes any tokenizer beside a Qwen 2 for Qwen 2's own.
     """
     path, beside = tmp_path_factory.mktemp(request.param), tmp_path_factory.mktemp("tokenizer")
     tiny(request.param, len(tokenizer), tokenizer.eos_token_id).save_pretrained(path)
@@ -43,7 +43,7 @@ def directory(request, tmp_path_factory, tokenizer):
 
 
 def test_type(directory, caplog, monkeypatch, sft_config, reward_config, ppo_config, tmp_path):
-    monkeypatch.setattr(report, "plot_history", lambda *_: None)  # a figure a stage takes longer than its training
+    monkeypatch.setattr(report, "plot_history", lambda *_: None)  # a stage's figure takes longer than its training
     path, tokenizer, model_type = directory
     monkeypatch.setattr(models, "_said", set())
     with caplog.at_level(logging.WARNING, "rlhf"):
@@ -53,7 +53,7 @@ def test_type(directory, caplog, monkeypatch, sft_config, reward_config, ppo_con
     assert ("see each other" in caplog.text) == (model.layout == "padded")
     assert ("other logits with a cache" in caplog.text) == (model.decoding != "padded")
 
-    # Together as alone, through the model's own logits.
+    # Log-probs in a batch are those of each sequence alone, through the model's own logits.
     with torch.no_grad():
         ours = model(model.lay_out(groups_of_one(PROMPTS, RESPONSES)), linear_selective_log_softmax)
         alone = [
@@ -63,7 +63,7 @@ def test_type(directory, caplog, monkeypatch, sft_config, reward_config, ppo_con
     expected = [a.gather(1, torch.tensor(r)[:, None])[:, 0] for a, r in zip(alone, RESPONSES, strict=True)]
     torch.testing.assert_close(ours, torch.cat(expected), atol=1e-4, rtol=0)
 
-    # Two steps of each stage. Small learning rates: large weights would turn one step of a larger one into NaN.
+    # Two steps of each stage. With weights this large, a step at a higher learning rate would end in NaN.
     common = {"adam": {"learning_rate": 1e-5}, "tokenizer": tokenizer}
     trained = sft.train(sft_config(model=str(path), epochs=1, batch_size=20, residual_dropout=0.0, **common))
     ranker = reward.train(reward_config(model=str(trained), epochs=1, batch_size=12, **common))
@@ -85,7 +85,7 @@ def llama():
 
 
 def with_hook(model, change):
-    """The model, its hidden states changed: as a type that this library has never seen would."""
+    """The model with its hidden states changed, like a type that this library has never seen."""
 
     def hook(_module, _arguments, output):
         output.last_hidden_state = change(output.last_hidden_state)
@@ -96,7 +96,7 @@ def with_hook(model, change):
 
 
 def carry_a_state(states):
-    """A state that runs through a row, as in a recurrent layer that no one has told where a sequence begins."""
+    """A state that runs through a whole row, as in a recurrent layer that does not know where a sequence begins."""
     return states + 0.01 * states.cumsum(1)
 
 
@@ -133,7 +133,7 @@ def test_what_is_right_in_no_layout_is_refused():
 
 
 def test_several_end_tokens_in_the_configuration():
-    """As Llama 3's has them."""
+    """Llama 3's configuration has several."""
     model = llama()
     model.config.eos_token_id = [1, 5, 6]
     assert LanguageModel(model).layout == "packed"
@@ -147,7 +147,7 @@ def test_nan_weights_are_refused():
 
 
 def test_missing_weights_are_refused(tmp_path, tokenizer):
-    """transformers would make them up, and train on."""
+    """transformers would fill them with random numbers and go on."""
     model = llama()
     state = {name: tensor for name, tensor in model.state_dict().items() if "layers.1.mlp" not in name}
     model.save_pretrained(tmp_path, state_dict=state)
@@ -161,7 +161,7 @@ def test_missing_weights_are_refused(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("model_type", ["granite", "falcon_h1", "mamba", "llama4_text", "llama"])
 def test_transformers_alone_loads_a_reward_model(model_type, tmp_path, tokenizer):
-    """By the lines in the README.md beside it, also for types that transformers has no classifier of."""
+    """The lines in the README.md beside it do so, also for types for which transformers has no classifier."""
     tiny(model_type, len(tokenizer), tokenizer.eos_token_id).save_pretrained(tmp_path / "lm")
     ours = ScalarModel.load(str(tmp_path / "lm")).eval()
     torch.nn.init.normal_(ours.head.weight)

@@ -117,7 +117,7 @@ def test_samples_of_every_architecture(architecture):
 
 @pytest.mark.parametrize("name", ["llama", "neox", "gemma2"])
 def test_scores_of_other_architectures(name, tmp_path, tokenizer):
-    """A reward model over each, saved and read back."""
+    """A reward model on each backbone, saved and read back."""
     torch.manual_seed(0)
     ARCHITECTURES[name]().save_pretrained(tmp_path / "lm")
     attention = "eager" if name == "gemma2" else "sdpa"  # its attention has a softcap, which SDPA has not
@@ -136,7 +136,7 @@ def test_scores_of_other_architectures(name, tmp_path, tokenizer):
 
 
 def test_logits_are_never_built(lm, monkeypatch):
-    """Neither for a loss nor for log-probs does the model's own head run."""
+    """The model's own head runs neither for a loss nor for log-probs."""
 
     def forbidden(*_, **__):
         raise AssertionError("the model's forward, which builds logits, was called")
@@ -291,7 +291,7 @@ def test_context_length(base):
 
 
 def test_packed_sequences_do_not_see_each_other(lm):
-    """Changing one leaves the others' log-probs to the last bit."""
+    """When one sequence changes, the log-probs of the others stay the same to the last bit."""
     with torch.no_grad():
         first = lm(lm.lay_out(groups_of_one(PROMPTS, RESPONSES)), linear_selective_log_softmax)
         second = lm(lm.lay_out(groups_of_one([PROMPTS[0], [30], PROMPTS[2]], RESPONSES)), linear_selective_log_softmax)

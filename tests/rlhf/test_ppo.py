@@ -1,4 +1,4 @@
-"""PPO: what its ratio, its penalty and its gradient must be at the ends where the answer is known."""
+"""PPO: its ratio, penalty and gradient in the extreme cases in which the right answer is known."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ def test_ratio_is_one_at_the_first_minibatch(ppo_config, settings):
     records = metrics(Path(config.output_dir))
     assert [record["step"] for record in records] == [0, 1, 2, 3]
     assert max(record["ratio_max_deviation"] for record in records) < 1e-4
-    assert min(record["kl"] for record in records[1:]) != 0  # the policy has moved, so this was not for free
+    assert min(record["kl"] for record in records[1:]) != 0  # the policy has moved, so a ratio of 1 means something
 
 
 def test_ratio_is_not_one_later(ppo_config, open_run, base, reward_model):
-    """The same number after an update, to see that it measures anything."""
+    """The ratio after an update, to see that the figure measures anything."""
     run, actors, episodes = collected(ppo_config(), open_run, base, reward_model)
     before = ppo.policy_step(run, actors.policy, episodes)["ratio_max_deviation"]
     with torch.no_grad():
@@ -107,9 +107,9 @@ def divergence(first, second, data, base):
 
 
 def test_constant_reward_keeps_the_policy_at_the_sft_model(ppo_config, constant_reward, base, data):
-    """Only the penalty is left, and it is 0 where the policy begins: no advantage, no gradient.
+    """Only the penalty is left, and it is 0 at the SFT model: no advantage, no gradient.
 
-    The optimizers' eps is large so that they take a gradient for what it is, and do not scale rounding errors up.
+    The optimizers' eps is large, so that they do not scale rounding errors up to full steps.
     """
     adam = Adam(0.1, eps=1.0)
     settings = {"kl_coefficient": 0.1, "episodes": 160, "whiten_advantages": False, "adam": adam, "value_adam": adam}
@@ -124,7 +124,7 @@ def test_constant_reward_keeps_the_policy_at_the_sft_model(ppo_config, constant_
 
 
 def test_constant_reward_at_the_paper_s_settings(ppo_config, constant_reward, base, data):
-    """Whitening scales whatever is there to variance 1, rounding errors too. They lead nowhere."""
+    """Whitening scales even rounding errors to variance 1. They must not move the policy anywhere."""
     adam, value_adam = Adam(5e-6, eps=1e-5), Adam(9e-6, eps=1e-5)
     config = ppo_config(reward_model=constant_reward, episodes=320, adam=adam, value_adam=value_adam, ema_decay=0.0)
     path = ppo.train(config)
@@ -133,7 +133,7 @@ def test_constant_reward_at_the_paper_s_settings(ppo_config, constant_reward, ba
 
 
 def test_penalty_alone_brings_the_policy_back(ppo_config, constant_reward, base, data, tmp_path, monkeypatch):
-    """A policy that begins elsewhere, under a constant reward, is pulled towards the reference."""
+    """Under a constant reward, a policy that starts away from the reference is pulled towards it."""
     torch.manual_seed(4)
     policy = LanguageModel.load(base)
     with torch.no_grad():
@@ -157,7 +157,7 @@ def test_penalty_alone_brings_the_policy_back(ppo_config, constant_reward, base,
 
 
 def change_reference(monkeypatch, change):
-    """Makes the reference, the first copy that a run takes of the policy, another model than the policy."""
+    """Changes the reference, which is the first copy that a run takes of the policy."""
     copy, count = ppo.frozen_copy, iter(range(2))
 
     def first_is_other(policy):
@@ -189,7 +189,7 @@ def test_without_penalty_and_mix_the_reference_does_not_matter(ppo_config, data,
 
 @pytest.mark.parametrize("settings", [{"kl_coefficient": 0.5}, {"kl_coefficient": 0.0, "gamma_ptx": 1.0}], ids=str)
 def test_with_penalty_or_mix_they_do_matter(ppo_config, tmp_path, monkeypatch, settings):
-    """What the test above relies on."""
+    """The test above relies on this."""
     plain = ppo.train(ppo_config("plain", episodes=32, **settings))
     texts = write_jsonl(tmp_path / "other.jsonl", [{"text": "w05 w04 w03 " * 30}])
     with monkeypatch.context() as patch:
@@ -214,7 +214,7 @@ def collected(config, open_run, base, reward_model):
 
 
 def test_without_penalty_rewards_are_the_score_alone(ppo_config, open_run, base, reward_model):
-    """λ = γ = 1 and no whitening: the return of every token is the score of its completion, by hand."""
+    """With λ = γ = 1 and no whitening, the return of every token is the score of its completion."""
     config = ppo_config(kl_coefficient=0.0, lam=1.0, whiten_advantages=False)
     _, actors, episodes = collected(config, open_run, base, reward_model)
     for episode in episodes:
@@ -247,7 +247,7 @@ def test_penalty_is_beta_times_the_log_ratio(ppo_config, open_run, base, reward_
 
 
 def test_advantages_are_worked_out_on_the_run_s_device(ppo_config, open_run, base, reward_model, monkeypatch):
-    """Log-probs come from the CPU, and rewards from wherever a function made them."""
+    """Log-probs come from the CPU, and rewards from the device on which a function made them."""
     run, actors, _ = collected(ppo_config(missing_eos_penalty=1.0), open_run, base, reward_model)
     devices = []
 
@@ -374,7 +374,7 @@ def test_average_of_weights(lm):
 
 
 def test_average_is_what_is_kept(ppo_config, base):
-    """No decay keeps the last policy; a slow average has hardly left the SFT model."""
+    """With decay 0 the last policy is kept. A slow average has hardly left the SFT model."""
     last = ppo.train(ppo_config("last", ema_decay=0.0))
     slow = ppo.train(ppo_config("slow", ema_decay=0.9999))
     assert 0 < distance(slow, base) < 1e-4

@@ -1,4 +1,4 @@
-"""Two processes are one run: a batch is shared between them, also the last one that has no record for both."""
+"""Two processes are one run: they share each batch, even a last batch with only one record."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def weights(directory):
 
 @pytest.mark.parametrize("stage", ["sft", "reward"])
 def test_a_last_batch_of_one_record(stage, rlhf, base, data, tmp_path):
-    """Five records in batches of two: the process without a share of the last must not keep the other waiting."""
+    """Five records in batches of two: the process without a share of the last one must not keep the other waiting."""
     records = Path({"sft": data.demonstrations, "reward": data.comparisons}[stage])
     few = tmp_path / "few.jsonl"
     few.write_text("".join(records.read_text().splitlines(keepends=True)[:5]))

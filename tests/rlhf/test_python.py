@@ -1,4 +1,4 @@
-"""The way in from Python: settings as objects that a command line cannot hold."""
+"""Calls from Python: settings may be objects that a command line cannot hold."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SFT = {"epochs": 1, "batch_size": 8, "device": "cpu", "adam": {"learning_rate": 
 
 @pytest.fixture
 def by_path(base, data, tmp_path):
-    """What the same run gives from files."""
+    """The result of the same run from files."""
     config = rlhf.SFTConfig(model=base, data=data.demonstrations, output_dir=tmp_path / "by_path", **SFT)
     return rlhf.sft.train(config)
 
@@ -110,7 +110,7 @@ def test_model_without_its_tokenizer(data, tmp_path):
 
 
 def test_whole_recipe_from_objects(base, data, tmp_path):
-    """Each stage takes what the one before it gave, loaded by transformers."""
+    """Each stage takes the model of the one before it, loaded by transformers."""
     tokenizer = load_tokenizer(base)
     sft = AutoModelForCausalLM.from_pretrained(
         rlhf.sft.train(
@@ -157,7 +157,7 @@ def test_whole_recipe_from_objects(base, data, tmp_path):
 
 
 def test_an_error_leaves_nothing_behind(base, data, tmp_path):
-    """So that the corrected call can have the same directory."""
+    """The corrected call can then use the same directory."""
     directory = tmp_path / "run"
     good = {"model": base, "data": data.demonstrations, "output_dir": directory, **SFT}
     damaged = tmp_path / "damaged"

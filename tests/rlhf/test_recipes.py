@@ -73,7 +73,7 @@ def test_every_figure_says_where_it_is_from(name):
             assert re.match(r" (paper (C|C\.\d|3\.5|E\.9)\b|choice\b)", comment), line
 
 
-# The paper's figures, by the sections that give them; one for all sizes, or those of 1.3B, 6B and 175B.
+# The paper's figures, with the sections that give them: one for all sizes, or three for 1.3B, 6B and 175B.
 FIGURES = {
     "sft": {  # C.1
         "epochs": 16, "residual_dropout": 0.2, "batch_size": (32, 32, 8),
@@ -124,7 +124,7 @@ PAGE = ROOT / "docs" / "recipe.md"
 
 
 def lines_with(name, path):
-    """The lines of a file that hold a name whole: `epochs: int = 1` is not in `epochs: int = 16`.
+    """The lines of a file that hold a whole name: `epochs: int = 1` is not found in `epochs: int = 16`.
 
     `PPOConfig.batch_size: int = 512` is looked for in the body of that class.
     """

@@ -1,4 +1,4 @@
-"""A run killed at any moment, or stopped by a full disk, goes on to the very same weights."""
+"""A run that was killed at any moment, or stopped by a full disk, ends with the same weights when it is resumed."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def arguments(stage, base, reward_model, data):
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory, base, reward_model, data):
-    """A run of a stage that SIGKILL ended after a random step, and one that nothing ended."""
+    """A run of a stage that was killed by SIGKILL after a random step, and the same run without the kill."""
     done = {}
 
     def make(stage):
@@ -99,7 +99,7 @@ def kill_after(process, file, step):
 
 @pytest.fixture
 def interrupted(killed, tmp_path):
-    """A copy of the SFT run that was killed, to spoil."""
+    """A copy of the SFT run that was killed, which a test may change."""
     run = killed("sft")
     shutil.copytree(run.directory, tmp_path / "run")
     return SimpleNamespace(
@@ -131,14 +131,14 @@ def test_killed_run_resumes_to_the_same_bits(killed, tmp_path, stage):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_training_moved_the_weights(killed, base, reward_model, stage):
-    """Else the test above would compare nothing but the model it began with."""
+    """Otherwise the test above would only compare the model that both runs began with."""
     run = killed(stage)
     with open(f"{base}/model.safetensors", "rb") as file:
         assert (run.whole / "model" / "model.safetensors").read_bytes() != file.read()
 
 
 def test_half_written_checkpoint_is_ignored_and_removed(interrupted, rlhf):
-    """What a kill in the middle of a write leaves behind: a later step's files, cut short."""
+    """A kill in the middle of a write leaves the files of a later step, cut short."""
     last = latest_checkpoint(interrupted.directory)
     leftover = interrupted.directory / "checkpoint-000099.tmp"
     shutil.copytree(last, leftover)
@@ -154,7 +154,7 @@ def test_half_written_checkpoint_is_ignored_and_removed(interrupted, rlhf):
 
 
 def test_checkpoint_not_yet_removed_beside_its_successor(interrupted, rlhf):
-    """Killed between writing a checkpoint and removing the one before it."""
+    """The run was killed after writing a checkpoint and before removing the one before it."""
     last = latest_checkpoint(interrupted.directory)
     shutil.copytree(last, interrupted.directory / "checkpoint-000001")
     assert latest_checkpoint(interrupted.directory) == last
@@ -165,7 +165,7 @@ def test_checkpoint_not_yet_removed_beside_its_successor(interrupted, rlhf):
 
 
 def test_cut_off_line_of_metrics(interrupted, rlhf):
-    """Killed in the middle of a line."""
+    """The run was killed in the middle of writing a line."""
     path = interrupted.directory / "metrics.jsonl"
     path.write_text(path.read_text()[:-20])
     code, error = rlhf(*interrupted.command, "--resume")
@@ -182,7 +182,7 @@ def test_killed_before_the_first_checkpoint(interrupted, rlhf):
 
 
 def test_full_disk(interrupted, rlhf):
-    """No file may grow beyond 50 kB, which a checkpoint's do: the next one fails in the middle of a write."""
+    """No file may grow beyond 50 kB. Files of a checkpoint do, so the next one fails in the middle of a write."""
     last = latest_checkpoint(interrupted.directory)
     before = {path.name: path.read_bytes() for path in last.iterdir()}
     limit = (50_000, resource.RLIM_INFINITY)
@@ -223,7 +223,7 @@ def test_no_space_left(interrupted, rlhf, monkeypatch, earlier):
 
 
 def test_no_space_left_for_the_model(interrupted, rlhf, monkeypatch):
-    """All trained, and the last write fails: nothing is lost."""
+    """Training is done and only the last write fails: nothing is lost."""
 
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -297,7 +297,7 @@ def test_resume_without_a_run_starts_one(killed, rlhf, tmp_path):
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 def test_run_called_from_python_stops_and_goes_on(stage, sft_config, reward_config, ppo_config, data, monkeypatch):
-    """The same in this process: a run is not begun twice, goes on to the same weights, and ends once."""
+    """The same in this process: a run is not started twice, goes on to the same weights, and is not trained again."""
     config, module = {"sft": (sft_config, sft), "reward": (reward_config, reward), "ppo": (ppo_config, ppo)}[stage]
     options = {"checkpoint_every": 2} | ({"ema_decay": 0.5, "gamma_ptx": 1.0} if stage == "ppo" else {"epochs": 2})
     whole, stopped = config("whole", **options), config("stopped", **options)

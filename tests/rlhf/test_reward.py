@@ -1,4 +1,4 @@
-"""The reward model: the paper's loss, its bias, and what other tools see of it."""
+"""The reward model: the paper's loss, its bias, and the scores that other tools read."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Scores(torch.nn.Module):
 
 
 def comparison(*ranks, prompt=(0,)):
-    """Completion number i is the one token i."""
+    """Completion number i is the single token i."""
     return RankedExample(list(prompt), [[i] for i in range(len(ranks))], list(ranks))
 
 
@@ -76,7 +76,7 @@ def test_four_completions_are_six_pairs(run):
 
 
 def test_loss_of_a_prompt_is_the_mean_over_its_pairs(run):
-    """And that of a batch, the mean over its prompts; the gradients too."""
+    """The loss of a batch is the mean over its prompts. The gradients are those of that mean."""
     table = [0.3, -1.2, 2.0, 0.7, -0.4]
     batch = [comparison(2, 1, 4, 3), comparison(1, 2, 2), comparison(5, 4, 3, 2, 1)]
     model = Scores(table)
@@ -137,7 +137,7 @@ def test_ranks_are_where_the_scores_are(run, monkeypatch):
 
 
 def test_one_forward_pass_per_completion(run):
-    """Not one for each of its pairs."""
+    """There is not one pass for each pair."""
     seen = []
 
     class Counting(Scores):
@@ -150,7 +150,7 @@ def test_one_forward_pass_per_completion(run):
 
 
 def test_score_is_read_at_the_last_token(base, tokenizer):
-    """Packed scores are those of each sequence alone, under the Hugging Face model's own code."""
+    """Packed scores are those of each sequence alone, by the Hugging Face model's own code."""
     torch.manual_seed(0)
     model = ScalarModel.load(base).eval()
     torch.nn.init.normal_(model.head.weight)
@@ -172,7 +172,7 @@ def test_new_head_starts_at_zero(base):
 
 
 def test_trained_and_saved(reward_config, data):
-    """It learns; demonstrations score 0 on average; plain transformers reads the same scores, but for the bias."""
+    """It learns, demonstrations score 0 on average, and plain transformers reads the same scores without the bias."""
     config = reward_config(epochs=6, demonstrations=data.demonstrations, held_out_fraction=0.2)
     path = reward.train(config)
     records = metrics(Path(config.output_dir))
@@ -243,7 +243,7 @@ def test_prompts_all_tied_are_left_out(reward_config, tmp_path, caplog):
 
 
 def test_short_last_batch_counts_in_full(reward_config):
-    """24 prompts in batches of 10, twice: the last has 8, and the paper's mean is over what is there."""
+    """24 prompts, two epochs, batches of 10: the last batch has 8 prompts, and its mean is over those 8."""
     config = reward_config(batch_size=10, epochs=2)
     reward.train(config)
     assert len(metrics(Path(config.output_dir))) == 5

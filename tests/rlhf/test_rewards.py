@@ -38,7 +38,7 @@ def ids(tokenizer, text):
 
 
 def test_a_word_is_learnt(ppo_config):
-    """PPO against a function that counts a word says it more often."""
+    """Trained by PPO on a function that counts a word, the policy says that word more often."""
     config = ppo_config(
         reward_model=None,
         reward="test_rewards:count_w05",
@@ -55,7 +55,7 @@ def test_a_word_is_learnt(ppo_config):
 
 
 def test_what_a_function_is_called_with(ppo_config, tmp_path):
-    """Prompts as the records have them, texts without what ended them, and the records' further fields."""
+    """It gets prompts as the records have them, texts without their end token, and the records' further fields."""
     records = [{"prompt": f"w{i:02d}", "answer": i, "source": "made"} for i in range(8)] + [{"prompt": "w09"}]
     seen = []
 
@@ -87,7 +87,7 @@ def test_rewards_add_up_with_their_weights(tokenizer):
 
 
 def test_weights_reach_the_run(ppo_config, tmp_path):
-    """The same samples at first, so the same scores: 3 times the model's, −2 times the lengths."""
+    """The first samples of both runs are the same, so the reward is 3 times the model's less 2 times the length."""
     means = []
 
     def length_kept(completions, **_):
@@ -102,7 +102,7 @@ def test_weights_reach_the_run(ppo_config, tmp_path):
 
 
 def test_missing_eos_penalty(ppo_config, tmp_path):
-    """Taken off for each completion that the limit cut off."""
+    """It is subtracted for each completion that the limit cut off."""
     for name, penalty in (("without", 0.0), ("with", 4.0)):
         ppo.train(ppo_config(name, episodes=16, missing_eos_penalty=penalty))
     without, penalised = metrics(tmp_path / "without")[0], metrics(tmp_path / "with")[0]
@@ -137,7 +137,7 @@ def test_a_long_prompt_is_shown_short():
 
 
 def test_function_of_the_current_directory(rlhf, base, data, tmp_path, monkeypatch):
-    """As a console script finds it: its own directory is not where the user is."""
+    """A console script must find it there too, although Python looks only in the script's own directory."""
     (tmp_path / "my_reward_module.py").write_text(
         "def mine(prompts, completions, **_):\n    return [1] * len(prompts)\n"
     )
@@ -169,7 +169,7 @@ def test_no_such_function(rlhf, base, data, tmp_path, value, says):
 
 
 def test_a_function_that_fails_in_the_middle_of_a_run(ppo_config):
-    """The line says at which step, and what is left to go on from."""
+    """The error names the step and the checkpoint from which the run can go on."""
     calls = []
 
     def tired(completions, **_):

@@ -1,4 +1,4 @@
-"""Sampling: the log-probs kept are the model's own, and so are the frequencies."""
+"""Sampling: the log-probs that are kept are the model's own, and tokens are drawn as often as the model says."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def draw(model, prompts, seed=0, **options):
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
 @pytest.mark.parametrize("batch_size", [512, 3, 1])
 def test_logprobs_are_teacher_forced_ones(lm, temperature, batch_size):
-    """The whole sequence in one pass, alone and without a cache, through transformers' own logits."""
+    """They are compared with one pass over the whole sequence alone, without a cache, by transformers' own logits."""
     completions = draw(lm, PROMPTS, temperature=temperature, batch_size=batch_size)
     for prompt, completion in zip(PROMPTS, completions, strict=True):
         ids = torch.tensor([[*prompt, *completion.tokens]])
@@ -37,7 +37,7 @@ def test_logprobs_are_teacher_forced_ones(lm, temperature, batch_size):
 
 
 def test_logprobs_are_the_trainer_s(lm):
-    """Packed, from hidden states: what the first minibatch's ratio compares them with."""
+    """They are compared with packed log-probs from hidden states, as in the ratio of the first minibatch."""
     completions = draw(lm, PROMPTS)
     batch = lm.lay_out(groups_of_one(PROMPTS, [completion.tokens for completion in completions]))
     expected = lm(batch, linear_selective_log_softmax)
@@ -88,7 +88,7 @@ def test_greedy_logprobs_are_those_at_temperature_one(lm):
 
 
 def test_order_is_kept(lm):
-    """Prompts are sorted by length to be sampled; greedy answers show whose each is."""
+    """Prompts are sorted by length for sampling. Greedy answers show to which prompt each belongs."""
     alone = [draw(lm, [prompt], temperature=0)[0].tokens for prompt in PROMPTS]
     assert len({tuple(tokens) for tokens in alone}) > 3
     for batch_size in (512, 3):
@@ -105,7 +105,7 @@ def test_seed(lm):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_frequencies(temperature):
-    """Four tokens, of which one is EOS: the first and the second token drawn, against the model's own distribution."""
+    """The first and the second token drawn, against the model's distribution over four tokens, one of them EOS."""
     torch.manual_seed(3)
     model = LanguageModel(tiny_gpt2(4, EOS, n_embd=16, n_positions=8, initializer_range=0.4)).eval()
     count = 20_000
@@ -136,7 +136,7 @@ def test_needs_no_gradient(lm):
 
 
 def test_tensors_are_made_on_the_model_s_device(lm):
-    """As on a GPU: where the model is and where tensors go by default are two devices, and the second holds nothing."""
+    """As on a GPU, the model is not on the default device. Here that is the meta device, whose tensors hold nothing."""
     expected = draw(lm, PROMPTS, batch_size=3)
     with torch.device("meta"):
         found = draw(lm, PROMPTS, batch_size=3)
@@ -166,7 +166,7 @@ def test_a_model_without_numbers_has_no_next_token(base):
 
 
 def test_batches_are_of_the_size_asked_for(lm, monkeypatch):
-    """Which bounds the memory that the cache takes."""
+    """The size of a batch bounds the memory of the cache."""
     sizes, decoder = [], rollout.Decoder
 
     def keep(model, prompts, decoding):

@@ -1,7 +1,7 @@
-"""Every setting reaches the one place that it is for: none is dropped, nor given to its neighbour's part.
+"""Every setting reaches the one place that it is for: none is dropped or given to another part.
 
-Each value below is unlike every other, so that one in a wrong place shows. ``test_every_setting_is_watched`` fails for
-a setting that is new and has no line here.
+All values below differ, so that a value in a wrong place shows. ``test_every_setting_is_watched`` fails for a new
+setting that has no line here.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from rlhf.loading import ModelError, load_tokenizer
 from rlhf.models import LanguageModel, ScalarModel
 from rlhf.settings import as_plain, flatten
 
-# Settings whose effect a test elsewhere shows, and where.
+# Settings whose effect another file tests, and that file.
 ELSEWHERE = {
     "output_dir": "test_cli", "seed": "test_sft", "checkpoint_every": "test_resume", "tokens_per_forward": "test_sft",
     "mixed_precision": "test_python", "tokenizer": "test_python", "device": "test_cli", "model": "test_sft",
@@ -37,7 +37,7 @@ ELSEWHERE = {
 
 
 def watch(monkeypatch, calls, module, *names):
-    """Keeps the arguments that functions of a module are called with."""
+    """Records the arguments with which functions of a module are called."""
     for name in names:
         function = getattr(module, name)
 
@@ -50,7 +50,7 @@ def watch(monkeypatch, calls, module, *names):
 
 @pytest.fixture
 def watched_ppo(ppo_config, monkeypatch):
-    """A run of PPO with a value of its own for every setting, and what was called with which."""
+    """A run of PPO with a different value for every setting, and the calls that it made."""
     calls = defaultdict(list)
     watch(monkeypatch, calls, ppo, "sample", "ppo_advantages", "linear_ppo_policy_loss", "linear_selective_log_softmax")
     watch(
@@ -113,7 +113,7 @@ def test_ppo_settings(watched_ppo):
     assert (limits.max_prompt_tokens, limits.max_response_tokens, limits.context_length) == (14, 7, 64)
     assert calls["pretraining_examples"][0][0][2] == 10
 
-    # Each model has its optimizer, and each optimizer its settings, factor and moment.
+    # Each model has its own optimizer, and each optimizer its own settings, factor and turn.
     (policy, adam), (value, value_adam) = (arguments for arguments, _ in calls["make_optimizer"])
     assert (type(policy), type(value)) == (LanguageModel, ScalarModel)
     assert (adam, value_adam) == (config.adam, config.value_adam)
@@ -134,7 +134,7 @@ def test_ppo_settings(watched_ppo):
 
 
 def test_learning_rate_and_norm_are_those_of_the_group(sft_config, open_run, base):
-    """What ``optimizer_step`` does with what it is given: rate times factor, and gradients cut to the norm."""
+    """``optimizer_step`` multiplies the rate by the factor, and scales gradients down to the norm."""
     run, model = open_run("sft", sft_config()), LanguageModel.load(base)
     adam = Adam(2e-3, max_grad_norm=0.5)
     optimizer = training.make_optimizer(model, adam)
@@ -184,7 +184,7 @@ def test_sft_and_reward_settings(stage, sft_config, reward_config, monkeypatch):
 def test_device_and_attention_reach_every_model(
     stage, sft_config, reward_config, ppo_config, base, reward_model, tmp_path, monkeypatch
 ):
-    """And the dropout that of SFT alone."""
+    """The dropout reaches only the model of SFT."""
     calls = defaultdict(list)
     for kind in (LanguageModel, ScalarModel):
         watch(monkeypatch, calls, kind, "load")
@@ -229,7 +229,7 @@ def test_policy_and_scalar_models_share_a_tokenizer(name, ppo_config, base, rewa
 def test_tokenizer_of_the_settings_comes_before_the_model_s(
     stage, sft_config, reward_config, ppo_config, base, tmp_path, monkeypatch
 ):
-    """It reads the data, and is what stands beside the result."""
+    """It reads the data, and is saved beside the result."""
     calls = defaultdict(list)
     module, config = {"sft": (sft, sft_config), "reward": (reward, reward_config), "ppo": (ppo, ppo_config)}[stage]
     watch(monkeypatch, calls, module, "load_tokenizer")
@@ -242,7 +242,7 @@ def test_tokenizer_of_the_settings_comes_before_the_model_s(
 
 
 def test_every_setting_is_watched():
-    """A setting that no line of this file names, and no test elsewhere is named for, is not known to act."""
+    """Every setting is named in a line of this file, or in the file that ``ELSEWHERE`` gives for it."""
     source = Path(__file__).read_text()
     stages = [
         SFTConfig(output_dir="o", model="m", data="d"),
@@ -263,7 +263,7 @@ def test_every_setting_is_watched():
 
 
 class TwoAlike:
-    """An accelerator of two processes which hold the same data: gradients are averaged, sums are twice one's own."""
+    """An accelerator of two processes with the same data: averaged gradients stay the same, and sums are doubled."""
 
     def __init__(self, accelerator):
         self.accelerator = accelerator
@@ -313,7 +313,7 @@ def losses(kind, run, base, reward_model, data, prompts):
 def test_gradient_of_two_processes_is_that_of_one(
     kind, tokens_per_forward, ppo_config, open_run, base, reward_model, data, monkeypatch
 ):
-    """The mean over both batches of the same data is the mean over one, so each process has the same gradient."""
+    """Both processes have the same batch, so the mean over both batches has the gradient of one batch alone."""
     run = open_run("ppo", ppo_config(tokens_per_forward=tokens_per_forward))
     alone, expected = losses(kind, run, base, reward_model, data, prompts=4)
     monkeypatch.setattr(run, "accelerator", TwoAlike(run.accelerator))
@@ -326,7 +326,7 @@ def test_gradient_of_two_processes_is_that_of_one(
 
 @pytest.mark.parametrize("kind", ["sft", "reward", "policy", "value"])
 def test_processes_wait_for_each_other_once_a_step(kind, ppo_config, open_run, base, reward_model, data, monkeypatch):
-    """Whatever comes before the last part is kept from them, for the model that is trained."""
+    """All parts but the last run under ``no_sync``, with the model that is trained."""
     run = open_run("ppo", ppo_config(tokens_per_forward=7))
     kept_back = []
 
@@ -344,7 +344,7 @@ def test_processes_wait_for_each_other_once_a_step(kind, ppo_config, open_run, b
 
 
 def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(sft_config, monkeypatch, tmp_path):
-    """A power cut between the two would leave a name without content."""
+    """Otherwise a power cut could leave a directory with that name but without its content."""
     flushed: set[Path] = set()
     flush, rename = training.flush, Path.rename
     published = []

@@ -38,7 +38,7 @@ def their_loss(model, examples):
 
 @pytest.mark.parametrize("tokens_per_forward", [16384, 25, 1])
 def test_loss_and_gradient_are_transformers_own(sft_config, open_run, base, examples, tokens_per_forward):
-    """Cross entropy on the completion's tokens, though ours is packed, in parts and without logits."""
+    """Both are the cross entropy on the completion's tokens, although ours is packed, in parts and without logits."""
     run = open_run("sft", sft_config(tokens_per_forward=tokens_per_forward))
     model, other = LanguageModel.load(base).eval(), LanguageModel.load(base).eval()
     ours = sft.language_model_step(run, model, examples[:12])
@@ -177,7 +177,7 @@ def test_dropout_only_in_training(sft_config, open_run, base, examples):
     draws = [sft.token_loss(run, model, batch).item() for _ in range(2)]
     assert draws[0] != draws[1]
     assert sft.mean_loss(run, model, examples[:4]) == sft.mean_loss(run, model, examples[:4])
-    assert model.training  # and goes on after measuring
+    assert model.training  # the mode is restored after measuring
     model.eval()
     sft.mean_loss(run, model, examples[:4])
     assert not model.training
@@ -206,7 +206,7 @@ def test_gradient_norm_is_clipped(sft_config, open_run, base, examples):
     before = [parameter.detach().clone() for parameter in model.parameters()]
     sft.language_model_step(run, model, examples[:4])
     norm = sft.optimizer_step(run, model, optimizer, adam, 1.0)
-    assert norm > 0.1  # as it was before
+    assert norm > 0.1  # the norm before clipping
     moved = [(p - q).square().sum().item() for p, q in zip(model.parameters(), before, strict=True)]
     assert sum(moved) ** 0.5 == pytest.approx(1e-3, rel=1e-2)
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -221,7 +221,7 @@ def test_long_answers_are_cut(sft_config, seen, tmp_path):
 
 
 def test_pretraining_chunks(tokenizer):
-    """Documents end with EOS and are cut into chunks; the first token of each is only read."""
+    """Documents end with EOS and are cut into chunks. The first token of a chunk is read, but not predicted."""
     chunks = sft.pretraining_examples(["w00 w01 w02", "w03", "w04 w05 w06"], tokenizer, 4)
     eos, first = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("w00")
     assert chunks == [

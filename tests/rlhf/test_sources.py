@@ -23,7 +23,7 @@ RECORDS = [{"prompt": "p", "completion": "c"}, {"prompt": "ü", "completion": "d
 
 
 def zipped(content):
-    """Without the time of day, which would give a test another name in each process."""
+    """Compresses without the time of day, by which the names of tests would differ between processes."""
     return gzip.compress(content, mtime=0)
 
 
@@ -157,7 +157,7 @@ def test_an_array_is_read_as_json_reads_it(tmp_path_factory, records, indent, as
     [source] = sources(path)
     found = list(source.records)
     assert [record for _, record in found] == json.loads(text)
-    # Each begins on the line that is said, and there is one more record a place.
+    # Each record begins on the line that its place names, and records are numbered from 1.
     numbers = [int(where.removeprefix(f"{path}:").split(" ")[0]) for where, _ in found]
     assert [where.split("(")[1] for where, _ in found] == [f"record {i})" for i in range(1, len(found) + 1)]
     assert all("{" in text.decode().split("\n")[number - 1] for number in numbers)
@@ -183,7 +183,7 @@ def test_data_sets():
     records = [*RECORDS, {"messages": [{"role": "user", "content": "u"}]}]
     data = datasets.Dataset.from_list([{name: record.get(name) for name in names} for record in records])
     for made in (data, data.with_format("torch"), data.to_iterable_dataset()):
-        # The columns that a record lacks are null in it, and count as not there.
+        # Columns that a record lacks are null in its row, and count as missing.
         found = read_prompts(made)
         assert found == [
             PromptRecord("p", "records[0]", extra={"completion": "c"}),

@@ -1,4 +1,4 @@
-"""A chat model's turn ends in a token of its own: training data end in it, and whatever samples stops at it."""
+"""A chat model ends its turns with a token of its own: training data end with it, and sampling stops at it."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def chat(tmp_path_factory):
-    """A model with a chat template, whose turns end in <end_of_turn>, which it says often, and never EOS."""
+    """A model whose chat template ends turns with <end_of_turn>. It often says that token, and never EOS."""
     tokenizer = make_tokenizer([*WORDS, "user", "assistant"])
     tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(1)
     model = tiny_gpt2(len(tokenizer), tokenizer.eos_token_id, tie_word_embeddings=False)
     end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
-    with torch.no_grad():  # a constant hidden direction says how likely each of the two is
+    with torch.no_grad():  # one hidden value is constant, so its weights set how likely both tokens are
         model.transformer.ln_f.bias[0] = 1.0
         model.lm_head.weight[:, 0] = 0.0
         model.lm_head.weight[end, 0] = 3.0
@@ -102,7 +102,7 @@ def test_generate_and_evaluate_stop_there(chat, prompts, tmp_path):
     judged = [json.loads(line) for line in (tmp_path / "evaluation/completions.jsonl").read_text().splitlines()]
     texts = [text for record in generated for text in record["completions"]] + [r["model"] for r in judged]
     assert not any("<end_of_turn>" in text for text in texts)
-    assert sum(len(text.split()) for text in texts) / len(texts) < 12  # of 20: most have ended before
+    assert sum(len(text.split()) for text in texts) / len(texts) < 12  # the limit is 20, so most have ended before
 
 
 def test_all_stages_and_the_rollout(chat, demonstrations, prompts, sft_config, reward_config, ppo_config, tmp_path):

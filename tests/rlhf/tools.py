@@ -42,7 +42,7 @@ def start(*arguments, **options):
 
 
 def only_line(error):
-    """The error, having checked that it is one line; what libraries warn of before does not count as more."""
+    """The only line of an error. Checks that there is just one; warnings of libraries before it do not count."""
     lines = [line for line in error.splitlines() if line.startswith(("rlhf ", "rlhf:")) or "Traceback" in line]
     assert len(lines) == 1, error
     assert re.match(r"rlhf( \w+)?: error: ", lines[0])

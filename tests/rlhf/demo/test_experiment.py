@@ -1,4 +1,4 @@
-"""The whole experiment at a size at which nothing is learned: every step runs, resumes and reports."""
+"""The whole experiment, too small to learn anything: every step runs, resumes and reports."""
 
 import json
 

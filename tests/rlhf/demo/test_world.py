@@ -1,4 +1,4 @@
-"""The miniature world: what its labellers value cannot be had by tricks, and all of it follows from the seed."""
+"""The miniature world: tricks do not score better than honest answers, and everything follows from the seed."""
 
 from __future__ import annotations
 
