@@ -246,7 +246,7 @@ def _run(
     sums = torch.empty(rows * per_row * SUMS.value, dtype=torch.float64, device=device)
     _terms[(rows, per_row)](
         *(x.contiguous() for x in inputs), gradient, sums, size, length, per_row, *options, POLICY=policy,
-        OPTION=option, GRADIENT=with_gradient, BLOCK=block,
+        OPTION=option, GRADIENT=with_gradient, BLOCK=block, num_warps=8,
     )  # fmt: skip
     width = triton.next_power_of_2(per_row)
     _finish[(rows, per_row) if with_gradient else (1, 1)](
