@@ -206,7 +206,7 @@ class PPOConfig(RunConfig):
     warmup_iterations: int = 10
     """Iterations over which both learning rates rise from a tenth of the peak; constant after (C.4)."""
     adam: Adam = field(default_factory=lambda: Adam(learning_rate=5e-6, eps=1e-5))
-    """The policy's optimizer. The paper swept the learning rate (C.4), so this value is a choice, as is eps."""
+    """The policy's optimizer. The paper swept the learning rate (E.9), so this value is a choice, as is eps."""
     value_adam: Adam = field(default_factory=lambda: Adam(learning_rate=9e-6, eps=1e-5))
     """The value model's optimizer (C.4: learning rate 9e-6; 5e-6 for the 175B policy)."""
     ema_decay: float = 0.992

@@ -20,9 +20,9 @@ WHITEN_BLOCK = 2048
 
 
 @triton.jit
-def _compose(outer_slope, outer_offset, slope, offset):
+def _compose(right_slope, right_offset, slope, offset):
     """The composition of two maps: first the one of the positions to the right, then the one of this position."""
-    return outer_slope * slope, offset + slope * outer_offset
+    return right_slope * slope, offset + slope * right_offset
 
 
 @triton.jit
