@@ -23,6 +23,8 @@ VALUE_MEAN, RETURN_MEAN, VALUE_CLIP_FRACTION = places("ppo_value_loss", "value_m
 # largest deviation.
 COUNT, LOSS, FIRST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 SUMS = tl.constexpr(2 + max(len(OPS[name].statistics) for name in ("ppo_policy_loss", "ppo_value_loss")))
+# Both losses have one kernel. Each gives it the options that it has.
+NO_OPTIONS = dict.fromkeys(("low", "low_lost", "high", "high_lost", "dual_clip", "clip_range"), 0.0)
 LARGEST_LOG_RATIO = tl.constexpr(88.0)  # e^88 is the largest whole power of e that is finite in float32
 
 
@@ -78,8 +80,8 @@ def value_term(value, old_value, target, clip_range, CLIP: tl.constexpr):
 
 @triton.jit
 def _terms(
-    first, second, third, wanted, gradient, sums, size, length, per_row, low, low_lost, high, high_lost, extra,
-    POLICY: tl.constexpr, OPTION: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    first, second, third, wanted, gradient, sums, size, length, per_row, low, low_lost, high, high_lost,
+    dual_clip, clip_range, POLICY: tl.constexpr, OPTION: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
@@ -94,14 +96,14 @@ def _terms(
     if POLICY:
         # A masked position has advantage 0 and ratio 1: only the ratio must be kept out of the sums.
         loss, slope, ratio, deviation, kl, clipped = policy_term(
-            x.to(tl.float64), y.to(tl.float64), z, low, low_lost, high, high_lost, extra, OPTION
+            x.to(tl.float64), y.to(tl.float64), z, low, low_lost, high, high_lost, dual_clip, OPTION
         )
         tl.store(to + FIRST + RATIO_MEAN, tl.sum(tl.where(counts, ratio, 0.0), 0))
         tl.store(to + FIRST + RATIO_MAX_DEVIATION, tl.max(deviation, 0))
         tl.store(to + FIRST + APPROX_KL, tl.sum(kl, 0))
         tl.store(to + FIRST + CLIP_FRACTION, tl.sum(clipped, 0))
     else:
-        loss, slope, clipped = value_term(x, y, z, extra, OPTION)
+        loss, slope, clipped = value_term(x, y, z, clip_range, OPTION)
         tl.store(to + FIRST + VALUE_MEAN, tl.sum(x, 0))
         tl.store(to + FIRST + RETURN_MEAN, tl.sum(z, 0))
         tl.store(to + FIRST + VALUE_CLIP_FRACTION, tl.sum(clipped, 0))
@@ -209,7 +211,8 @@ def ppo_policy_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, statistics, and the gradient of ``logprobs`` (empty if not asked for)."""
     inputs = (logprobs, old_logprobs, advantages, wanted)
-    options = (*clip_ends(clip_low, clip_high), dual_clip or 0.0)
+    ends = dict(zip(("low", "low_lost", "high", "high_lost"), clip_ends(clip_low, clip_high), strict=True))
+    options = ends | {"dual_clip": dual_clip or 0.0}
     return _run(inputs, options, dual_clip is not None, reduction, with_gradient, policy=True)
 
 
@@ -219,12 +222,12 @@ def ppo_value_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, statistics, and the gradient of ``values`` (empty if not asked for)."""
     inputs = (values, old_values, returns, wanted)
-    options = (0.0, 0.0, 0.0, 0.0, clip_range or 0.0)
+    options = {"clip_range": clip_range or 0.0}
     return _run(inputs, options, clip_range is not None, reduction, with_gradient, policy=False)
 
 
 def _run(
-    inputs: tuple[Tensor, ...], options: tuple[float, ...], option: bool, reduction: str, with_gradient: bool,
+    inputs: tuple[Tensor, ...], options: dict[str, float], option: bool, reduction: str, with_gradient: bool,
     *, policy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     first = inputs[0]
@@ -245,8 +248,8 @@ def _run(
         per_row = triton.cdiv(length, block)
     sums = torch.empty(rows * per_row * SUMS.value, dtype=torch.float64, device=device)
     _terms[(rows, per_row)](
-        *(x.contiguous() for x in inputs), gradient, sums, size, length, per_row, *options, POLICY=policy,
-        OPTION=option, GRADIENT=with_gradient, BLOCK=block, num_warps=8,
+        *(x.contiguous() for x in inputs), gradient, sums, size, length, per_row, **(NO_OPTIONS | options),
+        POLICY=policy, OPTION=option, GRADIENT=with_gradient, BLOCK=block, num_warps=8,
     )  # fmt: skip
     width = triton.next_power_of_2(per_row)
     _finish[(rows, per_row) if with_gradient else (1, 1)](
