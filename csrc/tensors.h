@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "rlhf_kernels/arguments.h"
-#include "rlhf_kernels/ppo.h"
+#include "rlhf_kernels/ppo_loss.h"
 
 namespace rlhf_kernels::tensors {
 

@@ -1,4 +1,4 @@
-"""Batches without padding: sequences laid end to end in rows of one length.
+"""Batches with little padding: sequences laid end to end in rows of one length.
 
 A row holds several sequences. Positions restart at 0 with every sequence, which is how transformers tells them
 apart: its SDPA mask and its flash-attn call both keep a token from seeing the sequence before its own. The

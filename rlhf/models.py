@@ -1,8 +1,9 @@
 """Hugging Face models as the recipe sees them: a language model that gives log-probs, a scalar model that gives scores.
 
-Neither ever builds the (tokens, vocabulary) logits. A :class:`LanguageModel` runs the backbone and hands the hidden
-states that predict response tokens, with the output projection, to an op of ``rlhf_kernels``. The op is called inside
-``forward`` so that DDP and FSDP can wrap all of it.
+In training neither builds the (tokens, vocabulary) logits. A :class:`LanguageModel` runs the backbone and hands the
+hidden states that predict response tokens, with the output projection, to an op of ``rlhf_kernels``. The op is called
+inside ``forward`` so that DDP and FSDP can wrap all of it. Making one of either kind runs the model a few times, on
+random tokens: :mod:`rlhf.probe` tries what is taken for granted of it.
 """
 
 from __future__ import annotations

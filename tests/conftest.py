@@ -35,13 +35,22 @@ settings.register_profile(
 settings.load_profile("rlhf")
 
 
+def _ops(request):
+    """The ops that a test runs: those of its file's family, of its parameter ``name`` and of its mark."""
+    family = request.path.stem.removeprefix("test_")
+    yield from (op for op, facts in OPS.items() if facts.family == family)
+    name = request.node.callspec.params.get("name", "").removesuffix("_and_entropy")
+    yield from {name} & OPS.keys()
+    mark = request.node.get_closest_marker("runs")
+    yield from mark.args if mark else ()
+
+
 def _on(request):
     name = request.param
-    family = request.path.stem.removeprefix("test_")
-    mark = request.node.get_closest_marker("runs")
-    for op, facts in OPS.items():
-        if name == "cuda" and name not in facts.on_gpu and (facts.family == family or (mark and op in mark.args)):
-            pytest.skip(f"{op} has no CUDA C++ kernels")
+    if name == "cuda":
+        for op in _ops(request):
+            if name not in OPS[op].on_gpu:
+                pytest.skip(f"{op} has no CUDA C++ kernels")
     gpu = name in ("triton", "cuda") and torch.cuda.is_available()
     with rlhf_kernels.use_backend(name), torch.device("cuda" if gpu else "cpu"):
         yield name

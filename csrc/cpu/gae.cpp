@@ -3,24 +3,13 @@
 #include <algorithm>
 #include <utility>
 
+#include "cpu/kl_reward.h"
 #include "cpu/rows.h"
 #include "cpu/table.h"
 #include "cpu/vec/gae.h"
 
 namespace rlhf_kernels::cpu {
 inline namespace RLHF_ISA {
-
-int64_t count_wanted(const uint8_t* wanted, int64_t length) {
-  int64_t total = 0;
-  // Bytes are added as bytes, which a vector does 64 at a time, in runs too short to overflow.
-  for (int64_t start = 0; start < length; start += 128) {
-    const int64_t stop = start + 128 < length ? start + 128 : length;
-    uint8_t some = 0;
-    for (int64_t i = start; i < stop; ++i) some = static_cast<uint8_t>(some + (wanted[i] != 0));
-    total += some;
-  }
-  return total;
-}
 
 namespace {
 
@@ -147,7 +136,8 @@ class Recursion {
     return {{half(0, value.half[1]), half(1, following)}};
   }
 
-  // From sums Σ (γλ)^k·δ over kCount lanes (a lane and those after it in its half) to sums over twice as many.
+  // One step of the scan. Before, lane i holds Σ (γλ)^j·δ_(i+j) over j < kCount, as far as its half goes; after, over
+  // j < 2·kCount.
   template <int kCount>
   WideVec reaching(const WideVec& sums) const {
     const auto half = [&](const Doubles& sum) {

@@ -6,15 +6,15 @@
 
 #include "rlhf_kernels/arguments.h"
 #include "rlhf_kernels/online_softmax.h"
-#include "rlhf_kernels/ppo.h"
+#include "rlhf_kernels/ppo_loss.h"
 
 namespace rlhf_kernels::cpu {
 
-// How a dtype writes a mask's entries. 0 has no bit but, in floats, the sign's.
+// How a dtype writes a mask's entries.
 struct MaskType {
-  int size;  // in bytes
-  uint64_t one;
-  int sign_bits;  // 1 for floats, else 0
+  int size;       // in bytes
+  uint64_t one;   // the bits of 1
+  int sign_bits;  // 1 for floats, else 0: an entry is 0 if nothing is left without them, so that −0 is 0
 };
 
 // ------------------------------------------------------------------------------------------------ linear_log_prob
@@ -33,7 +33,7 @@ struct Projection {
   double softcap;  // 0: none
 };
 
-// The loss of a row's log-prob, known before the logits are: w·ℓ(log p), with the weights the reduction gives.
+// What a row's loss needs besides its logits. The loss is weight·ℓ(log p); the weight comes from the reduction.
 struct RowLoss {
   const int64_t* index;
   const double* weights;       // per row
@@ -88,7 +88,7 @@ struct RankingArguments {
   const uint8_t* wanted;  // null: all of them
   Sequences prompts;
   float margin;
-  float* gradient;   // may be null; of the mean over the prompts as if each had a pair
+  float* gradient;   // may be null; of the sum over prompts, divided by the number of all prompts
   double* losses;    // of a group of prompts, their sum
   double* accuracies;
   int64_t* counts;   // and how many of them have a pair
@@ -105,9 +105,10 @@ struct Kernels {
   void (*log_prob)(const LogProbArguments&, const LogProbResults&, int64_t begin, int64_t end);
   void (*log_prob_backward)(const LogProbArguments&, const LogProbGradient&, int64_t begin, int64_t end);
 
-  // Rows of hidden in the form the logits' matmul reads, packed in parallel by panels; and its columns, for the weight's
-  // gradient.
-  int64_t (*tile_rows)(const Projection&);  // of a panel; where it begins is the packed size of the rows before it
+  // pack_rows lays out rows of hidden as the left operand of the logits' matmul, in panels of tile_rows rows: the panel of row
+  // r begins at packed_rows_size(r). pack_depth lays out columns of hidden as the right operand for the weight's gradient, in
+  // depth_panels panels.
+  int64_t (*tile_rows)(const Projection&);
   int64_t (*packed_rows_size)(const Projection&, int64_t rows);
   void (*pack_rows)(const Projection&, int64_t count, void* packed, int64_t begin, int64_t end);
   int64_t (*depth_panels)(const Projection&);
@@ -126,15 +127,16 @@ struct Kernels {
   void (*linear_gradient)(const Projection&, const int64_t* index, int64_t first, const float* maxima,
                           const float* log_sums, const float* entropies, const float* grad_logprobs,
                           const float* grad_entropies, float* logits, int64_t begin, int64_t end);
-  // sums (rows, D) (+)= logits' gradient · weight, a range of D's columns to a call; then rounded into the rows of
-  // hidden's gradient that they are of.
-  void (*linear_grad_hidden)(const Projection&, const float* logits, int64_t rows, bool accumulate, float* sums,
+  // slope_rows is the logits' gradient as linear_loss and linear_gradient leave it: in rows as long in bytes as those of the
+  // logits. This makes sums (rows, D) = slope_rows · weight, or += if accumulate, for columns [begin, end) of D; store_rows then
+  // rounds row i of the sums into row rows[i] of hidden's gradient.
+  void (*linear_grad_hidden)(const Projection&, const float* slope_rows, int64_t rows, bool accumulate, float* sums,
                              int64_t begin, int64_t end);
   void (*store_rows)(const Projection&, const float* sums, const int64_t* rows, void* gradient, int64_t begin,
                      int64_t end);
-  // The weight's gradient (+)= the transpose of the logits' · hidden, packed by pack_depth; blocks are of block_rows, a
-  // multiple of tile_rows.
-  void (*linear_grad_weight)(const Projection&, const float* logits, const void* packed, int64_t count, bool accumulate,
+  // The weight's gradient = slope_rowsᵀ · hidden, or += if accumulate. `packed` is hidden as pack_depth leaves it; blocks have
+  // block_rows rows of the weight, a multiple of tile_rows.
+  void (*linear_grad_weight)(const Projection&, const float* slope_rows, const void* packed, int64_t count, bool accumulate,
                              void* gradient, float* bias, int64_t block_rows, int64_t begin, int64_t end);
 
   void (*kl_penalty)(const View&, const View&, int64_t length, KlEstimator, float* result, int64_t begin, int64_t end);

@@ -1,5 +1,7 @@
 // Per-token KL penalties, and rewards shaped by them.
 
+#include "cpu/kl_reward.h"
+
 #include "cpu/rows.h"
 #include "cpu/table.h"
 
@@ -15,8 +17,8 @@ void kl_penalty(const View& logprobs, const View& ref, int64_t length, KlEstimat
       const float* a = read(logprobs, row, t, count, scratch[0]);
       const float* b = read(ref, row, t, count, scratch[1]);
       for_lanes(count, [&](int64_t i, int64_t lanes) {
-        store_lanes(result + row * length + t + i,
-              rlhf_kernels::kl_penalty(load_lanes(a + i, lanes), load_lanes(b + i, lanes), estimator), lanes);
+        const Vec penalty = rlhf_kernels::kl_penalty(load_lanes(a + i, lanes), load_lanes(b + i, lanes), estimator);
+        store_lanes(result + row * length + t + i, penalty, lanes);
       });
     }
   }

@@ -248,7 +248,7 @@ void linear_gradient(const Projection& p, const int64_t* index, int64_t first, c
   }
 }
 
-void linear_grad_hidden(const Projection& p, const float* logits, int64_t rows, bool accumulate, float* sums,
+void linear_grad_hidden(const Projection& p, const float* slope_rows, int64_t rows, bool accumulate, float* sums,
                         int64_t begin, int64_t end) {
   for_math(p.dtype, [&](auto math, auto* type) {
     using Math = decltype(math);
@@ -256,7 +256,7 @@ void linear_grad_hidden(const Projection& p, const float* logits, int64_t rows, 
     using T = std::remove_pointer_t<decltype(type)>;
     // The gradient of the logits as it lies there: pairs of bfloat16 in rows of the same length in bytes.
     using G = std::conditional_t<Math::kPerUnit == 2, T, float>;
-    const G* slopes = reinterpret_cast<const G*>(logits);
+    const G* slopes = reinterpret_cast<const G*>(slope_rows);
     const int64_t slope_stride = p.vocabulary * static_cast<int64_t>(sizeof(float) / sizeof(G));
     const int64_t group = std::min(kRowGroup<Math>, rows), columns = end - begin;
     Array<Unit> a(padded_rows<Math>(group) * units<Math>(kChunkOfVocabulary));
@@ -287,7 +287,7 @@ void store_rows(const Projection& p, const float* sums, const int64_t* rows, voi
   });
 }
 
-void linear_grad_weight(const Projection& p, const float* logits, const void* packed, int64_t count, bool accumulate,
+void linear_grad_weight(const Projection& p, const float* slope_rows, const void* packed, int64_t count, bool accumulate,
                         void* gradient, float* bias, int64_t block_rows, int64_t begin, int64_t end) {
   for_math(p.dtype, [&](auto math, auto* type) {
     using Math = decltype(math);
@@ -295,7 +295,7 @@ void linear_grad_weight(const Projection& p, const float* logits, const void* pa
     using T = std::remove_pointer_t<decltype(type)>;
     using G = std::conditional_t<Math::kPerUnit == 2, T, float>;
     constexpr int64_t strip = kWeightStrip<Math>;
-    const G* slopes = reinterpret_cast<const G*>(logits);
+    const G* slopes = reinterpret_cast<const G*>(slope_rows);
     const int64_t slope_stride = p.vocabulary * static_cast<int64_t>(sizeof(float) / sizeof(G));
     const int64_t depth = units<Math>(count), stride = padded_columns(p.depth);
     const auto* b = static_cast<const Unit*>(packed);

@@ -1,4 +1,4 @@
-// Masks of any dtype.
+// Masks of any dtype, read and counted.
 
 #include "cpu/table.h"
 
@@ -36,6 +36,18 @@ bool read_mask(const MaskType& type, const void* values, int64_t count, uint8_t*
     default:
       return as(uint64_t{});
   }
+}
+
+int64_t count_wanted(const uint8_t* wanted, int64_t length) {
+  int64_t total = 0;
+  // Bytes are added as bytes, which a vector does 64 at a time, in runs too short to overflow.
+  for (int64_t start = 0; start < length; start += 128) {
+    const int64_t stop = start + 128 < length ? start + 128 : length;
+    uint8_t some = 0;
+    for (int64_t i = start; i < stop; ++i) some = static_cast<uint8_t>(some + (wanted[i] != 0));
+    total += some;
+  }
+  return total;
 }
 
 }  // namespace RLHF_ISA

@@ -56,7 +56,6 @@ struct BfloatPairs {
 };
 #endif
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 template <class Math>
 int64_t units(int64_t depth) {
   return divide_up(depth, Math::kPerUnit * Math::kDepthMultiple) * Math::kDepthMultiple;

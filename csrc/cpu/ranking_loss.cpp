@@ -8,7 +8,7 @@
 #include "cpu/rows.h"
 #include "cpu/table.h"
 #include "cpu/vec/ranking_loss.h"
-#include "rlhf_kernels/ranking.h"
+#include "rlhf_kernels/ranking_loss.h"
 
 namespace rlhf_kernels::cpu {
 inline namespace RLHF_ISA {
@@ -142,8 +142,8 @@ struct Totals {
     pairs += widened(pair_count);
     const WideVec differences = widened(block.differences), short_pairs = widened(block.short_pairs.value());
     const Doubles margins(margin);
-    losses = losses - WideVec{{shortfall(differences.half[0], short_pairs.half[0], margins),
-                               shortfall(differences.half[1], short_pairs.half[1], margins)}};
+    losses = losses - WideVec{{sum_below_zero(differences.half[0], short_pairs.half[0], margins),
+                               sum_below_zero(differences.half[1], short_pairs.half[1], margins)}};
     // Last, because gcc keeps nothing in registers across a call.
     const WideVec products = widened(block.product);
     losses += WideVec{{products.half[0].log1p(), products.half[1].log1p()}};

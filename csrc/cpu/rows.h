@@ -1,4 +1,4 @@
-// Rows of small matrices, read block by block as float32, and the work on them that two families share.
+// Rows of small matrices, read block by block as float32.
 #pragma once
 
 #include "cpu/vec.h"
@@ -42,15 +42,16 @@ inline const float* read(const View& view, int64_t row, int64_t start, int64_t c
   return scratch.values;
 }
 
-// The same, but values of type T, which is not float32 only by for_common_dtype, where they are.
+// As `read`, but as values of T. T is other than float only where for_common_dtype chose it: then the matrix holds values of T
+// in dense rows, and nothing is copied.
 template <class T>
 inline const T* read_as(const View& view, int64_t row, int64_t start, int64_t count, Scratch& scratch) {
   if constexpr (std::is_same_v<T, float>) return read(view, row, start, count, scratch);
   return static_cast<const T*>(view.data) + row * view.row_stride + start;
 }
 
-// Calls function with a null pointer of the type that matrices are of, if it is the same and their rows are dense, which
-// saves a way through scratch; else of float.
+// Calls function with a null pointer of T: the dtype of the matrices, if all have the same one and dense rows, so that they
+// are read in place; else float, and blocks of them are converted into scratch.
 template <class Function, class... Views>
 inline void for_common_dtype(Function&& function, const View& first, const Views&... others) {
   const bool common = first.stride == 1 && ((others.stride == 1 && others.dtype == first.dtype) && ...);
@@ -66,34 +67,6 @@ inline Span span_of(const Sequences& sequences, int64_t b) {
   if (!sequences.boundaries) return {b, 0, b * sequences.length, sequences.length};
   const int64_t begin = sequences.boundaries[b];
   return {0, begin, begin, sequences.boundaries[b + 1] - begin};
-}
-
-// −1 where there is none.
-inline int64_t last_wanted(const uint8_t* wanted, int64_t length) {
-  int64_t last = length - 1;
-  while (last >= 0 && !wanted[last]) --last;
-  return last;
-}
-
-// Rewards and KL of a block of one sequence, 0 where masked; the score goes to position `last` of the block, if ≥ 0.
-inline void shape_block(const KlShaping& in, const Span& span, const uint8_t* wanted, int64_t start, int64_t count,
-                        int64_t last, int64_t b, Scratch* scratch) {
-  const float* logprobs = read(in.logprobs, span.row, span.column + start, count, scratch[0]);
-  const float* ref = read(in.ref_logprobs, span.row, span.column + start, count, scratch[1]);
-  const int64_t flat = span.flat + start;
-  const Vec price(static_cast<float>(-in.beta));
-  for_lanes(count, [&](int64_t i, int64_t lanes) {
-    const Vec kl = kept(
-        lanes_of(wanted + flat + i, lanes),
-        rlhf_kernels::kl_penalty(load_lanes(logprobs + i, lanes), load_lanes(ref + i, lanes), in.estimator));
-    store_lanes(in.kl + flat + i, kl, lanes);
-    store_lanes(in.rewards + flat + i, price * kl, lanes);
-  });
-  if (last < 0) return;
-  double score = in.scores[b];
-  if (in.score_clip >= 0) score = score < -in.score_clip ? -in.score_clip : score > in.score_clip ? in.score_clip : score;
-  // One rounding for the sum.
-  in.rewards[flat + last] = static_cast<float>(score - in.beta * static_cast<double>(in.kl[flat + last]));
 }
 
 }  // namespace RLHF_ISA

@@ -1,7 +1,8 @@
-// The running sums of one row of logits, read once.
+// The running sums of one row of logits, read once, and the gradient over it.
 #pragma once
 
 #include "cpu/vec.h"
+#include "rlhf_kernels/online_softmax.h"
 
 namespace rlhf_kernels::cpu {
 inline namespace RLHF_ISA {
@@ -34,16 +35,15 @@ float block_maximum(const T* logits, int64_t count) {
   return largest(larger(larger(best[0], best[1]), larger(best[2], best[3])));
 }
 
-// Sums over a block relative to a maximum, in powers of 2, and the block's own maximum, per lane. Four chains of additions
-// hide their latency and keep each one short, so that float32 loses nothing a double would have kept.
+// Per lane Σ 2^d and Σ 2^d·d over a block, with d = (logit − maximum)·scale, and the block's own maximum. They are summed in
+// four chains, so that additions do not wait for each other, and each is short enough for float32.
 struct BlockSums {
   Vec e, ed, maximum;
 };
 
 template <class T, bool kEntropy>
 BlockSums block_sums(const T* logits, int64_t count, float maximum, double inverse_temperature) {
-  constexpr float smallest = -150.0f;  // 2^−150 rounds to 0 in float32
-  const Vec top(maximum), scale(static_cast<float>(inverse_temperature * kLog2E)), floor(smallest);
+  const Vec top(maximum), scale(static_cast<float>(inverse_temperature * kLog2E)), floor(kVanishing);
   Vec e_sums[4], ed_sums[4];
   Vec best[4] = {Vec(-INFINITY), Vec(-INFINITY), Vec(-INFINITY), Vec(-INFINITY)};
   const auto add = [&](const Vec& logit, int chain) __attribute__((always_inline)) {

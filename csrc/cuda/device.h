@@ -20,8 +20,6 @@ constexpr int kVector = 8;
 // every GPU, so that sums have the same bits on all of them.
 constexpr int64_t kMostBlocks = 1024;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // 1/x for an x that is not 0 in float32, by Newton's method: a division of doubles is a function call on a GPU, and
 // registers spill before it.
 __device__ __forceinline__ double inverse(double x) {
@@ -148,6 +146,14 @@ __device__ __forceinline__ void store(void* data, Dtype dtype, int64_t at, float
   }
 }
 
+// Tells the emulation (tests/native/cuda_emulation) where 16 bytes are read or written, which a GPU can do at multiples of
+// 16 only.
+__device__ __forceinline__ void note_access([[maybe_unused]] const void* address) {
+#if defined(RLHF_CUDA_EMULATED)
+  emulation::note_access(address);
+#endif
+}
+
 // 16 bytes at once, to or from an address that is a multiple of 16. Written in PTX, since nvcc no longer knows that a
 // pointer which was an integer once is to global memory, and cuts some assignments of its vector types into words.
 __device__ __forceinline__ uint4 load_16_bytes(const void* from) {
@@ -158,6 +164,7 @@ __device__ __forceinline__ uint4 load_16_bytes(const void* from) {
       : "l"(__cvta_generic_to_global(from)));
   return result;
 #else
+  note_access(from);
   return *static_cast<const uint4*>(from);
 #endif
 }
@@ -168,6 +175,7 @@ __device__ __forceinline__ void store_16_bytes(void* to, const uint4& value) {
                "r"(value.z), "r"(value.w)
                : "memory");
 #else
+  note_access(to);
   *static_cast<uint4*>(to) = value;
 #endif
 }

@@ -44,8 +44,7 @@ __global__ void __launch_bounds__(kMostThreads, kShaped ? 2 : 3) sequence_kernel
   GaeState state{0, in.bootstrap ? in.gamma * in.bootstrap[sequence] : 0, false};
   double score = 0;
   if (kShaped) {
-    score = shaping.scores[sequence];
-    if (shaping.score_clip >= 0) score = at_least(at_most(score, shaping.score_clip), -shaping.score_clip);
+    score = clipped_score(shaping.scores[sequence], shaping.score_clip);
     state.next += score;
   }
   Moments moments;
@@ -150,12 +149,12 @@ __global__ void __launch_bounds__(kWhitenThreads) whiten_kernel(float* advantage
 template <bool kShaped>
 void run(const GaeArguments& in, const KlShaping& shaping, int64_t size, Stream stream) {
   // A thread for every eight positions of a sequence, in whole warps. Packed sequences may have any length.
-  const int64_t longest = ceil_div(in.sequences.length, kVector);
-  const int threads = static_cast<int>(longest >= kMostThreads ? kMostThreads : ceil_div(longest < 1 ? 1 : longest, kWarp) * kWarp);
+  const int64_t longest = divide_up(in.sequences.length, kVector);
+  const int threads = static_cast<int>(longest >= kMostThreads ? kMostThreads : divide_up(longest < 1 ? 1 : longest, kWarp) * kWarp);
   launch(sequence_kernel<kShaped>, in.sequences.count, in.sequences.boundaries ? kMostThreads / 2 : threads, stream, in,
          shaping);
   if (!in.moments || size == 0) return;
-  const int64_t blocks = ceil_div(size, kWhitenThreads * kVector);
+  const int64_t blocks = divide_up(size, kWhitenThreads * kVector);
   launch(whiten_kernel, blocks < kMostBlocks ? blocks : kMostBlocks, kWhitenThreads, stream, in.advantages, in.wanted,
          in.moments, in.sequences.count, size);
 }

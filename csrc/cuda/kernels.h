@@ -6,7 +6,7 @@
 
 #include "rlhf_kernels/arguments.h"
 #include "rlhf_kernels/online_softmax.h"
-#include "rlhf_kernels/ppo.h"
+#include "rlhf_kernels/ppo_loss.h"
 
 namespace rlhf_kernels::cuda {
 

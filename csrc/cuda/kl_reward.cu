@@ -1,7 +1,7 @@
 // Per-token KL penalties, their derivative, and rewards shaped by them.
 
 #include "cuda/device.h"
-#include "rlhf_kernels/kl.h"
+#include "rlhf_kernels/kl_reward.h"
 
 namespace rlhf_kernels::cuda {
 
@@ -44,8 +44,7 @@ __global__ void __launch_bounds__(kThreads) rewards_kernel(KlShaping in, int64_t
   if (threadIdx.x == 0) scored = last;
   __syncthreads();
   last = scored;
-  double score = in.scores[row];
-  if (in.score_clip >= 0) score = at_least(at_most(score, in.score_clip), -in.score_clip);
+  const double score = clipped_score(in.scores[row], in.score_clip);
   for (int64_t t = int64_t{threadIdx.x} * kVector; t < length; t += kChunk) {
     const int64_t count = length - t;
     const unsigned counts = load_mask(wanted, base + t, count);
@@ -55,8 +54,7 @@ __global__ void __launch_bounds__(kThreads) rewards_kernel(KlShaping in, int64_t
     for (int i = 0; i < kVector; ++i) {
       const float logprob = packed.of(i, in.logprobs.dtype), ref = packed_ref.of(i, in.ref_logprobs.dtype);
       kl[i] = counts >> i & 1 ? rlhf_kernels::kl_penalty(logprob, ref, in.estimator) : 0.0f;
-      const double penalty = in.beta * static_cast<double>(kl[i]);
-      rewards[i] = counts >> i & 1 ? static_cast<float>((t + i == last ? score : 0) - penalty) : 0.0f;
+      rewards[i] = counts >> i & 1 ? shaped_reward(t + i == last ? score : 0, in.beta, kl[i]) : 0.0f;
     }
     store_vector(in.rewards, Dtype::float32, base + t, count, rewards);
     store_vector(in.kl, Dtype::float32, base + t, count, kl);
@@ -65,7 +63,7 @@ __global__ void __launch_bounds__(kThreads) rewards_kernel(KlShaping in, int64_t
 
 void run(const View& logprobs, const View& ref_logprobs, int64_t rows, int64_t length, KlEstimator estimator,
          const float* gradient, float* result, Stream stream) {
-  const int64_t per_row = ceil_div(length, kChunk);
+  const int64_t per_row = divide_up(length, kChunk);
   launch(penalty_kernel, rows * per_row, kThreads, stream, logprobs, ref_logprobs, length, per_row, estimator, gradient,
          result);
 }

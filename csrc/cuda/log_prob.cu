@@ -233,7 +233,7 @@ void for_dtype(Dtype dtype, Function&& function) {
 
 }  // namespace
 
-int64_t log_prob_chunks(int64_t vocabulary) { return ceil_div(vocabulary, kChunk); }
+int64_t log_prob_chunks(int64_t vocabulary) { return divide_up(vocabulary, kChunk); }
 
 void log_prob(const LogProbArguments& in, const LogProbResults& out, int64_t rows, OnlineSoftmax* sums,
               unsigned* tickets, Stream stream) {

@@ -3,7 +3,7 @@
 // finish adds up the others' sums.
 
 #include "cuda/device.h"
-#include "rlhf_kernels/ppo.h"
+#include "rlhf_kernels/ppo_loss.h"
 
 namespace rlhf_kernels::cuda {
 
@@ -43,11 +43,11 @@ struct Workspace {
   }
 };
 
-int64_t chunks_of(int64_t length) { return ceil_div(length, kChunk); }
+int64_t chunks_of(int64_t length) { return divide_up(length, kChunk); }
 
 int64_t counting_blocks(const TokenLoss& in) {
   // A warp per row, or eight positions per thread.
-  const int64_t all = in.reduction == Reduction::token_mean ? ceil_div(in.rows * in.length, kChunk) : ceil_div(in.rows, kWarps);
+  const int64_t all = in.reduction == Reduction::token_mean ? divide_up(in.rows * in.length, kChunk) : divide_up(in.rows, kWarps);
   return all < kMostBlocks ? all : kMostBlocks;
 }
 

@@ -3,7 +3,7 @@
 // the number of prompts that have a pair. A second launch multiplies by it.
 
 #include "cuda/device.h"
-#include "rlhf_kernels/ranking.h"
+#include "rlhf_kernels/ranking_loss.h"
 
 namespace rlhf_kernels::cuda {
 
@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(kThreads, 4) prompts_kernel(RankingLoss in, in
           sum.right += difference > 0 ? 1.0f : difference < 0 ? 0.0f : 0.5f;
           sum.pairs += 1;
         }
-        sum.loss += log1p(static_cast<double>(product)) - shortfall<double>(differences, short_pairs, in.margin);
+        sum.loss += log1p(static_cast<double>(product)) - sum_below_zero<double>(differences, short_pairs, in.margin);
       }
       loss += sum.loss;
       right += sum.right;
@@ -145,7 +145,7 @@ int width_of(const Sequences& prompts) {
 }
 
 int64_t blocks_of(int64_t prompts, int width) {
-  const int64_t all = ceil_div(prompts * width, kThreads);
+  const int64_t all = divide_up(prompts * width, kThreads);
   return all < kMostBlocks ? all : kMostBlocks;
 }
 
@@ -160,7 +160,7 @@ void ranking_loss(const RankingLoss& in, void* workspace, Stream stream) {
   const int width = width_of(in.prompts);
   const int64_t blocks = blocks_of(in.prompts.count, width);
   launch(prompts_kernel, blocks, kThreads, stream, in, width, in.prompts.count, sums);
-  const int64_t scaling = in.gradient ? ceil_div(in.completions, kThreads * kVector) : 1;
+  const int64_t scaling = in.gradient ? divide_up(in.completions, kThreads * kVector) : 1;
   launch(finish_kernel, scaling < kMostBlocks ? scaling : kMostBlocks, kThreads, stream, in, blocks, sums);
 }
 

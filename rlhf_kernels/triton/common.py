@@ -16,6 +16,7 @@ from rlhf_kernels.ops import OPS
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+LARGEST_WHOLE_EXPONENT = tl.constexpr(88.0)  # e^x is finite in float32 up to here
 
 
 def rows_of(tensor: Tensor) -> Tensor:
@@ -91,45 +92,3 @@ def exponential(x):
     lost = scaled_by_power((one_and_r - whole) + rest, n)
     less_line = tl.where(n == 0, p * (r * r), value - ((x + 1.0) - lost))
     return value, lost, less_line
-
-
-@triton.jit
-def kl_estimate(logprob, ref, ESTIMATOR: tl.constexpr):
-    """Schulman's estimators, with d = log π − log π_ref."""
-    d = logprob - ref
-    if ESTIMATOR == "k2":
-        return d * d * 0.5
-    elif ESTIMATOR == "k3":
-        value, value_lost, less_line = exponential(-d)
-        # What the rounding of d lost (Knuth's two-sum). It is meant for finite inputs; others take the last case.
-        minus_ref = d - logprob
-        lost = (logprob - (d - minus_ref)) - (ref + minus_ref)
-        near = less_line - lost * (value - 1.0)
-        # Further from 0, every step keeps what its rounding loses.
-        line = 1.0 - d
-        line_lost = -d - (line - 1.0)
-        difference = value - line
-        difference_lost = (value - difference) - line
-        far = difference + (difference_lost + ((value_lost - value * lost) - line_lost))
-        # At d = −∞ the estimate is ∞, and not ∞ − ∞.
-        farthest = tl.where(d < 0, value, less_line)
-        return tl.where(tl.abs(d) < 0.34, near, tl.where(tl.abs(d) < 88.0, far, farthest))
-    elif ESTIMATOR == "abs":
-        return tl.abs(d)
-    else:
-        return d
-
-
-@triton.jit
-def kl_slope(logprob, ref, ESTIMATOR: tl.constexpr):
-    """The derivative of :func:`kl_estimate` in ``logprob``."""
-    d = logprob - ref
-    if ESTIMATOR == "k2":
-        return d
-    elif ESTIMATOR == "k3":
-        value, lost, less_line = exponential(-d)
-        return tl.where(tl.abs(d) < 0.34, d - less_line, (1.0 - value) - lost)  # 1 − e^(−d)
-    elif ESTIMATOR == "abs":
-        return tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0))
-    else:
-        return tl.full(d.shape, 1.0, tl.float32)

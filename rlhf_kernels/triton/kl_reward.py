@@ -7,9 +7,53 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_kernels.triton.common import blocks, kl_estimate, kl_slope
+from rlhf_kernels.triton.common import LARGEST_WHOLE_EXPONENT, blocks, exponential
 
 BLOCK = 1024
+# Below this distance exponential has e^x − 1 − x without cancellation: a little under ½·ln 2.
+NEAR = tl.constexpr(0.34)
+
+
+@triton.jit
+def kl_estimate(logprob, ref, ESTIMATOR: tl.constexpr):
+    """Schulman's estimators, with d = log π − log π_ref."""
+    d = logprob - ref
+    if ESTIMATOR == "k2":
+        return d * d * 0.5
+    elif ESTIMATOR == "k3":
+        value, value_lost, less_line = exponential(-d)
+        # What the rounding of d lost (Knuth's two-sum). It is meant for finite inputs; others take the last case.
+        minus_ref = d - logprob
+        lost = (logprob - (d - minus_ref)) - (ref + minus_ref)
+        near = less_line - lost * (value - 1.0)
+        # Further from 0, every step keeps what its rounding loses.
+        line = 1.0 - d
+        line_lost = -d - (line - 1.0)
+        difference = value - line
+        difference_lost = (value - difference) - line
+        far = difference + (difference_lost + ((value_lost - value * lost) - line_lost))
+        # At d = −∞ the estimate is ∞, and not ∞ − ∞.
+        farthest = tl.where(d < 0, value, less_line)
+        return tl.where(tl.abs(d) < NEAR, near, tl.where(tl.abs(d) < LARGEST_WHOLE_EXPONENT, far, farthest))
+    elif ESTIMATOR == "abs":
+        return tl.abs(d)
+    else:
+        return d
+
+
+@triton.jit
+def kl_slope(logprob, ref, ESTIMATOR: tl.constexpr):
+    """The derivative of :func:`kl_estimate` in ``logprob``."""
+    d = logprob - ref
+    if ESTIMATOR == "k2":
+        return d
+    elif ESTIMATOR == "k3":
+        value, lost, less_line = exponential(-d)
+        return tl.where(tl.abs(d) < NEAR, d - less_line, (1.0 - value) - lost)  # 1 − e^(−d)
+    elif ESTIMATOR == "abs":
+        return tl.where(d > 0, 1.0, tl.where(d < 0, -1.0, 0.0))
+    else:
+        return tl.full(d.shape, 1.0, tl.float32)
 
 
 @triton.jit

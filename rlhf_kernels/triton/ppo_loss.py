@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_kernels.ops import OPS
-from rlhf_kernels.triton.common import blocks, exponential, places, two_floats
+from rlhf_kernels.triton.common import LARGEST_WHOLE_EXPONENT, blocks, exponential, places, two_floats
 
 BLOCK = 1024
 RATIO_MEAN, RATIO_MAX_DEVIATION, APPROX_KL, CLIP_FRACTION = places(
@@ -25,7 +25,6 @@ COUNT, LOSS, FIRST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 SUMS = tl.constexpr(2 + max(len(OPS[name].statistics) for name in ("ppo_policy_loss", "ppo_value_loss")))
 # Both losses have one kernel. Each gives it the options that it has.
 NO_OPTIONS = dict.fromkeys(("low", "low_lost", "high", "high_lost", "dual_clip", "clip_range"), 0.0)
-LARGEST_LOG_RATIO = tl.constexpr(88.0)  # e^88 is the largest whole power of e that is finite in float32
 
 
 @triton.jit
@@ -37,9 +36,9 @@ def policy_term(logprob, old_logprob, advantage, low, low_lost, high, high_lost,
     """
     exact = logprob - old_logprob
     raw = exact.to(tl.float32)
-    log_ratio = tl.where(raw > LARGEST_LOG_RATIO, LARGEST_LOG_RATIO, raw)
+    log_ratio = tl.where(raw > LARGEST_WHOLE_EXPONENT, LARGEST_WHOLE_EXPONENT, raw)
     ratio, lost, kl = exponential(log_ratio)
-    raw_lost = tl.where(tl.abs(raw) < LARGEST_LOG_RATIO, (exact - raw).to(tl.float32), 0.0)
+    raw_lost = tl.where(tl.abs(raw) < LARGEST_WHOLE_EXPONENT, (exact - raw).to(tl.float32), 0.0)
     precise = ratio.to(tl.float64) + (lost + ratio * raw_lost)
     kl += raw_lost * (ratio - 1.0)
     gain = -advantage.to(tl.float64)
@@ -49,7 +48,7 @@ def policy_term(logprob, old_logprob, advantage, low, low_lost, high, high_lost,
     clipped = gain * end
     cut = clipped > unclipped
     loss = tl.where(cut, clipped, unclipped)
-    gradient = tl.where(cut | (raw > LARGEST_LOG_RATIO), 0.0, unclipped)
+    gradient = tl.where(cut | (raw > LARGEST_WHOLE_EXPONENT), 0.0, unclipped)
     if DUAL:
         limit = dual * gain
         over = (gain > 0) & (loss > limit)
@@ -64,16 +63,15 @@ def value_term(value, old_value, target, clip_range, CLIP: tl.constexpr):
     error = value - target
     loss = error * error
     gradient = error
-    clipped = value * 0.0
+    clipped = tl.zeros_like(value)
     if CLIP:
         low = old_value - clip_range
         high = old_value + clip_range
         kept = tl.where(value < low, low, tl.where(value > high, high, value))
         other = (kept - target) * (kept - target)
         cut = other > loss
-        inside = (value >= low) & (value <= high)
         loss = tl.where(cut, other, loss)
-        gradient = tl.where(cut, tl.where(inside, kept - target, 0.0), gradient)
+        gradient = tl.where(cut, 0.0, gradient)  # the clipped value does not change with the value
         clipped = cut.to(tl.float32)
     return 0.5 * loss, gradient, clipped
 

@@ -60,6 +60,7 @@ def test_log_prob_and_entropy(kind, vocabulary, dtype):
     hold(Call(k.selective_log_softmax_and_entropy, tensors), 2, slack)
 
 
+@pytest.mark.runs("linear_selective_log_softmax")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_linear_log_prob(dtype, scale):

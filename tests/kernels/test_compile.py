@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from calls import NAMES, bad_values, calls, lacks, packed_calls
+from calls import NAMES, bad_values, calls, packed_calls
 
 import rlhf_kernels as k
 from rlhf_kernels.reference import gae, ranking_loss
@@ -75,8 +75,6 @@ def inductor(function):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_symbolic_sizes_and_options(backend, name):
-    if lacks(backend, name):
-        pytest.skip("not in CUDA C++")
     function = calls()[name].function
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
     for rows, length in ((4, 7), (3, 11)):
@@ -183,8 +181,6 @@ WITH_CHECKED_VALUES = [
 def test_values_that_do_not_fit_are_the_same_error_as_in_eager_code(backend, make, name):
     if torch.get_default_device().type == "cuda":
         pytest.skip("a GPU's values are not looked at")
-    if lacks(backend, name):
-        pytest.skip("not in CUDA C++")
     call = make()[name]
     compiled = call._replace(function=torch.compile(call.function, fullgraph=True, backend="aot_eager"))
     for replaced, error, message in bad_values(call):
@@ -228,8 +224,6 @@ DIFFERENTIABLE = {"selective_log_softmax_and_entropy": 2, "linear_selective_log_
 @pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_result_requires_grad_where_an_input_that_it_has_a_derivative_in_does(backend, name, is_compiled):
-    if lacks(backend, name):
-        pytest.skip("not in CUDA C++")
     call = calls(3, 5)[name]
     function = torch.compile(call.function, fullgraph=True, backend="aot_eager") if is_compiled else call.function
     tensors = {n: x.float() if "mask" in n else x for n, x in call.tensors.items()}

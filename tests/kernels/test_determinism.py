@@ -40,6 +40,7 @@ def test_runs_and_thread_counts(kernels, threads, name, dtype):
         same(call.run(), want)
 
 
+@pytest.mark.runs("linear_selective_log_softmax")
 @pytest.mark.parametrize("dtype", oracles.DTYPES)
 @pytest.mark.parametrize(("depth", "vocabulary"), [(37, 301), (600, 1111)])
 def test_a_row_of_linear_log_probs_is_the_same_alone_in_8_and_in_512(threads, dtype, depth, vocabulary):

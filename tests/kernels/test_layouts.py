@@ -55,8 +55,6 @@ def test_strides(backend, data, name, rows, length, dtype):
 @pytest.mark.parametrize("name", NAMES)
 def test_the_stride_of_a_single_entry_says_nothing(backend, name, shape):
     """torch calls such tensors contiguous, whatever that stride is."""
-    if lacks(backend, name):
-        pytest.skip("not in CUDA C++")
     call = calls(*shape)[name]
     odd = {
         n: x.as_strided(x.shape, [7 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)])
@@ -86,8 +84,6 @@ def laid_out(mask):
 
 @pytest.mark.parametrize("name", [n for n in NAMES if "mask" in calls()[n].tensors])
 def test_masks_of_every_dtype_and_layout_are_that_mask(backend, name):
-    if lacks(backend, name):
-        pytest.skip("not in CUDA C++")
     call = calls(*(5, 70) if backend == "cpu" else (2, 5))[name]
     key = "mask"
     want = call.run()

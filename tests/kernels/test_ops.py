@@ -85,6 +85,16 @@ def test_public_functions():
     assert set(calls()) == functions
 
 
+def test_the_policy_losses_have_the_same_options():
+    """An option of the one is easily forgotten in the other."""
+
+    def options(function):
+        return {p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY}
+
+    of_logits = {"bias", "temperature", "softcap"}
+    assert options(k.linear_ppo_policy_loss) == options(k.ppo_policy_loss) | of_logits
+
+
 @pytest.mark.parametrize("name", OPS)
 def test_reference_and_benchmark(name):
     files = {path: path.read_text() for path in (ROOT / "rlhf_kernels/reference").glob("*.py")}

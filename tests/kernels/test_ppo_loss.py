@@ -136,6 +136,14 @@ def test_a_ratio_that_overflows_is_clipped_without_nan(backend, advantage):
     assert logprobs.grad.tolist() == pytest.approx([0, -advantage / 2])
 
 
+def test_without_clipping_no_value_counts_as_clipped(backend):
+    """Not even one that is no number, which shows in the loss."""
+    values = torch.tensor([[1.0, math.nan, math.inf]])
+    loss, stats = ppo_value_loss(values, torch.zeros(1, 3), torch.zeros(1, 3), None, clip_range=None)
+    assert loss.isnan()
+    assert stats["clip_fraction"] == 0
+
+
 def test_a_banned_token_has_ratio_zero(backend):
     logprobs = torch.tensor([-math.inf, -1.0], requires_grad=True)
     loss, stats = ppo_policy_loss(logprobs, torch.tensor([-3.0, -1.0]), torch.tensor([1.0, 1.0]), None)

@@ -7,10 +7,10 @@
 #include <vector>
 
 #include "rlhf_kernels/gae.h"
-#include "rlhf_kernels/kl.h"
+#include "rlhf_kernels/kl_reward.h"
 #include "rlhf_kernels/online_softmax.h"
-#include "rlhf_kernels/ppo.h"
-#include "rlhf_kernels/ranking.h"
+#include "rlhf_kernels/ppo_loss.h"
+#include "rlhf_kernels/ranking_loss.h"
 
 using namespace rlhf_kernels;
 
@@ -193,7 +193,7 @@ void ranking() {
       product = with_tail(product, tail);
       expect_close(pair_slope(x, tail), 1 / (1 + std::exp(double{x})), 4e-7, "sigma(-x)", 1e-37);
     }
-    const double loss = std::log1p(double{product}) - shortfall<double>(differences, short_pairs, margin);
+    const double loss = std::log1p(double{product}) - sum_below_zero<double>(differences, short_pairs, margin);
     expect_close(loss, truth, 1e-6, "sum of -log sigma(x)");
   }
 }

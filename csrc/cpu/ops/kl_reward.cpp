@@ -35,7 +35,7 @@ Tensor kl_penalty_backward(Tensor logprobs, Tensor ref_logprobs, std::string est
   const int64_t count = logprobs.dim() == 2 ? rows.count : 1, length = logprobs.dim() == 2 ? rows.length : rows.positions;
   parallel(count, length, [&](int64_t begin, int64_t end) {
     kernels().kl_penalty_backward(a, b, length, estimator_of(estimator), data<float>(slopes),
-                                       mutable_data<float>(result), begin, end);
+                                  mutable_data<float>(result), begin, end);
   });
   return result;
 }

@@ -20,9 +20,10 @@ namespace {
 
 using namespace tensors;
 
-// What the logits of a chunk of rows may take; what those of a block of the vocabulary may, with the operands and sums
-// that the backward of the log-probs keeps beside them, and the share of the latter.
+// In the losses: for the logits of a chunk of rows.
 constexpr int64_t kWorkspaceBytes = int64_t{112} << 20;
+// In the backward of the log-probs: for the logits of a block of the vocabulary, with packed operands and sums; and the share
+// of the latter two.
 constexpr int64_t kBackwardBytes = int64_t{88} << 20;
 constexpr int64_t kOperandBytes = int64_t{24} << 20;
 // Rows whose log-probs are made together: their packed form and running sums stay well under the workspace.
@@ -62,7 +63,8 @@ struct LinearInputs {
       hidden = some;
     }
     projection = {hidden.const_data_ptr(), hidden.stride(0), weight.const_data_ptr(), weight.stride(0),
-                  bias ? bias->const_data_ptr() : nullptr, dtype_of(hidden), depth, weight.size(0), temperature, softcap.value_or(0.0)};
+                  bias ? bias->const_data_ptr() : nullptr, dtype_of(hidden), depth, weight.size(0), temperature,
+                  softcap.value_or(0.0)};
   }
 
   int64_t count() const { return static_cast<int64_t>(rows.size()); }
@@ -91,8 +93,8 @@ void share_out(int64_t rows, int64_t multiple, int64_t blocks, const Task& task)
     torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) { task(0, rows, begin, end); });
     return;
   }
-  const int64_t wanted = std::min(rows / fewest, divide_up(shares_per_thread * threads, blocks));
-  const int64_t each = divide_up(divide_up(rows, wanted), multiple) * multiple, shares = divide_up(rows, each);
+  const int64_t most = std::min(rows / fewest, divide_up(shares_per_thread * threads, blocks));
+  const int64_t each = divide_up(divide_up(rows, most), multiple) * multiple, shares = divide_up(rows, each);
   torch::stable::parallel_for(0, blocks * shares, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t block = i / shares, first = i % shares * each;
@@ -160,8 +162,9 @@ struct LinearGradients {
     });
   }
 
-  // From the gradient of the logits of these rows and of the tokens that part.weight holds, the first of them `token`.
-  void add(const Projection& part, int64_t token, const float* logits) {
+  // Adds what slope_rows, the gradient of the logits, makes of these rows and of the tokens that part.weight holds, of which
+  // `token` is the first.
+  void add(const Projection& part, int64_t token, const float* slope_rows) {
     const auto& k = kernels();
     // A task reads its columns of every row of the weight: as wide as the threads allow. An entry's sum is the same.
     constexpr int64_t narrowest = 128, widest = 512;
@@ -170,7 +173,7 @@ struct LinearGradients {
     const int64_t tasks = needs.hidden ? divide_up(part.depth, width) : 0;
     share_out(count, 1, tasks, [&](int64_t row, int64_t last, int64_t begin, int64_t end) {
       for (int64_t task = begin; task < end; ++task) {
-        k.linear_grad_hidden(part, logits + row * part.vocabulary, last - row, token > 0,
+        k.linear_grad_hidden(part, slope_rows + row * part.vocabulary, last - row, token > 0,
                              mutable_data<float>(sums) + row * part.depth, task * width,
                              std::min(part.depth, (task + 1) * width));
       }
@@ -181,7 +184,7 @@ struct LinearGradients {
     const int64_t least = divide_up(divide_up(part.vocabulary, tallest), threads) * threads, tile = k.tile_rows(part);
     const int64_t height = divide_up(divide_up(part.vocabulary, least), tile) * tile;
     torch::stable::parallel_for(0, divide_up(part.vocabulary, height), 1, [&](int64_t begin, int64_t end) {
-      k.linear_grad_weight(part, logits, columns.const_data_ptr(), count, first > 0,
+      k.linear_grad_weight(part, slope_rows, columns.const_data_ptr(), count, first > 0,
                            mutable_data<char>(weight) + token * part.depth * size_of(part.dtype),
                            in.bias ? mutable_data<float>(bias_sums) + token : nullptr, height, begin, end);
     });
@@ -256,7 +259,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_selective_log_softmax_backward(
   const auto& p = in.projection;
   const int64_t rows = std::min(in.count(), std::max<int64_t>(384, kOperandBytes / (12 * std::max<int64_t>(1, p.depth))));
   const int64_t tokens =
-      std::min(p.vocabulary, std::max<int64_t>(256, (kBackwardBytes - kOperandBytes) / (4 * std::max<int64_t>(1, rows)) / 256 * 256));
+      std::min(p.vocabulary,
+               std::max<int64_t>(256, (kBackwardBytes - kOperandBytes) / (4 * std::max<int64_t>(1, rows)) / 256 * 256));
   const Tensor workspace = empty({rows * tokens}, ScalarType::Float);
   float* logits = mutable_data<float>(workspace);
   for (int64_t first = 0; first < in.count(); first += rows) {
@@ -337,21 +341,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_ppo_policy_loss(
     std::optional<double> dual_clip, std::string reduction, bool needs_hidden, bool needs_weight) {
   const Mask mask("mask", wanted);
   const LinearInputs in(hidden, weight, "index", index, mask, bias, temperature, softcap);
-  const Tensor old = cast(old_logprobs, ScalarType::Float), gains = cast(advantages, ScalarType::Float);
+  const Tensor old = cast(old_logprobs, ScalarType::Float), dense_advantages = cast(advantages, ScalarType::Float);
   const int64_t length = wanted.dim() == 2 ? wanted.size(1) : std::max<int64_t>(1, wanted.numel());
   const int64_t count = wanted.dim() == 2 ? wanted.size(0) : 1;
   const Weights weights(mask.data(), count, length, wanted.numel(), reduction);
   std::vector<double> row_weights;
-  std::vector<float> row_old, row_gains;
+  std::vector<float> row_old, row_advantages;
   for (const int64_t row : in.rows) {
     row_weights.push_back(weights.rows[row / length]);
     row_old.push_back(data<float>(old)[row]);
-    row_gains.push_back(data<float>(gains)[row]);
+    row_advantages.push_back(data<float>(dense_advantages)[row]);
   }
   std::vector<LinearPolicyStatistics<float>> statistics(in.count());
   const auto [loss, gradients] =
       linear_losses(in, hidden, weight,
-                    {in.index.data(), row_weights.data(), row_old.data(), row_gains.data(),
+                    {in.index.data(), row_weights.data(), row_old.data(), row_advantages.data(),
                      PolicyClip::of(clip_low, clip_high, dual_clip)},
                     statistics.data(), {needs_hidden, needs_weight});
   LinearPolicyStatistics<double> all;

@@ -27,7 +27,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> selective_log_softmax(Tensor logits, 
   Tensor logprobs = empty(shape, ScalarType::Float), maxima = empty(shape, ScalarType::Float),
          log_sums = empty(shape, ScalarType::Float), entropies = with_entropy ? empty(shape, ScalarType::Float) : nothing();
   const LogProbResults out{mutable_data<float>(logprobs), with_entropy ? mutable_data<float>(entropies) : nullptr,
-                                mutable_data<float>(maxima), mutable_data<float>(log_sums)};
+                           mutable_data<float>(maxima), mutable_data<float>(log_sums)};
   parallel(index.numel(), in.vocabulary,
            [&](int64_t begin, int64_t end) { kernels().log_prob(in, out, begin, end); });
   return {logprobs, entropies, maxima, log_sums};
@@ -43,8 +43,8 @@ void log_prob_backward(const Tensor& logits, const Tensor& index, const Tensor& 
   const Tensor slopes = cast(grad_logprobs, ScalarType::Float);
   const OptionalTensor entropy_slopes = as_float(grad_entropies);
   const LogProbGradient out{data<float>(entropies), data<float>(maxima), data<float>(log_sums),
-                                 data<float>(slopes), data<float>(entropy_slopes), gradient.mutable_data_ptr(),
-                                 rows_of(gradient)};
+                            data<float>(slopes), data<float>(entropy_slopes), gradient.mutable_data_ptr(),
+                            rows_of(gradient)};
   const bool in_place = gradient.const_data_ptr() == logits.const_data_ptr();
   const int64_t row_bytes = in.vocabulary * static_cast<int64_t>(gradient.element_size());
   parallel(index.numel(), in.vocabulary, [&](int64_t begin, int64_t end) {

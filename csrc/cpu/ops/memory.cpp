@@ -20,7 +20,8 @@ void ensure_pages([[maybe_unused]] void* start, [[maybe_unused]] int64_t bytes) 
   const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
   const uintptr_t first = reinterpret_cast<uintptr_t>(start) / page * page;
   const int64_t pages = divide_up(reinterpret_cast<uintptr_t>(start) + bytes - first, page);
-  // Memory grows at its end, and malloc_trim leaves the pages that neighbours share: the last but one tells.
+  // The last page but one tells whether this memory is new: the heap grows at its end, and the very last page may be shared
+  // with a neighbour, and so be resident already.
   unsigned char resident;
   if (mincore(reinterpret_cast<void*>(first + (pages - 2) * page), page, &resident) != 0 || (resident & 1)) return;
   constexpr int64_t run = 64;

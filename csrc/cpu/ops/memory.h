@@ -1,4 +1,4 @@
-// Results of the ops, and the split of their work over torch's threads.
+// Memory for the results of the ops, and the split of their work over torch's threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -21,8 +21,6 @@ void parallel(int64_t count, int64_t work_per_item, const Function& function) {
   torch::stable::parallel_for(0, count, std::max<int64_t>(1, worth_a_thread / std::max<int64_t>(1, work_per_item)),
                               function);
 }
-
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Memory that malloc has just got from the system has no pages yet. Asking for them by the run costs half of what one
 // fault after another does, which is most of the time of an op that only writes. Where there are pages already, or

@@ -40,9 +40,9 @@ std::tuple<Tensor, Tensor, Tensor> ppo_policy_loss(Tensor logprobs, Tensor old_l
   Tensor gradient = with_gradient ? empty(sizes(logprobs), ScalarType::Float) : nothing();
   std::vector<PolicySums> sums(rows.count);
   const PolicyArguments in{rows.view(logprobs), rows.view(old_logprobs), rows.view(advantages),
-                                mask.data(), rows.length, rows.positions, weights.rows.data(),
-                                PolicyClip::of(clip_low, clip_high, dual_clip),
-                                with_gradient ? mutable_data<float>(gradient) : nullptr, sums.data()};
+                           mask.data(), rows.length, rows.positions, weights.rows.data(),
+                           PolicyClip::of(clip_low, clip_high, dual_clip),
+                           with_gradient ? mutable_data<float>(gradient) : nullptr, sums.data()};
   parallel(rows.count, rows.length * 4,
            [&](int64_t begin, int64_t end) { kernels().ppo_policy(in, begin, end); });
   const auto [loss, statistics] = added_up(sums, weights);
@@ -58,9 +58,9 @@ std::tuple<Tensor, Tensor, Tensor> ppo_value_loss(Tensor values, Tensor old_valu
   Tensor gradient = with_gradient ? empty(sizes(values), ScalarType::Float) : nothing();
   std::vector<ValueSums> sums(rows.count);
   const ValueArguments in{rows.view(values), rows.view(old_values), rows.view(returns), mask.data(),
-                               rows.length, rows.positions, weights.rows.data(),
-                               clip_range ? static_cast<float>(*clip_range) : -1.0f,
-                               with_gradient ? mutable_data<float>(gradient) : nullptr, sums.data()};
+                          rows.length, rows.positions, weights.rows.data(),
+                          clip_range ? static_cast<float>(*clip_range) : -1.0f,
+                          with_gradient ? mutable_data<float>(gradient) : nullptr, sums.data()};
   parallel(rows.count, rows.length, [&](int64_t begin, int64_t end) { kernels().ppo_value(in, begin, end); });
   const auto [loss, statistics] = added_up(sums, weights);
   return {loss, statistics, gradient};

@@ -34,9 +34,9 @@ std::tuple<Tensor, Tensor, Tensor> pairwise_ranking_loss(Tensor scores, Tensor r
   std::vector<double> losses(groups), accuracies(groups);
   std::vector<int64_t> counts(groups);
   const RankingArguments in{values.const_data_ptr(), dtype_of(values), data<int64_t>(dense_ranks),
-                                 mask ? mask->data() : nullptr, prompts, static_cast<float>(margin),
-                                 with_gradient ? mutable_data<float>(gradient) : nullptr,
-                                 losses.data(), accuracies.data(), counts.data()};
+                            mask ? mask->data() : nullptr, prompts, static_cast<float>(margin),
+                            with_gradient ? mutable_data<float>(gradient) : nullptr,
+                            losses.data(), accuracies.data(), counts.data()};
   const int64_t width = prompts.count ? scores.numel() / prompts.count : 0;
   parallel(groups, k.sequences_per_group * width * width * 4,
            [&](int64_t begin, int64_t end) { k.ranking(in, begin, end); });

@@ -98,8 +98,8 @@ struct SplitSum {
   SplitSum() = default;
   SplitSum(const Vec& term, const Vec& grid) : high((term + grid) - grid), low(term - high) {}
 
-  // Adding this number to a term and subtracting it again leaves the high part: a multiple of 2^-24 times the number of
-  // terms, rounded up to a power of two.
+  // With N the number of terms rounded up to a power of two (at least 4), floats just below N are 2^-24·N apart. So
+  // (term + 0.75·N) − 0.75·N rounds the term to a multiple of that, and N such terms of at most 1 are summed exactly.
   static Vec grid_for(int64_t terms) {
     return Vec(0.75f * static_cast<float>(std::bit_ceil(static_cast<uint64_t>(terms < 4 ? 4 : terms))));
   }

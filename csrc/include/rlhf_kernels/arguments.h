@@ -4,7 +4,7 @@
 #include <cstdint>
 
 #include "rlhf_kernels/gae.h"
-#include "rlhf_kernels/kl.h"
+#include "rlhf_kernels/kl_reward.h"
 
 namespace rlhf_kernels {
 

@@ -30,16 +30,16 @@ struct GaeState {
   bool seen;  // whether some position to the right counts
 };
 
-// How a stretch of positions changes the state: advantage = slope·advantage' + following·next' + offset, and a new `next`.
-// The recursion of equation 16 is a composition of such affine maps, which may be grouped in any way (Blelloch 1990). A
-// stretch that is all masked changes nothing.
+// How a stretch of positions changes the state to its right, (A', n'): its first unmasked position has the advantage
+// slope·A' + following·n' + offset, and the new `next` is that position's γ·V. The recursion of equation 16 is a composition
+// of such affine maps, which may be grouped in any way (Blelloch 1990). A stretch that is all masked changes nothing.
 struct GaeMap {
   double slope = 1, following = 0, offset = 0, next = 0;
   bool counts = false;
 
   // Extends the stretch by the position to its left, which must be unmasked.
   RLHF_HOST_DEVICE void take(double reward, double value, double gamma, double gamma_lambda) {
-    offset = counts ? fma(gamma_lambda, offset, gae_delta(reward, value, next)) : reward - value;
+    offset = counts ? fma(gamma_lambda, offset, gae_delta(reward, value, next)) : gae_delta(reward, value, 0);
     following = counts ? gamma_lambda * following : 1;
     slope = gamma_lambda * slope;
     next = gamma * value;
@@ -82,11 +82,11 @@ RLHF_HOST_DEVICE void merge(Moments& all, const Moments& part) {
 }
 
 // Added to the variance before its root is taken.
-constexpr double kVarianceFloor = 1e-8;
+constexpr double kVarianceEpsilon = 1e-8;
 
 // What whitening multiplies by, after taking off the mean.
 RLHF_HOST_DEVICE double whitening_scale(const Moments& all) {
-  return all.count > 0 ? 1.0 / sqrt(all.squares / all.count + kVarianceFloor) : 0.0;
+  return all.count > 0 ? 1.0 / sqrt(all.squares / all.count + kVarianceEpsilon) : 0.0;
 }
 
 }  // namespace rlhf_kernels

@@ -12,6 +12,8 @@
 
 namespace rlhf_kernels {
 
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 constexpr double kLog2E = 1.44269504088896341, kLn2 = 0.69314718055994531;
 
 // yes where a > b, else no; NaN is greater than nothing.
@@ -66,6 +68,8 @@ struct Exponential {
 // Below this e^x rounds to 0 in float32; above the other it is infinite.
 constexpr float kSmallestExponent = -104.0f;
 constexpr float kLargestExponent = 89.0f;
+// The largest whole one of which e^x is finite.
+constexpr float kLargestWholeExponent = 88.0f;
 
 // Of x up to kLargestExponent. x = n·ln 2 + r with ln 2 in two parts; e^r = 1 + r + r²·p(r), p of degree 5 as in Cephes'
 // expf. Of the three results the compiler drops those that are not used.

@@ -42,6 +42,9 @@ RLHF_HOST_DEVICE double log_prob(const OnlineSoftmax& row, float logit, double i
   return (static_cast<double>(logit) - row.maximum) * inverse_temperature - log(row.sum);
 }
 
+// Rounds to 0 as a power of 2 in float32.
+constexpr float kVanishing = -150.0f;
+
 // The gradient d(go·log p_chosen + gh·H) / d logit of the logits that were not chosen, −p·(go + gh·(log p + H))/τ, as a
 // function of the logit, in powers of 2. The chosen one gets go/τ on top.
 template <class T>
@@ -60,8 +63,8 @@ struct LogitGradient {
 
   template <bool kEntropy>
   RLHF_HOST_DEVICE T of(T logit) const {
-    // 2^−150 rounds to 0 in float32, as it must. A banned token's log-prob of −inf would give 0·inf, which is NaN.
-    const T log2_p = at_least(multiply_add(logit - maximum, scale, T(0.0f) - log2_sum), T(-150.0f));
+    // A banned token's log-prob of −inf would give 0·inf, which is NaN.
+    const T log2_p = at_least(multiply_add(logit - maximum, scale, T(0.0f) - log2_sum), T(kVanishing));
     const T p = power_of_two(log2_p);
     if constexpr (kEntropy) return p * multiply_add(slope, log2_p, offset);
     return p * offset;

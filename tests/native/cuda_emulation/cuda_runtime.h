@@ -2,8 +2,10 @@
 // as they are. What Triton's interpreter is to Triton's kernels, for machines without a GPU.
 //
 // The blocks of a grid run one after another, a block's threads as coroutines that give way where they wait for each
-// other. That proves indices, sums, orders and barriers right; it knows nothing of memory that other blocks see late, of
-// the chip's own exponentials, or of time.
+// other. Every other launch runs blocks and threads from the last to the first, so that what depends on their order, as
+// without a barrier that is needed, gives other bits in two runs of a test. That proves indices, sums, orders and barriers
+// as far as the tests see them, and that 16-byte accesses are aligned. It knows nothing of memory that other blocks see
+// late, of reads past an array's end, of the GPU's own exponentials, or of time.
 #pragma once
 
 #include <setjmp.h>
@@ -67,12 +69,18 @@ struct Block {
   jmp_buf scheduler;
   std::vector<std::unique_ptr<Thread>> threads;
   unsigned current = 0, count = 0;
+  bool reversed = true, misaligned = false;
   const std::function<void()>* body = nullptr;
 };
 
 inline Block& block() {
   static Block it;
   return it;
+}
+
+// Of 16 bytes. No exception may leave a thread's own stack, so that run() throws it.
+inline void note_access(const void* address) {
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) block().misaligned = true;
 }
 
 inline void give_way(State state) {
@@ -113,7 +121,8 @@ inline void run_block() {
   }
   for (;;) {
     bool ran = false;
-    for (unsigned i = 0; i < b.count; ++i) {
+    for (unsigned n = 0; n < b.count; ++n) {
+      const unsigned i = b.reversed ? b.count - 1 - n : n;
       if (b.threads[i]->state != State::ready) continue;
       b.current = i;
       threadIdx.x = i;
@@ -160,7 +169,12 @@ inline void run(unsigned blocks, int threads, const std::function<void()>& body)
   b.count = static_cast<unsigned>(threads);
   gridDim.x = blocks;
   blockDim.x = b.count;
-  for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) run_block();
+  b.reversed = !b.reversed;
+  for (unsigned n = 0; n < blocks; ++n) {
+    blockIdx.x = b.reversed ? blocks - 1 - n : n;
+    run_block();
+  }
+  if (b.misaligned) throw std::logic_error("16 bytes at an address that is no multiple of 16");
 }
 
 inline uint32_t exchange(uint32_t value, unsigned source) {

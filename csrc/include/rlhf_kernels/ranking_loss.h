@@ -5,11 +5,11 @@
 
 namespace rlhf_kernels {
 
-// With x = r_w − r_l − margin: −log σ(x) = log(1 + tail) − min(x, 0). The second term is summed over pairs in two parts,
-// differences and margins. In a sum of both together, bfloat16 scores, whose differences are multiples of one power of two,
-// would lose the same digits of the margin again and again.
+// With x = r_w − r_l − margin: −log σ(x) = log(1 + tail) − min(x, 0). This is Σ min(x, 0), from the sum of the differences
+// r_w − r_l and the number of the pairs that have x below 0. Were x itself summed, the margin would lose the same digits in
+// every pair where scores are bfloat16, since their differences are multiples of one power of two.
 template <class T>
-RLHF_HOST_DEVICE T shortfall(T differences, T pairs, T margin) {
+RLHF_HOST_DEVICE T sum_below_zero(T differences, T pairs, T margin) {
   return differences - pairs * margin;
 }
 

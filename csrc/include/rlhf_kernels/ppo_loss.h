@@ -101,8 +101,8 @@ struct PolicyTerm {
   T clipped;    // 1 where the clipped loss is the one chosen
 };
 
-// e^88 is the largest whole power of e that is finite in float32. Larger log-ratios are clamped to it, without a gradient.
-constexpr float kLargestLogRatio = 88.0f;
+// Larger log-ratios are clamped to this, without a gradient: the ratio stays finite.
+constexpr float kLargestLogRatio = kLargestWholeExponent;
 constexpr float kLargestFloat = 3.4028234e38f;
 
 template <class T>
