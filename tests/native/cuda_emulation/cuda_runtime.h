@@ -3,7 +3,8 @@
 //
 // The blocks of a grid run one after another, a block's threads as coroutines that give way where they wait for each
 // other. Every other launch runs blocks and threads from the last to the first, so that what depends on their order, as
-// without a barrier that is needed, gives other bits in two runs of a test. That proves indices, sums, orders and barriers
+// without a barrier that is needed, gives other bits in two runs of a test; and no block sees what the one before it left in
+// shared memory. That proves indices, sums, orders and barriers
 // as far as the tests see them, and that 16-byte accesses are aligned. It knows nothing of memory that other blocks see
 // late, of reads past an array's end, of the GPU's own exponentials, or of time.
 #pragma once
@@ -17,6 +18,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <future>
 #include <memory>
 #include <stdexcept>
 #include <vector>
@@ -26,7 +28,8 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ static  // one block at a time
+// A block runs in a thread of its own, so that it finds nothing there of the block before it.
+#define __shared__ static thread_local
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -172,7 +175,7 @@ inline void run(unsigned blocks, int threads, const std::function<void()>& body)
   b.reversed = !b.reversed;
   for (unsigned n = 0; n < blocks; ++n) {
     blockIdx.x = b.reversed ? blocks - 1 - n : n;
-    run_block();
+    std::async(std::launch::async, run_block).get();
   }
   if (b.misaligned) throw std::logic_error("16 bytes at an address that is no multiple of 16");
 }
