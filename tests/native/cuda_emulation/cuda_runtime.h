@@ -2,11 +2,11 @@
 // as they are. What Triton's interpreter is to Triton's kernels, for machines without a GPU.
 //
 // The blocks of a grid run one after another, a block's threads as coroutines that give way where they wait for each
-// other. Every other launch runs blocks and threads from the last to the first, so that what depends on their order, as
-// without a barrier that is needed, gives other bits in two runs of a test; and no block sees what the one before it left in
-// shared memory. That proves indices, sums, orders and barriers
-// as far as the tests see them, and that 16-byte accesses are aligned. It knows nothing of memory that other blocks see
-// late, of reads past an array's end, of the GPU's own exponentials, or of time.
+// other. Half of the launches, drawn at random, run blocks and threads from the last to the first, so that what depends on
+// their order, as without a barrier that is needed, gives other results at times; and no block sees what the one before it
+// left in shared memory. That proves indices, sums, orders and barriers as far as the tests see them, and that 16-byte
+// accesses are aligned. It knows nothing of memory that other blocks see late, of reads past an array's end, of the GPU's
+// own exponentials, or of time.
 #pragma once
 
 #include <setjmp.h>
@@ -20,6 +20,7 @@
 #include <functional>
 #include <future>
 #include <memory>
+#include <random>
 #include <stdexcept>
 #include <vector>
 
@@ -72,7 +73,8 @@ struct Block {
   jmp_buf scheduler;
   std::vector<std::unique_ptr<Thread>> threads;
   unsigned current = 0, count = 0;
-  bool reversed = true, misaligned = false;
+  bool reversed = false, misaligned = false;
+  std::mt19937 generator;  // the same numbers in every process
   const std::function<void()>* body = nullptr;
 };
 
@@ -172,7 +174,7 @@ inline void run(unsigned blocks, int threads, const std::function<void()>& body)
   b.count = static_cast<unsigned>(threads);
   gridDim.x = blocks;
   blockDim.x = b.count;
-  b.reversed = !b.reversed;
+  b.reversed = b.generator() & 1;
   for (unsigned n = 0; n < blocks; ++n) {
     blockIdx.x = b.reversed ? blocks - 1 - n : n;
     std::async(std::launch::async, run_block).get();
