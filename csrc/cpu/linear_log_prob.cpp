@@ -4,6 +4,7 @@
 #include <cmath>
 #include <memory>
 
+#include "cpu/denormals.h"
 #include "cpu/matmul.h"
 #include "cpu/softmax.h"
 #include "cpu/table.h"
@@ -157,6 +158,7 @@ int64_t vocabulary_blocks(const Projection& p) { return divide_up(p.vocabulary, 
 
 void linear_partials(const Projection& p, const void* packed, int64_t rows, const int64_t* index, bool with_entropy,
                      OnlineSoftmax* partials, int64_t stride, float* chosen, int64_t begin, int64_t end) {
+  const FlushDenormals flush;
   const double inverse_temperature = 1.0 / p.temperature;
   for_math(p.dtype, [&](auto math, auto* type) {
     using Math = decltype(math);
@@ -187,6 +189,7 @@ void linear_partials(const Projection& p, const void* packed, int64_t rows, cons
 }
 
 void linear_logits(const Projection& p, const void* packed, int64_t rows, float* logits, int64_t begin, int64_t end) {
+  const FlushDenormals flush;
   for_math(p.dtype, [&](auto math, auto* type) {
     using Math = decltype(math);
     using Unit = typename Math::Unit;
@@ -208,6 +211,7 @@ void linear_logits(const Projection& p, const void* packed, int64_t rows, float*
 
 void linear_loss(const Projection& p, const RowLoss& in, const RowLossResults& out, float* logits, bool with_gradient,
                  int64_t begin, int64_t end) {
+  const FlushDenormals flush;
   const double inverse_temperature = 1.0 / p.temperature;
   for (int64_t row = begin; row < end; ++row) {
     float* line = logits + row * p.vocabulary;
@@ -241,6 +245,7 @@ void linear_loss(const Projection& p, const RowLoss& in, const RowLossResults& o
 void linear_gradient(const Projection& p, const int64_t* index, int64_t first, const float* maxima,
                      const float* log_sums, const float* entropies, const float* grad_logprobs,
                      const float* grad_entropies, float* logits, int64_t begin, int64_t end) {
+  const FlushDenormals flush;
   for (int64_t row = begin; row < end; ++row) {
     gradient_over_logits(p, logits + row * p.vocabulary, index[row] - first, maxima[row], log_sums[row],
                          grad_entropies ? entropies[row] : 0, grad_logprobs[row],
@@ -250,6 +255,7 @@ void linear_gradient(const Projection& p, const int64_t* index, int64_t first, c
 
 void linear_grad_hidden(const Projection& p, const float* slope_rows, int64_t rows, bool accumulate, float* sums,
                         int64_t begin, int64_t end) {
+  const FlushDenormals flush;
   for_math(p.dtype, [&](auto math, auto* type) {
     using Math = decltype(math);
     using Unit = typename Math::Unit;
@@ -275,6 +281,7 @@ void linear_grad_hidden(const Projection& p, const float* slope_rows, int64_t ro
 }
 
 void store_rows(const Projection& p, const float* sums, const int64_t* rows, void* to, int64_t begin, int64_t end) {
+  const FlushDenormals flush;
   for_dtype(p.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for (int64_t row = begin; row < end; ++row) {
@@ -289,6 +296,7 @@ void store_rows(const Projection& p, const float* sums, const int64_t* rows, voi
 
 void linear_grad_weight(const Projection& p, const float* slope_rows, const void* packed, int64_t count, bool accumulate,
                         void* gradient, float* bias, int64_t block_rows, int64_t begin, int64_t end) {
+  const FlushDenormals flush;
   for_math(p.dtype, [&](auto math, auto* type) {
     using Math = decltype(math);
     using Unit = typename Math::Unit;

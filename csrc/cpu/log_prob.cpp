@@ -2,12 +2,15 @@
 
 #include <cmath>
 
+#include "cpu/denormals.h"
 #include "cpu/softmax.h"
 #include "cpu/table.h"
 
 namespace rlhf_kernels::cpu {
 inline namespace RLHF_ISA {
+
 void log_prob(const LogProbArguments& in, const LogProbResults& out, int64_t begin, int64_t end) {
+  const FlushDenormals flush;
   const double inverse_temperature = 1.0 / in.temperature;
   for_dtype(in.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
@@ -28,6 +31,7 @@ void log_prob(const LogProbArguments& in, const LogProbResults& out, int64_t beg
 }
 
 void log_prob_backward(const LogProbArguments& in, const LogProbGradient& out, int64_t begin, int64_t end) {
+  const FlushDenormals flush;
   for_dtype(in.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for (int64_t row = begin; row < end; ++row) {

@@ -7,11 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_kernels import (
+    backends,
     linear_cross_entropy,
     linear_ppo_policy_loss,
     linear_selective_log_softmax,
     linear_selective_log_softmax_and_entropy,
     ppo_policy_loss,
+    selective_log_softmax,
+    use_backend,
 )
 
 
@@ -210,3 +213,34 @@ def test_operands_of_two_dtypes_meet_in_the_wider(odd, dtype):
     got = linear_selective_log_softmax(index=index, **operands)
     assert got.dtype == wide
     assert torch.equal(got, linear_selective_log_softmax(index=index, **{n: x.to(wide) for n, x in operands.items()}))
+
+
+@pytest.mark.skipif(not backends.has("cpu"), reason="no native kernels in this install")
+def test_numbers_below_the_smallest_normal_one_are_zero():
+    """Processors take a hundred times as long over them, and a peaked distribution is full of them."""
+    hidden = torch.tensor([[0.0, -95.0, -1.0]]).repeat(400, 1).requires_grad_()  # e^−95 is 6e-42
+    with use_backend("cpu"):
+        linear_cross_entropy(hidden, torch.eye(3), torch.zeros(400, dtype=torch.long), reduction="sum").backward()
+    assert (hidden.grad[:, 1] == 0).all()
+    assert (hidden.grad[:, 2] > 0.2).all()
+    logits = hidden.detach().requires_grad_()
+    with use_backend("cpu"):
+        selective_log_softmax(logits, torch.zeros(400, dtype=torch.long)).sum().backward()
+    assert (logits.grad[:, 1] == 0).all()
+
+
+@pytest.mark.skipif(not backends.has("cpu"), reason="no native kernels in this install")
+@pytest.mark.parametrize("flush", [False, True])
+def test_the_caller_s_own_way_with_small_numbers_stays(flush):
+    small = torch.full((1 << 20,), 1e-40)  # so many that every thread has some
+    assert torch.set_flush_denormal(flush)
+    try:
+        hidden, weight = torch.randn(600, 8, requires_grad=True), torch.randn(3000, 8, requires_grad=True)
+        with use_backend("cpu"):
+            linear_cross_entropy(hidden, weight, torch.zeros(600, dtype=torch.long)).backward()
+        own_thread = small[:1024] * 1.0
+        assert torch.count_nonzero(own_thread) == (0 if flush else 1024)
+        if not flush:  # torch's own switch is for the thread that calls it
+            assert torch.count_nonzero(small * 1.0) == len(small)
+    finally:
+        torch.set_flush_denormal(False)
