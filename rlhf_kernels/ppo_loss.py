@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ from rlhf_kernels import checks
 from rlhf_kernels.backends import choose
 from rlhf_kernels.ops import OPS
 from rlhf_kernels.reference import ppo_loss as reference
-from rlhf_kernels.registration import autograd, call, fake, needs_gradient, scaled
+from rlhf_kernels.registration import autograd_of_loss, call, fake, needs_gradient
 
 REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
 
@@ -162,29 +160,5 @@ def _(
     return _results("ppo_value_loss", values, with_gradient)
 
 
-def _save(ctx: Any, variable: Tensor, output: tuple[Tensor, ...]) -> None:
-    _, statistics, gradient = output
-    ctx.save_for_backward(variable, gradient)
-    ctx.mark_non_differentiable(statistics, gradient)
-    # The gradient is an output of this op. Autograd must not make zeros of its size as that output's own gradient.
-    ctx.set_materialize_grads(False)
-
-
-def _save_policy(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
-    _save(ctx, inputs.logprobs, output)
-
-
-def _save_value(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
-    _save(ctx, inputs.values, output)
-
-
-@autograd("ppo_policy_loss", _save_policy, variables=("logprobs",))
-def _(ctx: Any, saved: tuple[Tensor, ...], grad_loss: Tensor, *_: Any) -> dict[str, Tensor | None]:
-    logprobs, gradient = saved
-    return {"logprobs": scaled(gradient, grad_loss, logprobs.dtype)}
-
-
-@autograd("ppo_value_loss", _save_value, variables=("values",))
-def _(ctx: Any, saved: tuple[Tensor, ...], grad_loss: Tensor, *_: Any) -> dict[str, Tensor | None]:
-    values, gradient = saved
-    return {"values": scaled(gradient, grad_loss, values.dtype)}
+autograd_of_loss("ppo_policy_loss", "logprobs")
+autograd_of_loss("ppo_value_loss", "values")

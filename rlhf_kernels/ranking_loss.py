@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from rlhf_kernels import checks
 from rlhf_kernels.backends import choose
 from rlhf_kernels.reference import ranking_loss as reference
-from rlhf_kernels.registration import autograd, call, fake, needs_gradient, scaled
+from rlhf_kernels.registration import autograd_of_loss, call, fake, needs_gradient
 
 
 def pairwise_ranking_loss(
@@ -80,15 +78,4 @@ def _(
     return tuple(scores.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
-def _save(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
-    _, accuracy, gradient = output
-    ctx.save_for_backward(inputs.scores, gradient)
-    ctx.mark_non_differentiable(accuracy, gradient)
-    # The gradient is an output of this op. Autograd must not make zeros of its size as that output's own gradient.
-    ctx.set_materialize_grads(False)
-
-
-@autograd("pairwise_ranking_loss", _save, variables=("scores",))
-def _backward(ctx: Any, saved: tuple[Tensor, ...], grad_loss: Tensor, *_: Any) -> dict[str, Tensor | None]:
-    scores, gradient = saved
-    return {"scores": scaled(gradient, grad_loss, scores.dtype)}
+autograd_of_loss("pairwise_ranking_loss", "scores")

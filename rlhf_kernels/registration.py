@@ -109,6 +109,26 @@ def autograd(name: str, save: Callable[..., None], variables: tuple[str, ...]) -
     return register
 
 
+def autograd_of_loss(name: str, variable: str) -> None:
+    """Registers the derivative of a loss that is computed with its gradient.
+
+    The op returns the loss, one tensor that has no derivative, and the gradient of the argument ``variable``.
+    """
+
+    def save(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
+        _, statistics, gradient = output
+        ctx.save_for_backward(getattr(inputs, variable), gradient)
+        ctx.mark_non_differentiable(statistics, gradient)
+        # Otherwise autograd would make zeros as the gradient of ``gradient``, which is as large.
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, saved: tuple[Tensor, ...], grad_loss: Tensor, *_: Any) -> dict[str, Tensor | None]:
+        operand, gradient = saved
+        return {variable: scaled(gradient, grad_loss, operand.dtype)}
+
+    autograd(name, save, (variable,))(backward)
+
+
 @functools.cache
 def implementation(backend: str, name: str) -> Callable[..., Any]:
     """A backend's function for an op. For the native backends that is the op which they registered with torch."""

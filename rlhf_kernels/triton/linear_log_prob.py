@@ -19,15 +19,22 @@ from torch import Tensor
 from rlhf_kernels.ops import OPS
 from rlhf_kernels.triton.common import LN_2, LOG2_E, blocks, places
 from rlhf_kernels.triton.log_prob import empty_results, gradient_block, reduce_block, reduce_rows, write_gradient
-from rlhf_kernels.triton.ppo_loss import clip_ends, policy_results, policy_term, row_weights
+from rlhf_kernels.triton.ppo_loss import (
+    APPROX_KL,
+    CLIP_FRACTION,
+    RATIO_MAX_DEVIATION,
+    RATIO_MEAN,
+    clip_ends,
+    policy_results,
+    policy_term,
+    row_weights,
+)
 
 # How many rows a matmul of the log-probs has. The bits of the results depend on it, so it is never tuned.
 ROWS = 512
 # How many floats the kernel of the losses stores per row: one for each statistic of the policy loss.
 STATISTICS = tl.constexpr(len(OPS["linear_ppo_policy_loss"].statistics))
-RATIO_MEAN, RATIO_MAX_DEVIATION, APPROX_KL, CLIP_FRACTION, ENTROPY = places(
-    "linear_ppo_policy_loss", "ratio_mean", "ratio_max_deviation", "approx_kl", "clip_fraction", "entropy"
-)
+(ENTROPY,) = places("linear_ppo_policy_loss", "entropy")
 # The memory that the backward and the losses plan for a chunk of logits and its gradient, counted as float32 logits and
 # a gradient in half precision. With a vocabulary of 128 000 this is a thousand rows, enough for a matmul to be bound by
 # arithmetic and not by memory.
@@ -263,7 +270,7 @@ def _row_losses(
 
 
 def _losses(
-    rows: Rows, weights: Tensor, policy: tuple[Tensor, Tensor, tuple[float, ...], float | None] | None,
+    rows: Rows, weights: Tensor, policy: tuple[Tensor, Tensor, dict[str, float], float | None] | None,
     needs_hidden: bool, needs_weight: bool,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """The losses and statistics of the rows, and the gradients of the losses' sum, for a chunk of rows at a time."""
@@ -271,7 +278,7 @@ def _losses(
     device = rows.hidden.device
     losses = torch.empty(count, dtype=torch.float64, device=device)
     statistics = torch.empty(count, STATISTICS.value if policy else 0, device=device)
-    old, advantages, ends, dual = policy or (losses, losses, (0.0,) * 4, None)
+    old, advantages, ends, dual = policy or (losses, losses, clip_ends(0.0, 0.0), None)
     gradients = Gradients(rows, needs_hidden, needs_weight)
     with_gradient = needs_hidden or needs_weight
     size = max(TILE, WORKSPACE_BYTES // (6 * vocabulary) // TILE * TILE)
@@ -284,7 +291,7 @@ def _losses(
         _row_losses[(logits.shape[0],)](
             logits, slopes, rows.index[part], rows.wanted[part], weights[part], old[part], advantages[part],
             losses[part], statistics[part], logits.stride(0), slopes.stride(0), vocabulary,
-            LOG2_E.value / rows.temperature, 1.0 / rows.temperature, rows.softcap or 1.0, *ends, dual or 0.0,
+            LOG2_E.value / rows.temperature, 1.0 / rows.temperature, rows.softcap or 1.0, **ends, dual=dual or 0.0,
             BLOCK=blocks(vocabulary, 4096), POLICY=policy is not None, DUAL=dual is not None,
             SOFTCAP=rows.softcap is not None, GRADIENT=with_gradient, num_warps=8,
         )  # fmt: skip

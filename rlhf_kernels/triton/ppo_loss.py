@@ -22,9 +22,7 @@ VALUE_MEAN, RETURN_MEAN, VALUE_CLIP_FRACTION = places("ppo_value_loss", "value_m
 # What a block stores: how many positions count, its loss, and then a sum for each statistic, or the maximum for the
 # largest deviation.
 COUNT, LOSS, FIRST = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-SUMS = tl.constexpr(2 + max(len(OPS[name].statistics) for name in ("ppo_policy_loss", "ppo_value_loss")))
-# Both losses have one kernel. Each gives it the options that it has.
-NO_OPTIONS = dict.fromkeys(("low", "low_lost", "high", "high_lost", "dual_clip", "clip_range"), 0.0)
+SUMS = tl.constexpr(FIRST.value + max(len(OPS[name].statistics) for name in ("ppo_policy_loss", "ppo_value_loss")))
 
 
 @triton.jit
@@ -209,8 +207,7 @@ def ppo_policy_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, statistics, and the gradient of ``logprobs`` (empty if not asked for)."""
     inputs = (logprobs, old_logprobs, advantages, wanted)
-    ends = dict(zip(("low", "low_lost", "high", "high_lost"), clip_ends(clip_low, clip_high), strict=True))
-    options = ends | {"dual_clip": dual_clip or 0.0}
+    options = clip_ends(clip_low, clip_high) | {"dual_clip": dual_clip or 0.0, "clip_range": 0.0}
     return _run(inputs, options, dual_clip is not None, reduction, with_gradient, policy=True)
 
 
@@ -220,7 +217,7 @@ def ppo_value_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, statistics, and the gradient of ``values`` (empty if not asked for)."""
     inputs = (values, old_values, returns, wanted)
-    options = {"clip_range": clip_range or 0.0}
+    options = clip_ends(0.0, 0.0) | {"dual_clip": 0.0, "clip_range": clip_range or 0.0}
     return _run(inputs, options, clip_range is not None, reduction, with_gradient, policy=False)
 
 
@@ -246,7 +243,7 @@ def _run(
         per_row = triton.cdiv(length, block)
     sums = torch.empty(rows * per_row * SUMS.value, dtype=torch.float64, device=device)
     _terms[(rows, per_row)](
-        *(x.contiguous() for x in inputs), gradient, sums, size, length, per_row, **(NO_OPTIONS | options),
+        *(x.contiguous() for x in inputs), gradient, sums, size, length, per_row, **options,
         POLICY=policy, OPTION=option, GRADIENT=with_gradient, BLOCK=block, num_warps=8,
     )  # fmt: skip
     width = triton.next_power_of_2(per_row)
@@ -257,9 +254,11 @@ def _run(
     return loss, statistics, gradient
 
 
-def clip_ends(clip_low: float, clip_high: float) -> tuple[float, float, float, float]:
-    """1 − ε and 1 + ε_high, each as two floats (:func:`two_floats`)."""
-    return *two_floats(1.0 - clip_low), *two_floats(1.0 + clip_high)
+def clip_ends(clip_low: float, clip_high: float) -> dict[str, float]:
+    """1 − ε and 1 + ε_high, each as two floats (:func:`two_floats`), under the names that the kernels have for them."""
+    low, low_lost = two_floats(1.0 - clip_low)
+    high, high_lost = two_floats(1.0 + clip_high)
+    return {"low": low, "low_lost": low_lost, "high": high, "high_lost": high_lost}
 
 
 def row_weights(wanted: Tensor, reduction: str) -> Tensor:
