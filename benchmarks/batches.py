@@ -7,13 +7,16 @@ from torch import Tensor
 
 
 def ragged_mask(batch: int, length: int, generator: torch.Generator, *, holes: bool = True) -> Tensor:
-    """(B, T) bool: completions of a quarter of T up to T tokens; with ``holes``, a tenth of the tokens are masked."""
+    """(B, T) float32, as trainers hold their masks: completions of a quarter of T up to T tokens.
+
+    With ``holes``, a tenth of the tokens are masked.
+    """
     device = generator.device
     lengths = torch.randint(max(1, length // 4), length + 1, (batch, 1), generator=generator, device=device)
     mask = torch.arange(length, device=device) < lengths
     if holes:
         mask &= torch.rand(batch, length, generator=generator, device=device) > 0.1
-    return mask
+    return mask.float()
 
 
 def normal(shape: tuple[int, ...], generator: torch.Generator, dtype: torch.dtype, scale: float = 1.0) -> Tensor:

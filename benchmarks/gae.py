@@ -34,14 +34,13 @@ LONGEST_LOOP = {"cpu": 1 << 20, "cuda": 1 << 40, "quick": 1 << 20}
 LONGEST_COMPILED = {"cpu": 128, "cuda": 1024, "quick": 0}
 GAMMA, LAM = 1.0, 0.95
 TAKES = ("rewards", "values", "mask")
-LOOP_TAKES = ("rewards", "values", "float_mask")
 
 
 def cases(scale: str) -> list[Case]:
     """Both rules, whitening, the whole of PPO's advantages, and masked_gae again at growing sizes."""
     first, *growing = SIZES[scale]
     compiled = first[1] <= LONGEST_COMPILED[scale]
-    loop, compiled_loop = (eager(verl_rule, LOOP_TAKES, compiles=modes, whose="verl's") for modes in ((), MODES[:1]))
+    loop, compiled_loop = (eager(verl_rule, TAKES, compiles=modes, whose="verl's") for modes in ((), MODES[:1]))
     remark = "" if compiled else "torch.compile of the loops over T is left out: it takes 0.3 s per position"
     return [
         _case("masked_gae", first, compiled_loop if compiled else loop, remark=remark),
@@ -88,7 +87,7 @@ def _ppo_advantages(size: tuple[int, int]) -> Case:
         partial(_inputs, batch, length, True),
         takes,
         op,
-        (ours(op), eager(advantages_of_scores, (*takes, "float_mask"), compiles=())),
+        (ours(op), eager(advantages_of_scores, compiles=())),
         lambda inputs, _: Work(3 * inputs["values"].nbytes + inputs["mask"].nbytes, 16 * inputs["mask"].numel()),
         valid=_mask,
         adversarial=_adversarial,
@@ -98,15 +97,15 @@ def _ppo_advantages(size: tuple[int, int]) -> Case:
 
 def _openrlhf() -> tuple[Implementation, ...]:
     return (
-        eager(openrlhf_rule, LOOP_TAKES, compiles=(), whose="OpenRLHF's"),
-        Implementation("OpenRLHF", _load_openrlhf, LOOP_TAKES, install="openrlhf"),
+        eager(openrlhf_rule, TAKES, compiles=(), whose="OpenRLHF's"),
+        Implementation("OpenRLHF", _load_openrlhf, TAKES, install="openrlhf"),
     )
 
 
 def _verl() -> tuple[Implementation, ...]:
     return (
-        eager(whitened_verl_rule, LOOP_TAKES, compiles=(), whose="verl's"),
-        Implementation("verl", _load_verl, LOOP_TAKES, install="verl", adapt=_population_variance),
+        eager(whitened_verl_rule, TAKES, compiles=(), whose="verl's"),
+        Implementation("verl", _load_verl, TAKES, install="verl", adapt=_population_variance),
     )
 
 
@@ -118,7 +117,6 @@ def _inputs(batch: int, length: int, holes: bool, generator: torch.Generator, dt
         "rewards": batches.normal(shape, generator, dtype),
         "values": batches.normal(shape, generator, dtype),
         "mask": mask,
-        "float_mask": mask.float(),
         "scores": batches.normal((batch,), generator, dtype),
         "logprobs": logprobs,
         "ref_logprobs": ref_logprobs,
@@ -133,7 +131,7 @@ def _adversarial(inputs: Inputs) -> Inputs:
 
 
 def _mask(inputs: Inputs) -> Tensor:
-    return inputs["mask"]
+    return inputs["mask"] != 0
 
 
 def _work(inputs: Inputs, step: str) -> Work:
@@ -178,11 +176,11 @@ def openrlhf_rule(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor
 
 
 def advantages_of_scores(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, mask: Tensor, float_mask: Tensor
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, mask: Tensor
 ) -> tuple[Tensor, ...]:
     """Shaped rewards, the loop and whitening, one after another."""
     rewards, kl = kl_reward.shaped_rewards(scores, logprobs, ref_logprobs, mask)
-    return (*whitened_verl_rule(rewards, values, float_mask), rewards, kl)
+    return (*whitened_verl_rule(rewards, values, mask), rewards, kl)
 
 
 def _load_verl() -> Callable[..., Any]:

@@ -25,7 +25,7 @@ SIZES = {
     "cuda": (8, 1024, 4096, 128_256),
     "quick": (4, 32, 64, 4096),
 }
-ROWS = ("hidden", "index", "labels", "old_logprobs", "advantages", "sequence_advantages", "mask", "attention")
+ROWS = ("hidden", "index", "labels", "old_logprobs", "advantages", "sequence_advantages", "mask")
 
 
 def cases(scale: str) -> list[Case]:
@@ -52,7 +52,7 @@ def cases(scale: str) -> list[Case]:
             Implementation(
                 "Liger GRPO loss",
                 _liger_policy_loss,
-                ("hidden", "weight", "index", "old_logprobs", "sequence_advantages", "attention"),
+                ("hidden", "weight", "index", "old_logprobs", "sequence_advantages", "mask"),
                 install="liger-kernel",
             ),
         ),
@@ -110,12 +110,11 @@ def _inputs(
         "hidden": hidden,
         "weight": weight,
         "index": index,
-        "labels": torch.where(mask, index, -100),
+        "labels": torch.where(mask != 0, index, -100),
         "old_logprobs": old + batches.normal((batch, length), generator, torch.float32, 0.1),
         "advantages": advantages.expand(batch, length).contiguous(),
         "sequence_advantages": advantages.squeeze(1),
         "mask": mask,
-        "attention": mask.float(),
     }
 
 

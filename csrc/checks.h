@@ -63,6 +63,15 @@ inline void check_index(const char* name, const Tensor& index, const uint8_t* wa
   }
 }
 
+// tokens as sample_tokens leaves them.
+inline void check_drawn(const Tensor& tokens) {
+  const auto* values = tensors::data<int64_t>(tokens);
+  const int64_t at = std::find(values, values + tokens.numel(), -1) - values;
+  if (at == tokens.numel()) return;
+  throw std::invalid_argument("logits: row " + position(tokens, at) +
+                              " holds NaN or inf, or nothing above -inf, so that no token can be drawn");
+}
+
 inline void check_boundaries(const char* name, const int64_t* boundaries, int64_t count, int64_t length) {
   const int64_t first = boundaries[0], last = boundaries[count];
   if (first != 0 || last != length) {

@@ -1,5 +1,6 @@
-// Every op's schema. `wanted` is a mask: on the CPU bool or {0, 1} of any dtype, which the op checks, as it does index,
-// labels and boundaries; on a GPU bool, and nothing is looked at.
+// Every op's schema. `wanted` is a mask, bool or {0, 1} of any dtype. On the CPU the op checks that, as it does index, labels
+// and boundaries; on a GPU nothing is looked at, and an entry that is not 0 counts. The ops that choose rows by an index
+// (log_prob, linear_log_prob) take a bool mask on a GPU.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -35,6 +36,9 @@ inline void define_ops(torch::stable::detail::StableLibrary& library) {
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, Tensor wanted, Tensor? bias, "
       "float temperature, float? softcap, bool mean, bool needs_hidden, bool needs_weight) -> "
       "(Tensor loss, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
+  library.def(
+      "sample_tokens(Tensor logits, Tensor stream, Tensor step, int seed, float temperature) -> "
+      "(Tensor tokens, Tensor logprobs)");
   library.def("kl_penalty(Tensor logprobs, Tensor ref_logprobs, str estimator) -> Tensor");
   library.def(
       "kl_penalty_backward(Tensor logprobs, Tensor ref_logprobs, str estimator, Tensor gradient) -> Tensor");

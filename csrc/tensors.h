@@ -31,6 +31,31 @@ inline Dtype dtype_of(const Tensor& tensor) {
   }
 }
 
+inline MaskType mask_type_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Bool:
+    case ScalarType::Byte:
+    case ScalarType::Char:
+      return {1, 1, 0};
+    case ScalarType::Short:
+      return {2, 1, 0};
+    case ScalarType::Int:
+      return {4, 1, 0};
+    case ScalarType::Long:
+      return {8, 1, 0};
+    case ScalarType::BFloat16:
+      return {2, 0x3f80, 1};
+    case ScalarType::Half:
+      return {2, 0x3c00, 1};
+    case ScalarType::Float:
+      return {4, 0x3f800000, 1};
+    case ScalarType::Double:
+      return {8, 0x3ff0000000000000, 1};
+    default:
+      STD_TORCH_CHECK(false, "masks are bool, integers or floats");
+  }
+}
+
 inline int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
 // As torch::stable::empty, which looks the operator up by its name every time: for a small op that is a third of its time.
@@ -117,6 +142,13 @@ inline LogProbArguments log_prob_arguments(const Tensor& logits, const Tensor& i
                                            double temperature) {
   return {logits.const_data_ptr(),       dtype_of(logits),     rows_of(logits),
           logits.size(logits.dim() - 1), data<int64_t>(index), wanted, temperature};
+}
+
+// stream and step dense and int64.
+inline SamplingArguments sampling_arguments(const Tensor& logits, const Tensor& stream, const Tensor& step, int64_t seed,
+                                            double temperature) {
+  return {logits.const_data_ptr(), dtype_of(logits),    rows_of(logits),             logits.size(logits.dim() - 1),
+          data<int64_t>(stream),   data<int64_t>(step), static_cast<uint64_t>(seed), temperature};
 }
 
 inline KlShaping shaping_of(const Tensor& scores, const Tensor& logprobs, const Tensor& ref_logprobs, double beta,

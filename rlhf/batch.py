@@ -5,6 +5,9 @@ apart: its SDPA mask and its flash-attn call both keep a token from seeing the s
 losses read flat tensors with one entry per response token, in the order of the sequences, so no later code needs
 a mask.
 
+Where a prompt has several responses, it goes through the model once: they all follow it in one row, with positions that
+go on from the prompt's end in each of them, and a mask of the whole row says who sees whom.
+
 Some models do not keep the sequences of a row apart: a recurrent model carries its state from one sequence into the
 next, and some attention takes no position ids. With such a model each sequence gets a padded row of its own
 (:mod:`rlhf.probe` finds out which models need that).
@@ -14,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -21,9 +25,10 @@ from torch import Tensor
 
 from rlhf_kernels import pack_sequences
 
-Layout: TypeAlias = Literal["packed", "one_row", "padded"]
+Layout: TypeAlias = Literal["packed", "one_row", "padded", "shared"]
 """``packed``: several sequences in a row; ``one_row``: all sequences in a single row, in which flash-attn finds their
-boundaries; ``padded``: one sequence in a row, padded on the right."""
+boundaries; ``padded``: one sequence in a row, padded on the right; ``shared``: as packed, but a prompt's responses
+follow it in one row, and a mask lets each of them see the prompt and itself."""
 
 
 class Group(NamedTuple):
@@ -32,10 +37,14 @@ class Group(NamedTuple):
     prompt: Sequence[int]
     responses: Sequence[Sequence[int]]
 
+    def units(self, layout: Layout) -> list[Group]:
+        """What goes into one row: the whole group where a prompt is shared, else the prompt with one response each."""
+        return [self] if layout == "shared" else [Group(self.prompt, [response]) for response in self.responses]
+
     @property
-    def lengths(self) -> list[int]:
-        """The number of tokens of each sequence: those of the prompt and of one response."""
-        return [len(self.prompt) + len(response) for response in self.responses]
+    def length(self) -> int:
+        """How many tokens it has."""
+        return len(self.prompt) + sum(map(len, self.responses))
 
 
 def groups_of_one(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[Group]:
@@ -52,7 +61,8 @@ class Batch:
     position_ids: Tensor | None
     """(R, C) int64, from 0 within each sequence. None if rows are padded, since positions are 0, 1, ... then."""
     attention_mask: Tensor | None
-    """(R, C) int64, 0 at padding. None unless the layout is ``padded``."""
+    """Where rows are padded, (R, C) int64, 0 at padding. Where prompts are shared, (R, 1, C, C) bool: which positions
+    (the last dimension) each position sees. Else None."""
     before: Tensor
     """(M,) int64: the flat position just before each response token, whose hidden state predicts it."""
     targets: Tensor
@@ -72,45 +82,70 @@ class Batch:
 
 
 def lay_out(groups: Sequence[Group], layout: Layout = "packed") -> Batch:
-    """Lays out ``prompt + response`` for every response.
+    """Lays out ``prompt + response`` for every response; where prompts are shared, ``prompt + all responses``.
 
-    Rows are as long as the longest sequence (``one_row``: as all sequences together). Best-fit-decreasing packing
-    leaves little unused at that length, and the attention mask stays small.
+    Rows are as long as the longest of these (``one_row``: as all of them together). Best-fit-decreasing packing leaves
+    little unused at that length, and the attention mask stays small.
     """
-    sequences = [(group.prompt, response) for group in groups for response in group.responses]
-    lengths = [length for group in groups for length in group.lengths]
+    units = [unit for group in groups for unit in group.units(layout)]
+    lengths = [unit.length for unit in units]
     capacity = sum(lengths) if layout == "one_row" else max(lengths)
-    rows = [[i] for i in range(len(lengths))] if layout == "padded" else pack_sequences(lengths, capacity)
+    rows = [[i] for i in range(len(units))] if layout == "padded" else pack_sequences(lengths, capacity)
     input_ids = torch.zeros(len(rows), capacity, dtype=torch.long)
     # The unused end of a row also counts from 0. To the model it is one more sequence, which nothing reads.
-    position_ids = torch.zeros(len(rows), capacity, dtype=torch.long)
+    position_ids = torch.arange(capacity).repeat(len(rows), 1)
     attention_mask = torch.zeros(len(rows), capacity, dtype=torch.long)
-    start = [0] * len(lengths)
+    # For the mask of shared prompts: the unit that a position belongs to, and the number of its response there, from 1.
+    unit_at = torch.full((len(rows), capacity), -1)
+    response_at = torch.zeros(len(rows), capacity, dtype=torch.long)
+    start = [0] * len(units)
     for row, members in enumerate(rows):
         column = 0
-        for sequence in members:
-            end = column + lengths[sequence]
-            prompt, response = sequences[sequence]
-            input_ids[row, column:end] = torch.tensor([*prompt, *response])
-            position_ids[row, column:end] = torch.arange(lengths[sequence])
-            start[sequence] = row * capacity + column
-            column = end
+        for number in members:
+            unit, length = units[number], lengths[number]
+            start[number] = row * capacity + column
+            input_ids[row, column : column + length] = torch.tensor([*unit.prompt, *chain(*unit.responses)])
+            unit_at[row, column : column + length] = number
+            position_ids[row, column : column + len(unit.prompt)] = torch.arange(len(unit.prompt))
+            column += len(unit.prompt)
+            for i, response in enumerate(unit.responses, 1):
+                end = column + len(response)
+                position_ids[row, column:end] = torch.arange(len(unit.prompt), len(unit.prompt) + len(response))
+                response_at[row, column:end] = i
+                column = end
         position_ids[row, column:] = torch.arange(capacity - column)
         attention_mask[row, :column] = 1
 
-    before = [
-        torch.arange(begin + len(prompt) - 1, begin + length - 1)
-        for begin, (prompt, _), length in zip(start, sequences, lengths, strict=True)
-    ]
+    before: list[int] = []
+    last: list[int] = []
+    for begin, unit in zip(start, units, strict=True):
+        end_of_prompt = at = begin + len(unit.prompt)
+        for response in unit.responses:
+            places = [end_of_prompt - 1, *range(at, at + len(response))]
+            before += places[:-1]
+            last.append(places[-1])
+            at += len(response)
+    responses = [response for unit in units for response in unit.responses]
+    if layout == "shared":
+        attention_mask = _mask_of_shared_prompts(unit_at, response_at)
     return Batch(
         input_ids=input_ids,
         position_ids=None if layout == "padded" else position_ids,
-        attention_mask=attention_mask if layout == "padded" else None,
-        before=torch.cat(before),
-        targets=torch.tensor([token for _, response in sequences for token in response], dtype=torch.long),
-        last=torch.tensor([begin + length - 1 for begin, length in zip(start, lengths, strict=True)]),
-        lengths=torch.tensor([len(response) for _, response in sequences]),
+        attention_mask=attention_mask if layout in ("padded", "shared") else None,
+        before=torch.tensor(before, dtype=torch.long),
+        targets=torch.tensor([token for response in responses for token in response], dtype=torch.long),
+        last=torch.tensor(last),
+        lengths=torch.tensor([len(response) for response in responses]),
     )
+
+
+def _mask_of_shared_prompts(unit_at: Tensor, response_at: Tensor) -> Tensor:
+    """(R, 1, C, C) bool: a position sees itself and what comes before it of its prompt and of its own response."""
+    places = torch.arange(unit_at.shape[1])
+    same_unit = unit_at[:, :, None] == unit_at[:, None, :]
+    of_prompt = response_at[:, None, :] == 0
+    same_response = response_at[:, :, None] == response_at[:, None, :]
+    return (same_unit & (of_prompt | same_response) & (places <= places[:, None]))[:, None]
 
 
 def split(groups: Sequence[Group], tokens: int, layout: Layout = "packed") -> Iterator[list[int]]:
@@ -120,7 +155,7 @@ def split(groups: Sequence[Group], tokens: int, layout: Layout = "packed") -> It
     """
     part: list[int] = []
     rows = longest = size = 0
-    for index, lengths in enumerate(group.lengths for group in groups):
+    for index, lengths in enumerate([unit.length for unit in group.units(layout)] for group in groups):
         padded = (rows + len(lengths)) * max(longest, *lengths)
         if part and (padded if layout == "padded" else size + sum(lengths)) > tokens:
             yield part

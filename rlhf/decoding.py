@@ -16,11 +16,53 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 if TYPE_CHECKING:
     from rlhf.models import LanguageModel
 
 Decoding: TypeAlias = Literal["padded", "aligned", "whole"]
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values of a layer in memory that has room for more: torch.cat would copy the past for every token."""
+
+    rooms: dict[str, Tensor]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Begins with nothing."""
+        super().lazy_initialization(key_states, value_states)
+        self.rooms = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Appends (rows, heads, new tokens, D) states, and returns all there are."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys, self.values = self._appended("keys", key_states), self._appended("values", value_states)
+        return self.keys, self.values
+
+    def _appended(self, name: str, new: Tensor) -> Tensor:
+        past: Tensor = getattr(self, name)
+        length = past.shape[-2] if past.numel() else 0
+        end = length + new.shape[-2]
+        room = self.rooms.get(name)
+        # Where rows were taken out, the past lies elsewhere.
+        if room is None or room.data_ptr() != past.data_ptr() or room.shape[-2] < end:
+            room = new.new_empty(*new.shape[:-2], end + max(end // 2, 16), new.shape[-1])
+            if length:
+                room[..., :length, :] = past
+            self.rooms[name] = room
+        room[..., length:end, :] = new
+        return room[..., :end, :]
+
+
+def make_cache(config: Any) -> DynamicCache:
+    """An empty cache for a model of this configuration."""
+    cache = DynamicCache(config=config)
+    cache.layers = [GrowingLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    if cache.layer_class_to_replicate is DynamicLayer:
+        cache.layer_class_to_replicate = GrowingLayer
+    return cache
 
 
 class Decoder:
@@ -32,13 +74,14 @@ class Decoder:
         if decoding == "whole":
             self.sequences = [list(prompt) for prompt in prompts]
             return
-        inner, width = model.model, max(map(len, prompts))
+        inner, width = model.inner, max(map(len, prompts))
+        device = model.device
         # Padding is on the left, so that all prompts end in the same column. Its token does not matter: it is masked.
-        self.ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=inner.device)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=inner.device)
-        self.mask = (torch.arange(width, device=inner.device) >= width - lengths[:, None]).long()
+        self.ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        self.mask = (torch.arange(width, device=device) >= width - lengths[:, None]).long()
         self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)
-        self.cache = DynamicCache(config=inner.config)
+        self.cache = make_cache(model.model.config)
         names = inspect.signature(inner.forward).parameters
         # transformers has renamed this argument; models with code of their own still call it past_key_values.
         self.cache_name = "cache" if "cache" in names else "past_key_values"
@@ -53,7 +96,8 @@ class Decoder:
             options["position_ids"] = self.positions
         if self.decoding == "padded":
             options["attention_mask"] = self.mask
-        return self.model.model(input_ids=self.ids, use_cache=True, logits_to_keep=1, **options).logits[:, -1]
+        states = self.model.inner(input_ids=self.ids, use_cache=True, **options).last_hidden_state
+        return self.model.project(states[:, -1])
 
     def append(self, tokens: Tensor) -> None:
         """Adds a token, (rows,) int64, to every sequence."""

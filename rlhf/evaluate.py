@@ -102,7 +102,6 @@ def evaluate(config: EvaluateConfig) -> dict:
         ids = [example.prompt_ids for example in prompts]
         samples = {}
         for name, model in models.items():
-            torch.manual_seed(config.seed)
             ends = end_token_ids(getattr(config, name), tokenizer)
             samples[name] = sample_all(model, ids, ends, config)
             for record, response in zip(records, samples[name], strict=True):
@@ -217,6 +216,7 @@ def sample_all(model: LanguageModel, ids: list[list[int]], ends: frozenset[int],
             max_new_tokens=config.lengths.max_response_tokens,
             temperature=config.temperature,
             batch_size=config.batch_size,
+            seed=config.seed,
         )
     except NotFiniteError as error:
         raise ModelError(f"{model.name}: {error}; was its training run stopped at a NaN?") from error
@@ -260,7 +260,6 @@ def generate(config: GenerateConfig) -> Path:
         raise ConfigError(f"output_dir: {output} exists; choose another directory, or remove it first")
     model = LanguageModel.load(config.model, device=device).eval()
     ends = end_token_ids(config.model, tokenizer)
-    torch.manual_seed(config.seed)
     repeated = [example.prompt_ids for example in prompts for _ in range(config.samples)]
     responses = [decode(tokenizer, ids, ends) for ids in sample_all(model, repeated, ends, config)]
     if empty := sum(not text.strip() for text in responses):

@@ -45,6 +45,9 @@ RESIDUAL_DROPOUT = ("resid_pdrop", "hidden_dropout", "residual_dropout", "dropou
 SOFTCAP = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 OTHER_DROPOUT = ("embd_pdrop", "attn_pdrop", "attention_dropout", "embedding_dropout", "activation_dropout")
 
+# Up to so many rows, a BLAS on a CPU takes half as long for weight · statesᵀ as for states · weightᵀ.
+FEW_ROWS = 48
+
 
 class Backbone(nn.Module):
     """What both kinds of model share: a Hugging Face model whose hidden states are read at chosen positions."""
@@ -54,6 +57,7 @@ class Backbone(nn.Module):
         self.model = model
         with self.probing():
             self.layout = self._find_layout()
+            self.shares_prompts = self._shares_prompts()
 
     @classmethod
     def made_of(cls, model: PreTrainedModel, source: ModelSource) -> Self:
@@ -117,13 +121,31 @@ class Backbone(nn.Module):
             )
         return layout
 
+    def _shares_prompts(self) -> bool:
+        """Whether several responses can follow their prompt in one row, each as if it were alone with the prompt.
+
+        Attention that reaches only so far would count the other responses in. The few tokens tried do not show that, so
+        the configuration is asked.
+        """
+        config = self.model.config.get_text_config().to_dict()
+        reaches = [name for name, value in config.items() if value and ("window" in name or "chunk" in name)]
+        if self.layout != "packed" or reaches:
+            return False
+        found, _ = first_that_holds(["shared"], lambda it: probe.layout_error(self, it), self.tolerance)
+        return found is not None
+
+    def layout_of(self, groups: Sequence[Group]) -> Layout:
+        """The layout that is right for the model, and for these groups the fastest."""
+        several = any(len(group.responses) > 1 for group in groups)
+        return "shared" if several and self.shares_prompts else self.layout
+
     def lay_out(self, groups: Sequence[Group]) -> Batch:
-        """Prompts and responses as a batch on the model's device, in the layout that is right for it."""
-        return lay_out(groups, self.layout).to(self.device)
+        """Prompts and responses as a batch on the model's device."""
+        return lay_out(groups, self.layout_of(groups)).to(self.device)
 
     def parts(self, groups: Sequence[Group], tokens: int) -> list[list[int]]:
         """Indices of groups, in order, in parts that fit a batch of ``tokens`` positions."""
-        return list(split(groups, tokens, self.layout))
+        return list(split(groups, tokens, self.layout_of(groups)))
 
     def batches(self, groups: Sequence[Group], tokens: int) -> Iterator[Batch]:
         """All groups, in order, in batches of ``tokens`` positions."""
@@ -132,7 +154,11 @@ class Backbone(nn.Module):
 
     def hidden(self, batch: Batch, positions: Tensor) -> Tensor:
         """(len(positions), D) last hidden states at flat positions of the batch."""
-        where = {"position_ids": batch.position_ids, "attention_mask": batch.attention_mask}
+        mask = batch.attention_mask
+        if mask is not None and mask.dim() == 4 and self.model.config._attn_implementation == "eager":
+            # It adds the mask to its scores, where others also take a mask of what is seen.
+            mask = torch.zeros_like(mask, dtype=self.model.dtype).masked_fill(~mask, torch.finfo(self.model.dtype).min)
+        where = {"position_ids": batch.position_ids, "attention_mask": mask}
         states = self.inner(
             input_ids=batch.input_ids, use_cache=False, **{name: t for name, t in where.items() if t is not None}
         ).last_hidden_state
@@ -216,11 +242,16 @@ class LanguageModel(Backbone):
     @torch.no_grad()
     def project(self, states: Tensor) -> Tensor:
         """(..., V) float32 logits of (..., D) last hidden states, as the model's own head makes them."""
-        head = self.model.get_output_embeddings()
-        logits = nn.functional.linear(states, head.weight, getattr(head, "bias", None)).float()
+        head: Any = self.model.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        if states.is_cpu and states.dim() == 2 and len(states) <= FEW_ROWS:
+            product = head.weight @ states.T
+            logits = (product if bias is None else product + bias[:, None]).T.float()
+        else:
+            logits = nn.functional.linear(states, head.weight, bias).float()
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits / self.own_temperature
+        return logits if self.own_temperature == 1 else logits / self.own_temperature
 
     @torch.no_grad()
     def next_logits(self, sequences: Sequence[Sequence[int]]) -> Tensor:

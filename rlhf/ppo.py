@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -130,7 +130,9 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
     iterations = config.episodes // config.batch_size
     for iteration in run.steps(iterations, unit="iterations"):
         chosen = batch_indices(len(prompts), config.batch_size, iteration, seed=config.seed)
-        episodes, metrics = collect(run, actors, [prompts[i] for i in process_share(run, chosen)])
+        numbers = list(range(iteration * config.batch_size, (iteration + 1) * config.batch_size))
+        asked = [prompts[i] for i in process_share(run, chosen)]
+        episodes, metrics = collect(run, actors, asked, process_share(run, numbers))
         factor = warmup_from_tenth(iteration, config.warmup_iterations)
 
         minibatches = config.batch_size // config.minibatch_size * config.inner_epochs
@@ -190,8 +192,13 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
 
 
 @torch.no_grad()
-def collect(run: Run, actors: Actors, examples: list[PromptExample]) -> tuple[list[Episode], dict[str, float]]:
-    """Samples a completion for every prompt and works out its rewards and advantages. Each model runs once."""
+def collect(
+    run: Run, actors: Actors, examples: list[PromptExample], numbers: Sequence[int]
+) -> tuple[list[Episode], dict[str, float]]:
+    """Samples a completion for every prompt and works out its rewards and advantages. Each model runs once.
+
+    ``numbers`` are those of the episodes in the run: an episode is the same however they are shared out.
+    """
     config: PPOConfig = run.config
     prompts = [example.prompt_ids for example in examples]
     ends = actors.rewards.end_token_ids
@@ -204,6 +211,8 @@ def collect(run: Run, actors: Actors, examples: list[PromptExample]) -> tuple[li
                 max_new_tokens=config.lengths.max_response_tokens,
                 temperature=config.temperature,
                 batch_size=config.rollout_batch_size,
+                seed=config.seed,
+                streams=numbers,
             )
     except NotFiniteError:
         run.require_finite(logit_of_the_policy=float("nan"))

@@ -3,7 +3,7 @@
 Three things are tested, each on a few random tokens, in milliseconds on the device where the model will run:
 
 * its logits are its last hidden states times its output embeddings (:func:`projection_error`);
-* sequences laid out in a batch do not see each other (:func:`layout_error`);
+* sequences laid out in a batch do not see each other, nor do the responses that share a prompt (:func:`layout_error`);
 * a cache gives the logits that a whole pass gives (:func:`decoding_error`).
 
 Each function returns the error relative to the size of what is compared. Rounding in float32 gives about 1e-6. A leak
@@ -65,11 +65,18 @@ def layout_error(model: Backbone, layout: Layout) -> float:
     room = min(LONGEST, context_length(model.model.config))
     # The second and the third share a row, whose last position is unused.
     sequences = probe_sequences(model, (room, room // 2, room // 2 - 1))
-    batch = lay_out([Group(ids[:1], [ids[1:]]) for ids in sequences], layout).to(model.device)
+    groups = [Group(ids[:1], [ids[1:]]) for ids in sequences]
+    if layout == "shared":  # the second prompt has two responses, and shares a row with the third
+        prompt = sequences[0][: room // 2]
+        groups = [Group(prompt, [sequences[0][room // 2 :], sequences[1]]), groups[2], groups[1]]
+    batch = lay_out(groups, layout).to(model.device)
     together = model.hidden(batch, batch.before).split(batch.lengths.tolist())
     alone = [
-        model.inner(torch.tensor([ids], device=model.device), use_cache=False).last_hidden_state[0, :-1]
-        for ids in sequences
+        model.inner(torch.tensor([[*prompt, *response]], device=model.device), use_cache=False).last_hidden_state[
+            0, len(prompt) - 1 : -1
+        ]
+        for prompt, responses in groups
+        for response in responses
     ]
     return max(relative_error(ours.float(), expected.float()) for ours, expected in zip(together, alone, strict=True))
 

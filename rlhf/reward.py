@@ -2,10 +2,11 @@
 
     loss(θ) = −1 / C(K,2) · E_(x, y_w, y_l)~D [ log σ( r_θ(x, y_w) − r_θ(x, y_l) ) ]
 
-All K completions of a prompt are one batch element: each goes through the model once, and all C(K, 2) pairs are in the
-loss. If the pairs were shuffled as separate examples, they would need C(K, 2) passes and overfit. Tied completions are
-not a pair. The loss does not change when a constant is added to r, so after training a bias makes the demonstrations
-score 0 on average.
+All K completions of a prompt are one batch element, with all C(K, 2) pairs in the loss. The prompt and each completion
+go through the model once (in models that do not allow this, the prompt goes along with each completion). If the pairs
+were shuffled as separate examples, they would need C(K, 2) passes and overfit. Tied completions are not a pair. The
+loss does not change when a constant is added to r, so after training a bias makes the demonstrations score 0 on
+average.
 
     rlhf reward --model runs/sft/model --data comparisons.jsonl --output_dir runs/reward
 """
@@ -119,10 +120,7 @@ def ranking_step(run: Run, model: ScalarModel, comparisons: list[RankedExample],
 @torch.no_grad()
 def ranking_accuracy(model: ScalarModel, comparisons: list[RankedExample], tokens_per_forward: int) -> float:
     """How often the model orders a pair as its labeller did; the mean over prompts."""
-    single = [
-        Group(example.prompt_ids, [completion]) for example in comparisons for completion in example.completion_ids
-    ]
-    scores = score(model, single, tokens_per_forward)
+    scores = score(model, [example.group for example in comparisons], tokens_per_forward)
     return pairwise_ranking_loss(scores, **rank_arguments(comparisons, scores.device))[1].item()
 
 

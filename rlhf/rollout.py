@@ -2,6 +2,9 @@
 
 PPO needs log π_old(token). It is known when the token is drawn, so it is kept then, and the old policy never runs
 again over its own samples. Completions that have ended leave the batch, so that they cost no further steps.
+
+Which token is drawn depends on the model's logits, a seed, the number of the completion and the token's place in it,
+and on nothing else. So a completion is the same whichever others are sampled beside it, in this process or another.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from torch import Tensor
 
 from rlhf.decoding import Decoder
 from rlhf.models import LanguageModel, unwrap
-from rlhf_kernels import selective_log_softmax
+from rlhf_kernels import sample_tokens
 
 
 @dataclass(frozen=True)
@@ -39,19 +42,30 @@ def sample(
     max_new_tokens: int,
     temperature: float = 1.0,
     batch_size: int = 512,
+    seed: int = 0,
+    streams: Sequence[int] | None = None,
 ) -> list[Completion]:
-    """One completion for every prompt, in their order. Draws from torch's global generator.
+    """One completion for every prompt, in their order.
 
-    Prompts of similar length are sampled together, so that little of a batch is padding. Temperature 0 takes the
-    likeliest token; the log-probs are then those at temperature 1.
+    ``streams`` has a number for each, such as that of an episode, with which its tokens are drawn; None numbers them
+    from 0 on. Prompts of similar length are sampled together, so that little of a batch is padding. Temperature 0 takes
+    the likeliest token; the log-probs are then those at temperature 1.
 
     Raises:
         NotFiniteError: the model's logits are NaN or infinite.
     """
+    streams = range(len(prompts)) if streams is None else streams
+    module = unwrap(model)
     completions: dict[int, Completion] = {}
-    for members in sampling_batches(unwrap(model), prompts, batch_size):
-        sampled = sample_batch(model, [prompts[i] for i in members], end_token_ids, max_new_tokens, temperature)
-        completions.update(zip(members, sampled, strict=True))
+    was_training = module.training
+    module.eval()
+    try:
+        for members in sampling_batches(module, prompts, batch_size):
+            sampler = Sampler(seed, torch.tensor([streams[i] for i in members], device=module.device), temperature)
+            sampled = sample_batch(module, [prompts[i] for i in members], end_token_ids, max_new_tokens, sampler)
+            completions.update(zip(members, sampled, strict=True))
+    finally:
+        module.train(was_training)
     return [completions[i] for i in range(len(prompts))]
 
 
@@ -69,35 +83,49 @@ def sampling_batches(model: LanguageModel, prompts: Sequence[Sequence[int]], siz
         yield members
 
 
+@dataclass
+class Sampler:
+    """Draws the tokens of a batch."""
+
+    seed: int
+    streams: Tensor
+    """(rows,) int64: the number of the completion that each row of the batch is."""
+    temperature: float
+
+    def draw(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """(rows,) tokens number ``step`` of the completions and their log-probs, from (rows, V) logits."""
+        message = "the model's logits are not finite"
+        try:
+            tokens, logprobs = sample_tokens(
+                logits, seed=self.seed, stream=self.streams, step=step, temperature=self.temperature
+            )
+        except ValueError as error:  # values are looked at on a CPU
+            raise NotFiniteError(message) from error
+        if not tokens.is_cpu and (tokens < 0).any():
+            raise NotFiniteError(message)
+        return tokens, logprobs
+
+
 @torch.no_grad()
 def sample_batch(
     model: LanguageModel,
     prompts: list[Sequence[int]],
     end_token_ids: Collection[int],
     max_new_tokens: int,
-    temperature: float,
+    sampler: Sampler,
 ) -> list[Completion]:
     """One batch: prefill over the prompts, then a token at a time."""
-    module = unwrap(model)
-    was_training = module.training
-    module.eval()
-    device = module.device
+    device = model.device
     ends = torch.tensor(sorted(end_token_ids), device=device)
 
     rows = torch.arange(len(prompts), device=device)  # which completion each row of the batch is
     tokens = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long, device=device)
     logprobs = torch.zeros(len(prompts), max_new_tokens, device=device)
     count = torch.full((len(prompts),), max_new_tokens, device=device)
-    decoder = Decoder(module, prompts, module.decoding)
+    decoder = Decoder(model, prompts, model.decoding)
     for step in range(max_new_tokens):
-        logits = decoder.logits()
-        probabilities = (logits.float() / (temperature or 1.0)).softmax(-1)
-        # One NaN makes a whole row NaN. torch.multinomial would raise a traceback, or leave the GPU unusable.
-        if probabilities[:, 0].isnan().any():
-            raise NotFiniteError("the model's logits are not finite")
-        drawn = logits.argmax(-1) if temperature == 0 else torch.multinomial(probabilities, 1).squeeze(1)
+        drawn, logprobs[rows, step] = sampler.draw(decoder.logits(), step)
         tokens[rows, step] = drawn
-        logprobs[rows, step] = selective_log_softmax(logits, drawn, temperature=temperature or 1.0)
 
         ended = torch.isin(drawn, ends)
         count[rows[ended]] = step + 1
@@ -106,9 +134,8 @@ def sample_batch(
             break
         if len(going) < len(rows):
             decoder.keep(going)
-            rows, drawn = rows[going], drawn[going]
+            rows, drawn, sampler.streams = rows[going], drawn[going], sampler.streams[going]
         decoder.append(drawn)
-    module.train(was_training)
     return [
         Completion(tokens=row[:n].tolist(), logprobs=row_logprobs[:n].clone())
         for row, row_logprobs, n in zip(tokens.cpu(), logprobs.cpu(), count.tolist(), strict=True)

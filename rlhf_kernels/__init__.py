@@ -18,6 +18,7 @@ from rlhf_kernels.packing import pack_sequences
 from rlhf_kernels.ppo_loss import ppo_policy_loss, ppo_value_loss
 from rlhf_kernels.ranking_loss import pairwise_ranking_loss
 from rlhf_kernels.registration import register_triton
+from rlhf_kernels.sampling import sample_tokens
 
 register_triton()
 
@@ -37,6 +38,7 @@ __all__ = [
     "ppo_advantages",
     "ppo_policy_loss",
     "ppo_value_loss",
+    "sample_tokens",
     "selective_log_softmax",
     "selective_log_softmax_and_entropy",
     "use_backend",

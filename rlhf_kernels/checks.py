@@ -40,6 +40,18 @@ def shape(name: str, value: Tensor, expected: tuple[int, ...], meaning: str) -> 
         raise ValueError(f"{name}: has shape {tuple(value.shape)}, must be {tuple(expected)}, {meaning}")
 
 
+def logits(value: Any) -> None:
+    """Checks (..., V) logits.
+
+    Raises:
+        TypeError: not a tensor, or another dtype.
+        ValueError: no dimension, or nothing in the last one.
+    """
+    tensor("logits", value, FLOATS)
+    if value.dim() == 0 or value.shape[-1] == 0:
+        raise ValueError(f"logits: has shape {tuple(value.shape)}, must be (..., V) with V at least 1")
+
+
 def number(
     name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, exclusive_low: bool = False
 ) -> None:
@@ -65,6 +77,18 @@ def integer(name: str, value: Any) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: is {value!r} of type {type(value).__name__}, must be an int")
+
+
+def int64(name: str, value: Any) -> None:
+    """Checks that a value is an int that an int64 holds.
+
+    Raises:
+        TypeError: something else.
+        ValueError: too large.
+    """
+    integer(name, value)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: is {value}, must be in [-2**63, 2**63)")
 
 
 def boolean(name: str, value: Any) -> None:
@@ -118,7 +142,9 @@ def boundaries(name: str, value: Any, like: Tensor) -> None:
 
 
 def read_mask(backend: str, name: str, value: Tensor) -> Tensor:
-    """The mask as a backend takes it: of any dtype for the CPU ops, which check it themselves, else bool.
+    """The mask as a backend takes it: of any dtype for the kernels, which read it as it is; bool for the reference.
+
+    The CPU ops check its values themselves.
 
     Raises:
         ValueError: on the CPU, a value besides 0 and 1; names the first one and its position.
@@ -128,7 +154,13 @@ def read_mask(backend: str, name: str, value: Tensor) -> Tensor:
     value = value.detach()
     if value.is_cpu:
         value = _check_mask(value, name)
-    return value != 0
+    return value != 0 if backend == "reference" else value
+
+
+def read_row_mask(backend: str, name: str, value: Tensor) -> Tensor:
+    """The same for a mask of rows, which is bool everywhere but on the CPU."""
+    value = read_mask(backend, name, value)
+    return value if backend == "cpu" or value.dtype == torch.bool else value != 0
 
 
 def read_index(backend: str, name: str, value: Tensor, wanted: Tensor, size: int) -> Tensor:
@@ -149,6 +181,15 @@ def read_boundaries(backend: str, name: str, value: Tensor | None, length: int) 
     if value is None or backend == "cpu" or not value.is_cpu:
         return value
     return _check_boundaries(value, length, name)
+
+
+def read_drawn(backend: str, tokens: Tensor) -> Tensor:
+    """Tokens that ``sample_tokens`` drew, checked not to be −1, which a row without a distribution gives.
+
+    Raises:
+        ValueError: on the CPU, names the first such row.
+    """
+    return tokens if backend == "cpu" or not tokens.is_cpu else _check_drawn(tokens)
 
 
 def _in_graphs(schema: str) -> Callable[[Callable[..., None]], Callable[..., Tensor]]:
@@ -201,3 +242,11 @@ def _check_boundaries(value: Tensor, length: int, name: str) -> None:
         raise ValueError(f"{name}: goes from {value[0]} to {value[-1]}, must go from 0 to {length}")
     if (value.diff() < 0).any():
         raise ValueError(f"{name}: decreases, must not")
+
+
+@_in_graphs("(Tensor tokens) -> Tensor")
+def _check_drawn(tokens: Tensor) -> None:
+    bad = tokens == -1
+    if bad.any():
+        row = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(f"logits: row {row} holds NaN or inf, or nothing above -inf, so that no token can be drawn")

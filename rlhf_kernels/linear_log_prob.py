@@ -147,7 +147,7 @@ def linear_ppo_policy_loss(
     check_reduction(reduction, len(rows))
     clip = (clip_range, clip_range if clip_range_high is None else clip_range_high, dual_clip, reduction)
     backend = choose("linear_ppo_policy_loss", hidden, weight, bias)
-    wanted = checks.read_mask(backend, "mask", mask)
+    wanted = checks.read_row_mask(backend, "mask", mask)
     index = checks.read_index(backend, "index", index, wanted, weight.shape[0])
     if backend == "reference":
         return reference.linear_ppo_policy_loss(

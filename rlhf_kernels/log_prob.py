@@ -95,9 +95,7 @@ def _check(
     ignore_index: int,
     inplace_backward: bool,
 ) -> None:
-    checks.tensor("logits", logits, checks.FLOATS)
-    if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"logits: has shape {tuple(logits.shape)}, must be (..., V) with V at least 1")
+    checks.logits(logits)
     checks.number("temperature", temperature, 0.0, exclusive_low=True)
     checks.boolean("inplace_backward", inplace_backward)
     if inplace_backward:
@@ -139,7 +137,7 @@ def read_rows(backend: str, index: Tensor, mask: Tensor | None, ignore_index: in
     if mask is None:
         wanted = index != ignore_index
     else:
-        wanted = checks.read_mask(backend, "mask", mask.masked_fill(index == ignore_index, 0))
+        wanted = checks.read_row_mask(backend, "mask", mask.masked_fill(index == ignore_index, 0))
     return checks.read_index(backend, "index", index, wanted, size), wanted
 
 

@@ -39,6 +39,7 @@ OPS = {
     ),
     "linear_ppo_policy_loss": Op("linear_log_prob", ("triton",), statistics=(*POLICY_STATISTICS, "entropy")),
     "linear_cross_entropy": Op("linear_log_prob", ("triton",)),
+    "sample_tokens": Op("sampling", BOTH),
     "kl_penalty": Op("kl_reward", BOTH, derivative=("kl_penalty_backward",)),
     "kl_shaped_rewards": Op("kl_reward", BOTH),
     "masked_gae": Op("gae", BOTH),

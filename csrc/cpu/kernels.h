@@ -10,13 +10,6 @@
 
 namespace rlhf_kernels::cpu {
 
-// How a dtype writes a mask's entries.
-struct MaskType {
-  int size;       // in bytes
-  uint64_t one;   // the bits of 1
-  int sign_bits;  // 1 for floats, else 0: an entry is 0 if nothing is left without them, so that −0 is 0
-};
-
 // ------------------------------------------------------------------------------------------------ linear_log_prob
 
 // hidden (rows, D) · weightᵀ (D, V): the operands of all matmuls of the family.
@@ -105,6 +98,10 @@ struct Kernels {
   void (*log_prob)(const LogProbArguments&, const LogProbResults&, int64_t begin, int64_t end);
   void (*log_prob_backward)(const LogProbArguments&, const LogProbGradient&, int64_t begin, int64_t end);
 
+  void (*logits_by_row)(const float* columns, int64_t stride, int64_t rows, int64_t vocabulary, float* to, int64_t begin,
+                        int64_t end);
+  void (*sample_tokens)(const SamplingArguments&, const SamplingResults&, int64_t begin, int64_t end);
+
   // pack_rows lays out rows of hidden as the left operand of the logits' matmul, in panels of tile_rows rows: the panel of row
   // r begins at packed_rows_size(r). pack_depth lays out columns of hidden as the right operand for the weight's gradient, in
   // depth_panels panels.
@@ -153,8 +150,8 @@ struct Kernels {
 
 // Every kernel above by name: each instruction set declares and lists them from this.
 #define RLHF_KERNELS(X) \
-  X(read_mask) X(log_prob) X(log_prob_backward) X(tile_rows) X(packed_rows_size) X(pack_rows) X(depth_panels) \
-  X(packed_depth_size) X(pack_depth) X(vocabulary_blocks) X(linear_partials) X(linear_logits) X(linear_loss) \
+  X(read_mask) X(log_prob) X(log_prob_backward) X(logits_by_row) X(sample_tokens) X(tile_rows) \
+  X(packed_rows_size) X(pack_rows) X(depth_panels) X(packed_depth_size) X(pack_depth) X(vocabulary_blocks) X(linear_partials) X(linear_logits) X(linear_loss) \
   X(linear_gradient) X(linear_grad_hidden) X(store_rows) X(linear_grad_weight) X(kl_penalty) \
   X(kl_penalty_backward) X(kl_shaped_rewards) X(gae) X(count_wanted) X(whiten) X(ppo_policy) X(ppo_value) \
   X(ranking)

@@ -12,9 +12,9 @@ template <class Bits>
 bool read(const Bits* values, Bits one, int sign_bits, int64_t count, uint8_t* wanted) {
   Bits others = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const bool is_one = values[i] == one, is_zero = static_cast<Bits>(values[i] << sign_bits) == 0;
+    const bool is_one = values[i] == one;
     wanted[i] = is_one;
-    others |= !(is_one | is_zero);
+    others |= is_one ? Bits(0) : static_cast<Bits>(values[i] << sign_bits);
   }
   return others == 0;
 }

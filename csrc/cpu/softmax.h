@@ -69,8 +69,14 @@ BlockSums block_sums(const T* logits, int64_t count, float maximum, double inver
   return block;
 }
 
-template <class T, bool kEntropy>
-OnlineSoftmax reduce_row(const T* logits, int64_t vocabulary, double inverse_temperature) {
+struct NoVisitor {
+  void operator()(int64_t, float, const BlockSums&) const {}
+};
+
+// visit(start, maximum, sums) is called with every block that has a logit above −inf, in order: its sums are relative to
+// `maximum`, the largest logit so far.
+template <class T, bool kEntropy, class Visitor = NoVisitor>
+OnlineSoftmax reduce_row(const T* logits, int64_t vocabulary, double inverse_temperature, const Visitor& visit = {}) {
   float maximum = -INFINITY;
   WideVec e, ed;
   for (int64_t i = 0; i < vocabulary; i += kBlock) {
@@ -95,6 +101,7 @@ OnlineSoftmax reduce_row(const T* logits, int64_t vocabulary, double inverse_tem
     }
     e += widened(block.e);
     if constexpr (kEntropy) ed += widened(block.ed);
+    visit(i, maximum, block);
   }
   OnlineSoftmax row;
   row.maximum = maximum;

@@ -93,13 +93,13 @@ __device__ __forceinline__ T block_merge(T value, T* between, Merge&& merge) {
   return value;
 }
 
-// Whether this block is the last of the grid to call it. If so, it sees all that the others wrote before they called it.
-// The ticket must be 0 when the kernel starts.
-__device__ __forceinline__ bool is_last_block(unsigned* ticket) {
+// Whether this block is the last of so many to call it with this ticket. If so, it sees all that the others wrote before they
+// called it. The ticket must be 0 when the kernel starts.
+__device__ __forceinline__ bool is_last_block(unsigned* ticket, unsigned blocks) {
   __shared__ bool last;
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) last = atomicAdd(ticket, 1u) == gridDim.x - 1;
+  if (threadIdx.x == 0) last = atomicAdd(ticket, 1u) == blocks - 1;
   __syncthreads();
   __threadfence();
   return last;
@@ -301,18 +301,28 @@ __device__ __forceinline__ void store_vector(void* data, Dtype dtype, int64_t at
   }
 }
 
-// Which of eight positions the mask keeps, one bit each.
-__device__ __forceinline__ unsigned load_mask(const uint8_t* wanted, int64_t at, int64_t count) {
+template <class Bits>
+__device__ __forceinline__ unsigned load_mask_of(const Mask& mask, int64_t at, int64_t count) {
+  const Bits* from = static_cast<const Bits*>(mask.data) + at;
   unsigned bits = 0;
-  const uint8_t* from = wanted + at;
-  if (count >= kVector && reinterpret_cast<uintptr_t>(from) % 8 == 0) {
-    const uint2 words = *reinterpret_cast<const uint2*>(from);
 #pragma unroll
-    for (int i = 0; i < kVector; ++i) bits |= ((((i < 4 ? words.x : words.y) >> (8 * (i % 4))) & 0xff) != 0) << i;
-    return bits;
+  for (int i = 0; i < kVector; ++i) {
+    if (i < count) bits |= (static_cast<Bits>(from[i] << mask.sign_bits) != 0) << i;
   }
+  return bits;
+}
+
+// Which of eight positions the mask keeps, one bit each.
+__device__ __forceinline__ unsigned load_mask(const Mask& mask, int64_t at, int64_t count) {
+  if (mask.size == 8) return load_mask_of<uint64_t>(mask, at, count);
+  if (mask.size == 4) return load_mask_of<uint32_t>(mask, at, count);
+  if (mask.size == 2) return load_mask_of<uint16_t>(mask, at, count);
+  const uint8_t* from = static_cast<const uint8_t*>(mask.data) + at;
+  if (count < kVector || reinterpret_cast<uintptr_t>(from) % 8 != 0) return load_mask_of<uint8_t>(mask, at, count);
+  unsigned bits = 0;
+  const uint2 words = *reinterpret_cast<const uint2*>(from);
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) bits |= (i < count && from[i] != 0) << i;
+  for (int i = 0; i < kVector; ++i) bits |= ((((i < 4 ? words.x : words.y) >> (8 * (i % 4))) & 0xff) != 0) << i;
   return bits;
 }
 

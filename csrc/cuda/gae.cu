@@ -34,7 +34,8 @@ __device__ __forceinline__ Moments moments_of(const float (&advantages)[kVector]
 
 // Several blocks share a multiprocessor, so that some load while others wait in their scan.
 template <bool kShaped>
-__global__ void __launch_bounds__(kMostThreads, kShaped ? 2 : 3) sequence_kernel(GaeArguments in, KlShaping shaping) {
+__global__ void __launch_bounds__(kMostThreads, kShaped ? 2 : 3) sequence_kernel(GaeArguments in, Mask mask,
+                                                                                        KlShaping shaping) {
   __shared__ GaeMap totals[2][kMostWarps];
   __shared__ Moments between[kMostWarps];
   const int64_t sequence = blockIdx.x;
@@ -54,7 +55,7 @@ __global__ void __launch_bounds__(kMostThreads, kShaped ? 2 : 3) sequence_kernel
     // The first thread has the rightmost positions.
     const int64_t t = start + int64_t{blockDim.x - 1 - threadIdx.x} * kVector, flat = span.flat + t;
     const int64_t count = span.length - t;
-    const unsigned counts = load_mask(in.wanted, flat, count);
+    const unsigned counts = load_mask(mask, flat, count);
     const Packed packed_values = fetch(in.values, span.row, span.column + t, count);
     Packed packed_rewards, packed_logprobs, packed_ref;
     if (kShaped) {
@@ -123,8 +124,8 @@ __global__ void __launch_bounds__(kMostThreads, kShaped ? 2 : 3) sequence_kernel
 }
 
 // Every block pools the moments of all sequences, in one order, and whitens its share.
-__global__ void __launch_bounds__(kWhitenThreads) whiten_kernel(float* advantages, const uint8_t* wanted,
-                                                                const Moments* moments, int64_t sequences, int64_t size) {
+__global__ void __launch_bounds__(kWhitenThreads) whiten_kernel(float* advantages, Mask mask, const Moments* moments,
+                                                                int64_t sequences, int64_t size) {
   __shared__ Moments between[kWhitenThreads / kWarp];
   __shared__ double mean, scale;
   Moments all;
@@ -137,7 +138,7 @@ __global__ void __launch_bounds__(kWhitenThreads) whiten_kernel(float* advantage
   __syncthreads();
   const int64_t stride = int64_t{gridDim.x} * blockDim.x * kVector;
   for (int64_t at = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kVector; at < size; at += stride) {
-    const unsigned counts = load_mask(wanted, at, size - at);
+    const unsigned counts = load_mask(mask, at, size - at);
     float x[kVector];
     fetch(advantages, at, size - at).unpack(Dtype::float32, x);
 #pragma unroll
@@ -147,24 +148,24 @@ __global__ void __launch_bounds__(kWhitenThreads) whiten_kernel(float* advantage
 }
 
 template <bool kShaped>
-void run(const GaeArguments& in, const KlShaping& shaping, int64_t size, Stream stream) {
+void run(const GaeArguments& in, const Mask& mask, const KlShaping& shaping, int64_t size, Stream stream) {
   // A thread for every eight positions of a sequence, in whole warps. Packed sequences may have any length.
   const int64_t longest = divide_up(in.sequences.length, kVector);
   const int threads = static_cast<int>(longest >= kMostThreads ? kMostThreads : divide_up(longest < 1 ? 1 : longest, kWarp) * kWarp);
   launch(sequence_kernel<kShaped>, in.sequences.count, in.sequences.boundaries ? kMostThreads / 2 : threads, stream, in,
-         shaping);
+         mask, shaping);
   if (!in.moments || size == 0) return;
   const int64_t blocks = divide_up(size, kWhitenThreads * kVector);
-  launch(whiten_kernel, blocks < kMostBlocks ? blocks : kMostBlocks, kWhitenThreads, stream, in.advantages, in.wanted,
+  launch(whiten_kernel, blocks < kMostBlocks ? blocks : kMostBlocks, kWhitenThreads, stream, in.advantages, mask,
          in.moments, in.sequences.count, size);
 }
 
 }  // namespace
 
-void gae(const GaeArguments& in, int64_t size, Stream stream) { run<false>(in, {}, size, stream); }
+void gae(const GaeArguments& in, const Mask& mask, int64_t size, Stream stream) { run<false>(in, mask, {}, size, stream); }
 
-void ppo_advantages(const GaeArguments& in, const KlShaping& shaping, int64_t size, Stream stream) {
-  run<true>(in, shaping, size, stream);
+void ppo_advantages(const GaeArguments& in, const Mask& mask, const KlShaping& shaping, int64_t size, Stream stream) {
+  run<true>(in, mask, shaping, size, stream);
 }
 
 }  // namespace rlhf_kernels::cuda

@@ -12,6 +12,13 @@ namespace rlhf_kernels::cuda {
 
 using Stream = void*;  // a cudaStream_t
 
+// A dense mask of any dtype. An entry that is not 0 counts: nobody looks whether it is 1, which would wait for the GPU.
+struct Mask {
+  const void* data;  // null: every entry counts
+  int size;          // of an entry, in bytes
+  int sign_bits;     // see MaskType
+};
+
 // CUDA's versions, 13000 for 13.0: the one that these kernels are built with, and the newest that the driver knows, 0 where
 // there is none.
 struct Versions {
@@ -20,14 +27,17 @@ struct Versions {
 Versions versions();
 bool driver_is_too_old();
 
-// ------------------------------------------------------------------------------------------------------- log_prob
+// --------------------------------------------------------------------------------------------- log_prob, sampling
 
 // Into how many chunks of the vocabulary a row is cut, each summed by a block of its own.
-int64_t log_prob_chunks(int64_t vocabulary);
+int64_t vocabulary_chunks(int64_t vocabulary);
 // sums: room for one per row and chunk. tickets: one per row, each 0.
 void log_prob(const LogProbArguments&, const LogProbResults&, int64_t rows, OnlineSoftmax* sums, unsigned* tickets,
               Stream);
 void log_prob_backward(const LogProbArguments&, const LogProbGradient&, int64_t rows, Stream);
+// sums and tickets as above.
+void sample_tokens(const SamplingArguments&, const SamplingResults&, int64_t rows, OnlineSoftmax* sums,
+                   unsigned* tickets, Stream);
 
 // ------------------------------------------------------------------------------------------------- kl_reward, gae
 
@@ -35,12 +45,12 @@ void kl_penalty(const View& logprobs, const View& ref_logprobs, int64_t rows, in
                 float* result, Stream);
 void kl_penalty_backward(const View& logprobs, const View& ref_logprobs, int64_t rows, int64_t length, KlEstimator,
                          const float* gradient, float* result, Stream);
-void kl_shaped_rewards(const KlShaping&, const Sequences&, const uint8_t* wanted, Stream);
+void kl_shaped_rewards(const KlShaping&, const Sequences&, const Mask&, Stream);
 
-// Whitens the advantages where in.moments is given. size: the number of positions.
-void gae(const GaeArguments& in, int64_t size, Stream);
+// Whitens the advantages where in.moments is given. in.wanted is not read. size: the number of positions.
+void gae(const GaeArguments& in, const Mask&, int64_t size, Stream);
 // Makes the rewards itself: in.rewards is not read.
-void ppo_advantages(const GaeArguments& in, const KlShaping&, int64_t size, Stream);
+void ppo_advantages(const GaeArguments& in, const Mask&, const KlShaping&, int64_t size, Stream);
 
 // ------------------------------------------------------------------------------------------------------- ppo_loss
 
@@ -49,7 +59,7 @@ enum class Reduction { token_mean, seq_mean_token_mean, seq_mean_token_sum };
 // Inputs as rows of `length`. With token_mean the rows carry no meaning, and may be cut in any way.
 struct TokenLoss {
   View inputs[3];
-  const uint8_t* wanted;
+  Mask mask;
   int64_t rows;
   int64_t length;
   Reduction reduction;
@@ -70,7 +80,7 @@ struct RankingLoss {
   const void* scores;
   Dtype dtype;
   const int64_t* ranks;
-  const uint8_t* wanted;  // null: all of them
+  Mask mask;
   Sequences prompts;
   int64_t completions;  // of all prompts
   float margin;

@@ -31,13 +31,13 @@ __global__ void __launch_bounds__(kThreads) penalty_kernel(View logprobs, View r
 }
 
 // One block per row. It first looks for the last unmasked position, which gets the score.
-__global__ void __launch_bounds__(kThreads) rewards_kernel(KlShaping in, int64_t length, const uint8_t* wanted) {
+__global__ void __launch_bounds__(kThreads) rewards_kernel(KlShaping in, int64_t length, Mask mask) {
   __shared__ int64_t between[kThreads / kWarp];
   __shared__ int64_t scored;
   const int64_t row = blockIdx.x, base = row * length;
   int64_t last = -1;
   for (int64_t t = int64_t{threadIdx.x} * kVector; t < length; t += kChunk) {
-    const unsigned counts = load_mask(wanted, base + t, length - t);
+    const unsigned counts = load_mask(mask, base + t, length - t);
     if (counts) last = t + kWarp - 1 - __clz(static_cast<int>(counts));
   }
   last = block_merge(last, between, [](int64_t& a, int64_t b) { a = b > a ? b : a; });
@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kThreads) rewards_kernel(KlShaping in, int64_t
   const double score = clipped_score(in.scores[row], in.score_clip);
   for (int64_t t = int64_t{threadIdx.x} * kVector; t < length; t += kChunk) {
     const int64_t count = length - t;
-    const unsigned counts = load_mask(wanted, base + t, count);
+    const unsigned counts = load_mask(mask, base + t, count);
     const Packed packed = fetch(in.logprobs, row, t, count), packed_ref = fetch(in.ref_logprobs, row, t, count);
     float kl[kVector], rewards[kVector];
 #pragma unroll
@@ -80,8 +80,8 @@ void kl_penalty_backward(const View& logprobs, const View& ref_logprobs, int64_t
   run(logprobs, ref_logprobs, rows, length, estimator, gradient, result, stream);
 }
 
-void kl_shaped_rewards(const KlShaping& in, const Sequences& sequences, const uint8_t* wanted, Stream stream) {
-  launch(rewards_kernel, sequences.length ? sequences.count : 0, kThreads, stream, in, sequences.length, wanted);
+void kl_shaped_rewards(const KlShaping& in, const Sequences& sequences, const Mask& mask, Stream stream) {
+  launch(rewards_kernel, sequences.length ? sequences.count : 0, kThreads, stream, in, sequences.length, mask);
 }
 
 }  // namespace rlhf_kernels::cuda

@@ -51,8 +51,8 @@ int64_t counting_blocks(const TokenLoss& in) {
   return all < kMostBlocks ? all : kMostBlocks;
 }
 
-__global__ void __launch_bounds__(kThreads) count_kernel(const uint8_t* wanted, int64_t rows, int64_t length,
-                                                         bool by_row, unsigned* ticket, Counts* counts,
+__global__ void __launch_bounds__(kThreads) count_kernel(Mask mask, int64_t rows, int64_t length, bool by_row,
+                                                         unsigned* ticket, Counts* counts,
                                                          int64_t* row_counts) {
   __shared__ Counts between[kWarps];
   Counts own;
@@ -61,10 +61,10 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const uint8_t* wanted, 
     for (int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp; row < rows; row += int64_t{gridDim.x} * kWarps) {
       int64_t here = 0;
       for (int64_t t = int64_t{lane} * kVector; t < length; t += kWarp * kVector) {
-        here += __popc(load_mask(wanted, row * length + t, length - t));
+        here += __popc(load_mask(mask, row * length + t, length - t));
       }
 #pragma unroll
-      for (int mask = kWarp / 2; mask > 0; mask /= 2) here += shuffle_xor(here, mask);
+      for (int distance = kWarp / 2; distance > 0; distance /= 2) here += shuffle_xor(here, distance);
       if (lane == 0) {
         row_counts[row] = here;
         own.positions += here;
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads) count_kernel(const uint8_t* wanted, 
   } else {
     const int64_t size = rows * length, stride = int64_t{gridDim.x} * kChunk;
     for (int64_t at = int64_t{blockIdx.x} * kChunk + threadIdx.x * kVector; at < size; at += stride) {
-      own.positions += __popc(load_mask(wanted, at, size - at));
+      own.positions += __popc(load_mask(mask, at, size - at));
     }
   }
   own = block_merge(own, between, [](Counts& a, const Counts& b) {
@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(TokenLoss in, Loss loss,
   const int64_t count = in.length - t, flat = row * in.length + t;
   LossSums sums;
   if (count > 0) {
-    const unsigned counts = load_mask(in.wanted, flat, count);
+    const unsigned counts = load_mask(in.mask, flat, count);
     Packed packed[3];
 #pragma unroll
     for (int input = 0; input < 3; ++input) packed[input] = fetch(in.inputs[input], row, t, count);
@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(TokenLoss in, Loss loss,
     sums.loss *= row_weight;
     of_blocks[blockIdx.x] = sums;
   }
-  if (!is_last_block(workspace.ticket)) return;
+  if (!is_last_block(workspace.ticket, gridDim.x)) return;
   LossSums total;
   for (int64_t block = threadIdx.x; block < gridDim.x; block += kThreads) merge(total, of_blocks[block]);
   total = block_merge(total, between, merge);
@@ -191,7 +191,7 @@ template <class Loss>
 void run(const TokenLoss& in, const Loss& loss, void* memory, Stream stream) {
   const Workspace workspace(memory, in.rows);
   const int64_t counters = counting_blocks(in), per_row = chunks_of(in.length);
-  launch(count_kernel, counters, kThreads, stream, in.wanted, in.rows, in.length, in.reduction != Reduction::token_mean,
+  launch(count_kernel, counters, kThreads, stream, in.mask, in.rows, in.length, in.reduction != Reduction::token_mean,
          workspace.ticket, workspace.counts, workspace.row_counts);
   launch(loss_kernel<Loss>, in.rows * per_row, kThreads, stream, in, loss, workspace, per_row, counters);
 }

@@ -256,12 +256,12 @@ def train_ppo(config: DemoConfig, name: str, sft_model: Path, reward_model: Path
 def sample_texts(path: Path, prompts: list[str], seed: str) -> list[str]:
     """One completion per prompt at temperature 1, as text."""
     tokenizer, model = load_tokenizer(str(path)), LanguageModel.load(str(path)).eval()
-    torch.manual_seed(random.Random(seed).getrandbits(63))
     completions = sample(
         model,
         tokenizer(prompts).input_ids,
         end_token_ids={tokenizer.eos_token_id},
         max_new_tokens=LENGTHS.max_response_tokens,
+        seed=random.Random(seed).getrandbits(63),
     )
     return tokenizer.batch_decode([completion.tokens for completion in completions], skip_special_tokens=True)
 

@@ -50,6 +50,12 @@ def two_floats(number: float) -> tuple[float, float]:
 
 
 @triton.jit
+def load_mask(at, here):
+    """Which positions a mask of any dtype keeps; False where not ``here``."""
+    return tl.load(at, mask=here, other=0).to(tl.float32) != 0
+
+
+@triton.jit
 def span(sequence, boundaries, length, PACKED: tl.constexpr):
     """Where a sequence begins and how long it is: a row of ``length`` if padded, as the boundaries say if packed."""
     base = sequence * length

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_kernels.reference.gae import VARIANCE_EPS
-from rlhf_kernels.triton.common import blocks, span, two_floats
+from rlhf_kernels.triton.common import blocks, load_mask, span, two_floats
 from rlhf_kernels.triton.kl_reward import clipped_score, shaped
 
 BLOCK = 1024
@@ -58,11 +58,11 @@ def _sequences(
         start = (count - 1 - block) * BLOCK
         t = start + tl.arange(0, BLOCK)
         here = t < length
-        counts = tl.load(wanted + base + t, mask=here, other=0) != 0
+        counts = load_mask(wanted + base + t, here)
         value = tl.load(values + base + t, mask=counts, other=0.0).to(tl.float32)
         # Shifted by one, so that the scan gives each position the next value strictly to its right in this block.
         right = (tl.arange(0, BLOCK) < BLOCK - 1) & (t + 1 < length)
-        right_counts = tl.load(wanted + base + t + 1, mask=right, other=0) != 0
+        right_counts = load_mask(wanted + base + t + 1, right)
         right_value = tl.load(values + base + t + 1, mask=right_counts, other=0.0).to(tl.float32)
         exists, following = tl.associative_scan((right_counts.to(tl.int32), right_value), 0, _nearest, reverse=True)
         following = tl.where(exists != 0, following, next_value)
@@ -122,7 +122,7 @@ def _whiten(advantages, wanted, moments, sequences, size, epsilon, BLOCK: tl.con
     scale = 1.0 / tl.sqrt(squares / tl.maximum(total, 1.0) + epsilon)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = at < size
-    counts = tl.load(wanted + at, mask=here, other=0) != 0
+    counts = load_mask(wanted + at, here)
     value = tl.load(advantages + at, mask=here, other=0.0).to(tl.float64)
     tl.store(advantages + at, tl.where(counts, (value - mean) * scale, 0.0).to(tl.float32), mask=here)
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_kernels.triton.common import LARGEST_WHOLE_EXPONENT, blocks, exponential
+from rlhf_kernels.triton.common import LARGEST_WHOLE_EXPONENT, blocks, exponential, load_mask
 
 BLOCK = 1024
 # Below this distance exponential has e^x − 1 − x without cancellation: a little under ½·ln 2.
@@ -127,13 +127,13 @@ def _rewards(
     last = -1
     for start in range(0, length, BLOCK):
         t = start + tl.arange(0, BLOCK)
-        counts = tl.load(wanted + base + t, mask=t < length, other=0) != 0
+        counts = load_mask(wanted + base + t, t < length)
         last = tl.maximum(last, tl.max(tl.where(counts, t, -1), 0))
     score = clipped_score(scores, sequence, score_clip, CLIP)
     for start in range(0, length, BLOCK):
         t = start + tl.arange(0, BLOCK)
         here = t < length
-        counts = tl.load(wanted + base + t, mask=here, other=0) != 0
+        counts = load_mask(wanted + base + t, here)
         reward, kl = shaped(logprobs, ref_logprobs, base + t, counts, t == last, score, beta, ESTIMATOR)
         tl.store(rewards + base + t, reward, mask=here)
         tl.store(kls + base + t, kl, mask=here)

@@ -39,6 +39,19 @@ def reduce_block(x, top, total, weighted, scale, ENTROPY: tl.constexpr):
 
 
 @triton.jit
+def sums_of_chunk(line, chunk, vocabulary, scale, CHUNK: tl.constexpr, BLOCK: tl.constexpr, ENTROPY: tl.constexpr):
+    """The maximum, Σ 2^d and Σ 2^d·d of a chunk of the row of logits at ``line``."""
+    top = float("-inf")
+    total = 0.0
+    weighted = 0.0
+    for start in range(0, CHUNK, BLOCK):
+        at = chunk * CHUNK + start + tl.arange(0, BLOCK)
+        x = tl.load(line + at, mask=at < vocabulary, other=float("-inf")).to(tl.float32)
+        top, total, weighted = reduce_block(x, top, total, weighted, scale, ENTROPY)
+    return top, total, weighted
+
+
+@triton.jit
 def _chunk_sums(
     logits, wanted, sums, outer_stride, inner_stride, inner, vocabulary, scale,
     CHUNK: tl.constexpr, BLOCK: tl.constexpr, ENTROPY: tl.constexpr,
@@ -47,13 +60,7 @@ def _chunk_sums(
     chunk = tl.program_id(1)
     if tl.load(wanted + row) != 0:
         line = logits + (row // inner) * outer_stride + (row % inner) * inner_stride
-        top = float("-inf")
-        total = 0.0
-        weighted = 0.0
-        for start in range(0, CHUNK, BLOCK):
-            at = chunk * CHUNK + start + tl.arange(0, BLOCK)
-            x = tl.load(line + at, mask=at < vocabulary, other=float("-inf")).to(tl.float32)
-            top, total, weighted = reduce_block(x, top, total, weighted, scale, ENTROPY)
+        top, total, weighted = sums_of_chunk(line, chunk, vocabulary, scale, CHUNK, BLOCK, ENTROPY)
         to = sums + (row * tl.num_programs(1) + chunk) * 3
         tl.store(to, top)
         tl.store(to + 1, total)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_kernels.ops import OPS
-from rlhf_kernels.triton.common import LARGEST_WHOLE_EXPONENT, blocks, exponential, places, two_floats
+from rlhf_kernels.triton.common import LARGEST_WHOLE_EXPONENT, blocks, exponential, load_mask, places, two_floats
 
 BLOCK = 1024
 RATIO_MEAN, RATIO_MAX_DEVIATION, APPROX_KL, CLIP_FRACTION = places(
@@ -84,7 +84,7 @@ def _terms(
     t = block * BLOCK + tl.arange(0, BLOCK)
     at = row * length + t
     here = (t < length) & (at < size)
-    counts = tl.load(wanted + at, mask=here, other=0) != 0
+    counts = load_mask(wanted + at, here)
     x = tl.load(first + at, mask=counts, other=0.0).to(tl.float32)
     y = tl.load(second + at, mask=counts, other=0.0).to(tl.float32)
     z = tl.load(third + at, mask=counts, other=0.0).to(tl.float32)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_kernels.triton.common import blocks, exponential, span
+from rlhf_kernels.triton.common import blocks, exponential, load_mask, span
 
 TILE = 32
 BLOCK = 1024
@@ -25,7 +25,7 @@ def _tile(scores, ranks, wanted, base, start, length, MASKED: tl.constexpr, TILE
     here = i < length
     exists = here
     if MASKED:
-        exists = here & (tl.load(wanted + base + i, mask=here, other=0) != 0)
+        exists = here & load_mask(wanted + base + i, here)
     score = tl.load(scores + base + i, mask=exists, other=0.0).to(tl.float32)
     return i, here, exists, score, tl.load(ranks + base + i, mask=here, other=0)
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-MASK_DTYPES = (torch.bool, torch.int64, torch.uint8, torch.float32)
+MASK_DTYPES = (torch.bool, torch.int64, torch.uint8, torch.float32, torch.bfloat16, torch.float64)
 
 
 def here(arguments: dict, message: str = "") -> dict:
@@ -37,6 +37,40 @@ def log_softmax(logits: list[float], temperature: float) -> list[float]:
 
 def entropy(log_probs: list[float]) -> float:
     return -math.fsum(math.exp(x) * x for x in log_probs if x != -math.inf)
+
+
+def philox(key: list[int], counter: list[int]) -> list[int]:
+    """Philox-4x32-10 as Salmon et al. 2011 write it: words of 32 bits."""
+    (k0, k1), c = key, counter
+    for _ in range(10):
+        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
+        c = [(b >> 32) ^ c[1] ^ k0, b % 2**32, (a >> 32) ^ c[3] ^ k1, a % 2**32]
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return c
+
+
+def uniform(seed: int, stream: int, step: int) -> float:
+    def words(x: int) -> list[int]:
+        return [x % 2**32, (x >> 32) % 2**32]
+
+    low, high, _, _ = philox(words(seed), words(stream) + words(step))
+    return ((high * 2**32 + low) // 2**12 + 0.5) / 2**52
+
+
+def chi_square(drawn: list[float], expected: list[float]) -> float:
+    """By how many standard deviations the statistic is too large (Wilson and Hilferty 1931).
+
+    Outcomes are put together until at least 20 draws are expected of them.
+    """
+    statistic, groups, so_far = 0.0, 0, (0.0, 0.0)
+    for got, want in sorted(zip(drawn, expected, strict=True), key=lambda pair: pair[1]):
+        so_far = (so_far[0] + got, so_far[1] + want)
+        if so_far[1] >= 20:
+            statistic += (so_far[0] - so_far[1]) ** 2 / so_far[1]
+            groups += 1
+            so_far = (0.0, 0.0)
+    degrees = groups - 1
+    return ((statistic / degrees) ** (1 / 3) - (1 - 2 / (9 * degrees))) / math.sqrt(2 / (9 * degrees))
 
 
 def kl(logprob: float, ref: float, estimator: str) -> float:

@@ -122,6 +122,25 @@ def test_padded_rows():
     assert batch.lengths.tolist() == [2, 1, 2]
 
 
+def test_shared_prompts():
+    """A prompt, then its responses, whose positions go on from its end; the mask lets none of them see another."""
+    groups = [Group([1, 2], [[5, 6], [], [7]]), Group([3], [[8]]), Group([4, 4, 4], [[9, 9]])]
+    batch = lay_out(groups, "shared")
+    assert batch.input_ids.tolist() == [[1, 2, 5, 6, 7], [4, 4, 4, 9, 9], [3, 8, 0, 0, 0]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2], [0, 1, 2, 3, 4], [0, 1, 0, 1, 2]]
+    assert batch.before.tolist() == [1, 2, 1, 10, 7, 8]
+    assert batch.targets.tolist() == [5, 6, 7, 8, 9, 9]
+    assert batch.last.tolist() == [3, 1, 4, 11, 9]
+    assert batch.lengths.tolist() == [2, 0, 1, 1, 2]
+    assert batch.attention_mask.shape == (3, 1, 5, 5)
+    seen = [[[at for at, sees in enumerate(row) if sees] for row in rows[0]] for rows in batch.attention_mask.tolist()]
+    assert seen == [
+        [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4]],
+        [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4]],
+        [[0], [0, 1], [2], [2, 3], [2, 3, 4]],
+    ]
+
+
 def test_only_padded_rows_are_masked():
     for layout in ("packed", "one_row"):
         assert lay_out(groups_of_one([[1, 2], [3]], [[4], [5]]), layout).attention_mask is None
@@ -187,6 +206,34 @@ def test_model_sees_any_sequence_alone(gpt2, pairs, one_row):
     check_same_as_alone(gpt2, pairs, one_row)
 
 
+GROUPS = st.lists(
+    st.tuples(
+        st.lists(TOKENS, min_size=1, max_size=7),
+        st.lists(st.lists(TOKENS, min_size=1, max_size=5), min_size=1, max_size=4),
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(GROUPS)
+def test_model_sees_each_response_of_a_shared_prompt_alone(gpt2, groups):
+    assert gpt2.shares_prompts
+    pairs = [(prompt, response) for prompt, responses in groups for response in responses]
+    groups = [Group(*group) for group in groups]
+    shared = gpt2(lay_out(groups, "shared"), log_probs)
+    expected = torch.cat([alone(gpt2, prompt, response) for prompt, response in pairs])
+    torch.testing.assert_close(shared, expected, rtol=1e-5, atol=1e-5)
+    weights = torch.arange(1.0, len(shared) + 1).sin()
+    gradients = []
+    for layout in ("shared", "padded"):
+        loss = (gpt2(lay_out(groups, layout), log_probs) * weights).sum()
+        gradients.append(torch.autograd.grad(loss, list(gpt2.model.transformer.parameters()), allow_unused=True))
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 @torch.no_grad()
 def test_the_comparison_notices_a_leak(gpt2):
     """Without restarting positions the same row gives other log-probs, so the tests above can fail."""
@@ -240,6 +287,13 @@ def test_split_examples(lengths, tokens, parts):
 )
 def test_padded_parts_are_as_many_rows_times_the_longest(groups, tokens, parts):
     assert list(split(groups_of(groups), tokens, "padded")) == parts
+
+
+def test_a_shared_prompt_counts_once():
+    groups = [Group([1] * 5, [[2], [3, 3]]), Group([1] * 4, [[2, 2]] * 2), Group([1], [[1]])]
+    assert list(split(groups, 16, "shared")) == [[0, 1], [2]]
+    assert list(split(groups, 18, "shared")) == [[0, 1, 2]]
+    assert list(split(groups, 18)) == [[0], [1, 2]]
 
 
 def test_a_group_counts_all_its_sequences():

@@ -209,7 +209,7 @@ def collected(config, open_run, base, reward_model):
     rewards = make_rewards(config, reward, {}, tokenizer, frozenset({tokenizer.eos_token_id}))
     actors = ppo.Actors(policy, value, reference, rewards)
     torch.manual_seed(0)
-    episodes, _ = ppo.collect(run, actors, prompts[:16])
+    episodes, _ = ppo.collect(run, actors, prompts[:16], range(16))
     return run, actors, episodes
 
 
@@ -233,7 +233,7 @@ def test_penalty_is_beta_times_the_log_ratio(ppo_config, open_run, base, reward_
             parameter.add_(torch.randn_like(parameter) * 0.02)
     run.config = replace(run.config, kl_coefficient=0.3, lam=1.0, whiten_advantages=False)
     prompts = [PromptExample([5, 6, 7], ""), PromptExample([9], "")]
-    episodes, figures = ppo.collect(run, actors, prompts)
+    episodes, figures = ppo.collect(run, actors, prompts, range(len(prompts)))
     kl = 0.0
     for episode in episodes:
         batch = actors.rewards.model.lay_out([episode.group])
@@ -258,7 +258,7 @@ def test_advantages_are_worked_out_on_the_run_s_device(ppo_config, open_run, bas
     monkeypatch.setattr(ppo, "ppo_advantages", advantages)
     monkeypatch.setattr(ppo, "sum_over_processes", lambda run, value: torch.tensor(1.0))
     monkeypatch.setattr(type(run), "device", torch.device("meta"))
-    ppo.collect(run, actors, [PromptExample([5, 6, 7], ""), PromptExample([9], "")])
+    ppo.collect(run, actors, [PromptExample([5, 6, 7], ""), PromptExample([9], "")], [0, 1])
     assert devices == ["meta"] * 3
 
 
@@ -275,7 +275,7 @@ def test_a_model_that_has_gone_bad_is_named(part, named, ppo_config, open_run, b
     run.step = 4
     torch.nn.init.constant_(next(getattr(actors, part).parameters()), float("nan"))
     with pytest.raises(RunError, match=f"^step 4: the {named} is nan; there is no checkpoint yet"):
-        ppo.collect(run, actors, [PromptExample([5, 6, 7], "")])
+        ppo.collect(run, actors, [PromptExample([5, 6, 7], "")], [0])
 
 
 def test_whitened_advantages(ppo_config, open_run, base, reward_model):
@@ -404,7 +404,7 @@ def test_figures_of_an_iteration(ppo_config, open_run, base, reward_model):
     run, actors, _ = collected(ppo_config(), open_run, base, reward_model)
     torch.manual_seed(7)
     examples = [PromptExample(ids, "") for ids in ([4, 5], [6], [7, 8, 9], [10])]
-    episodes, figures = ppo.collect(run, actors, examples)
+    episodes, figures = ppo.collect(run, actors, examples, range(len(examples)))
     scores = []
     for episode in episodes:
         batch = actors.rewards.model.lay_out([episode.group])

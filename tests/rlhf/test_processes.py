@@ -84,3 +84,16 @@ def test_a_minibatch_that_processes_cannot_share(base, reward_model, data, tmp_p
         assert status == 2
         assert only_line(error) == "rlhf ppo: error: minibatch_size: is 3, must be a multiple of the 2 processes"
     assert not (tmp_path / "run").exists()
+
+
+def test_two_processes_sample_what_one_does(rlhf, base, reward_model, data, tmp_path):
+    """An episode is drawn with its number in the run, whichever process draws it."""
+    options = ["ppo", "--policy", base, "--reward_model", reward_model, "--prompts", data.prompts, "--device", "cpu"]
+    options += ["--episodes", 16, "--batch_size", 16, "--minibatch_size", 8, "--lengths.max_response_tokens", 8]
+    for error, status in together(*options, "--output_dir", tmp_path / "two"):
+        assert status == 0, error
+    assert rlhf(*options, "--output_dir", tmp_path / "one")[0] == 0
+    (two,), (one,) = metrics(tmp_path / "two"), metrics(tmp_path / "one")
+    assert two["response_tokens"] == one["response_tokens"]
+    assert two["ended"] == one["ended"]
+    assert two["reward"] == pytest.approx(one["reward"], rel=1e-4)

@@ -19,8 +19,7 @@ PROMPTS = [[5, 6, 7, 8], [9], [10, 11], [12] * 9, [13, 14, 15], [16, 17], [18]]
 
 
 def draw(model, prompts, seed=0, **options):
-    torch.manual_seed(seed)
-    return sample(model, prompts, **{"end_token_ids": {EOS}, "max_new_tokens": 10} | options)
+    return sample(model, prompts, **{"end_token_ids": {EOS}, "max_new_tokens": 10, "seed": seed} | options)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
@@ -103,6 +102,18 @@ def test_seed(lm):
     assert len({tuple(c.tokens) for c in draw(lm, [PROMPTS[0]] * 8)}) > 4  # rows draw apart
 
 
+def test_a_completion_is_the_same_in_any_batch(lm):
+    """Only its number and the seed choose its tokens: not the batch, the order, or torch's generators."""
+    prompts, whole = PROMPTS * 9, draw(lm, PROMPTS * 9)
+    torch.manual_seed(99)
+    for batch_size in (1, 7, 512):
+        found = draw(lm, prompts, batch_size=batch_size)
+        assert [c.tokens for c in found] == [c.tokens for c in whole]
+    order = [40, 3, 62, 17, 0, 41]
+    some = draw(lm, [prompts[i] for i in order], streams=order)
+    assert [c.tokens for c in some] == [whole[i].tokens for i in order]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_frequencies(temperature):
     """The first and the second token drawn, against the model's distribution over four tokens, one of them EOS."""
@@ -161,8 +172,10 @@ def test_prompts_of_like_length_are_sampled_together(decoding, size, batches):
 def test_a_model_without_numbers_has_no_next_token(base):
     model = LanguageModel.load(base)
     torch.nn.init.constant_(model.model.transformer.ln_f.bias, float("nan"))
+    model.train()
     with pytest.raises(NotFiniteError, match=r"^the model's logits are not finite$"):
         draw(model, PROMPTS)
+    assert model.training
 
 
 def test_batches_are_of_the_size_asked_for(lm, monkeypatch):

@@ -18,9 +18,10 @@ namespace {
 using namespace tensors;
 
 // GAE, with rewards shaped on the way if there is a shaping; then whitening over everything unmasked.
-std::tuple<Tensor, Tensor> advantages_of(const Tensor& like, GaeArguments in, const KlShaping* shaping,
-                                         bool whiten) {
+std::tuple<Tensor, Tensor> advantages_of(const Tensor& like, const Mask& mask, GaeArguments in,
+                                         const KlShaping* shaping, bool whiten) {
   Tensor advantages = empty(sizes(like), ScalarType::Float), returns = empty(sizes(like), ScalarType::Float);
+  in.wanted = mask.data();
   in.advantages = mutable_data<float>(advantages);
   in.returns = mutable_data<float>(returns);
   std::vector<Moments> moments(whiten ? in.sequences.count : 0);
@@ -35,8 +36,11 @@ std::tuple<Tensor, Tensor> advantages_of(const Tensor& like, GaeArguments in, co
   constexpr int64_t cached_bytes = int64_t{4} << 20;
   const bool past_caches = !whiten && like.numel() * static_cast<int64_t>(2 * sizeof(float)) > cached_bytes;
   parallel(like.numel(), 4, [&](int64_t begin, int64_t end) {
-    kernels().gae(in, shaping, past_caches, sequence_from(begin), sequence_from(end));
+    const int64_t first = sequence_from(begin), last = sequence_from(end);
+    mask.read(in.sequences, first, last);
+    kernels().gae(in, shaping, past_caches, first, last);
   });
+  mask.check();
   if (whiten) {
     Moments all;
     for (const auto& sequence : moments) merge(all, sequence);
@@ -52,8 +56,8 @@ std::tuple<Tensor, Tensor> masked_gae(Tensor rewards, Tensor values, Tensor want
                                       OptionalTensor bootstrap, bool whiten, OptionalTensor cu_seqlens) {
   const Mask mask("mask", wanted);
   const OptionalTensor last = as_float(bootstrap), boundaries = as_int64(cu_seqlens);
-  return advantages_of(rewards,
-                       {view_of(rewards), view_of(values), mask.data(),
+  return advantages_of(rewards, mask,
+                       {view_of(rewards), view_of(values), nullptr,
                         checks::checked_sequences("cu_seqlens", rewards, boundaries), gamma, lam, data<float>(last),
                         nullptr, nullptr, nullptr},
                        nullptr, whiten);
@@ -70,8 +74,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_advantages(Tensor scores, Tensor 
   Tensor rewards = empty(sizes(logprobs), ScalarType::Float), kl = empty(sizes(logprobs), ScalarType::Float);
   const auto shaping = shaping_of(row_scores, logprobs, ref_logprobs, beta, estimator, score_clip, rewards, kl);
   const auto [advantages, returns] = advantages_of(
-      logprobs,
-      {{}, view_of(values), mask.data(), checks::checked_sequences("cu_seqlens", logprobs, boundaries), gamma, lam,
+      logprobs, mask,
+      {{}, view_of(values), nullptr, checks::checked_sequences("cu_seqlens", logprobs, boundaries), gamma, lam,
        data<float>(last), nullptr, nullptr, nullptr},
       &shaping, whiten);
   return {advantages, returns, rewards, kl};

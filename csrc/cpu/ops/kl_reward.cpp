@@ -48,8 +48,10 @@ std::tuple<Tensor, Tensor> kl_shaped_rewards(Tensor scores, Tensor logprobs, Ten
   const auto shaping = shaping_of(row_scores, logprobs, ref_logprobs, beta, estimator, score_clip, rewards, kl);
   const Sequences sequences{logprobs.size(0), logprobs.size(1), nullptr};
   parallel(sequences.count, sequences.length, [&](int64_t begin, int64_t end) {
+    mask.read(sequences, begin, end);
     kernels().kl_shaped_rewards(shaping, sequences, mask.data(), begin, end);
   });
+  mask.check();
   return {rewards, kl};
 }
 

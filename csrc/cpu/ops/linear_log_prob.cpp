@@ -44,7 +44,7 @@ struct LinearInputs {
                         (!bias || bias->scalar_type() == weight.scalar_type()),
                     "hidden, weight and bias differ in dtype");
     const Tensor dense_index = cast(all_index, ScalarType::Long);
-    checks::check_index(index_name, dense_index, mask.data(), weight.size(0));
+    checks::check_index(index_name, dense_index, mask.read_and_check().data(), weight.size(0));
     const int64_t count = all_index.numel(), depth = weight.size(1);
     for (int64_t row = 0; row < count; ++row) {
       if (!mask.data()[row]) continue;
@@ -344,7 +344,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_ppo_policy_loss(
   const Tensor old = cast(old_logprobs, ScalarType::Float), dense_advantages = cast(advantages, ScalarType::Float);
   const int64_t length = wanted.dim() == 2 ? wanted.size(1) : std::max<int64_t>(1, wanted.numel());
   const int64_t count = wanted.dim() == 2 ? wanted.size(0) : 1;
-  const Weights weights(mask.data(), count, length, wanted.numel(), reduction);
+  const Weights weights(mask, count, length, wanted.numel(), reduction);
   std::vector<double> row_weights;
   std::vector<float> row_old, row_advantages;
   for (const int64_t row : in.rows) {

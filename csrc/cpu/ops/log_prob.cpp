@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> selective_log_softmax(Tensor logits, 
   if (logits.stride(logits.dim() - 1) != 1) logits = torch::stable::contiguous(logits);
   const Tensor dense_index = cast(index, ScalarType::Long);
   const Mask mask("mask", wanted);
-  const auto in = log_prob_arguments(logits, dense_index, mask.data(), temperature);
+  const auto in = log_prob_arguments(logits, dense_index, mask.read_and_check().data(), temperature);
   checks::check_index("index", dense_index, mask.data(), in.vocabulary);
   const auto shape = sizes(index);
   Tensor logprobs = empty(shape, ScalarType::Float), maxima = empty(shape, ScalarType::Float),
@@ -38,7 +38,7 @@ void log_prob_backward(const Tensor& logits, const Tensor& index, const Tensor& 
                        const Tensor& grad_logprobs, const OptionalTensor& grad_entropies, const Tensor& gradient) {
   const Tensor dense_index = cast(index, ScalarType::Long);
   const Mask mask("mask", wanted);
-  const auto in = log_prob_arguments(logits, dense_index, mask.data(), temperature);
+  const auto in = log_prob_arguments(logits, dense_index, mask.read_and_check().data(), temperature);
   checks::check_index("index", dense_index, mask.data(), in.vocabulary);
   const Tensor slopes = cast(grad_logprobs, ScalarType::Float);
   const OptionalTensor entropy_slopes = as_float(grad_entropies);

@@ -1,9 +1,8 @@
 #include "cpu/ops/mask.h"
 
-#include <atomic>
+#include <algorithm>
 
 #include "checks.h"
-#include "cpu/kernels.h"
 #include "cpu/ops/memory.h"
 
 namespace rlhf_kernels::cpu {
@@ -12,55 +11,47 @@ using namespace tensors;
 
 namespace {
 
-MaskType mask_type_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Byte:
-    case ScalarType::Char:
-      return {1, 1, 0};
-    case ScalarType::Short:
-      return {2, 1, 0};
-    case ScalarType::Int:
-      return {4, 1, 0};
-    case ScalarType::Long:
-      return {8, 1, 0};
-    case ScalarType::BFloat16:
-      return {2, 0x3f80, 1};
-    case ScalarType::Half:
-      return {2, 0x3c00, 1};
-    case ScalarType::Float:
-      return {4, 0x3f800000, 1};
-    case ScalarType::Double:
-      return {8, 0x3ff0000000000000, 1};
-    default:
-      STD_TORCH_CHECK(false, "masks are bool, integers or floats");
-  }
+// Rows of a slice are read where they lie.
+Tensor with_dense_rows(const Tensor& mask) {
+  const bool in_rows = mask.scalar_type() != ScalarType::Bool && mask.dim() > 0 && mask.stride(mask.dim() - 1) == 1;
+  return in_rows ? mask : dense(mask);
 }
 
 }  // namespace
 
-// Rows of a slice where they lie.
-Tensor Mask::read(const char* name, const Tensor& mask) {
-  const auto type = mask_type_of(mask.scalar_type());
-  const bool in_rows = !mask.is_contiguous() && mask.stride(mask.dim() - 1) == 1;
-  const Tensor source = in_rows ? mask : dense(mask), bytes = empty(sizes(mask), ScalarType::Byte);
-  const auto* values = static_cast<const char*>(source.const_data_ptr());
-  auto* wanted = mutable_data<uint8_t>(bytes);
-  std::atomic<bool> is_mask = true;
-  const auto read_some = [&](int64_t from, int64_t to, int64_t count) {
-    if (!kernels().read_mask(type, values + from * type.size, count, wanted + to)) is_mask = false;
+Mask::Mask(const char* name, const Tensor& mask)
+    : name_(name), mask_(with_dense_rows(mask)), bytes_(mask_), unread_(mask.scalar_type() != ScalarType::Bool) {
+  if (!unread_) return;
+  type_ = mask_type_of(mask.scalar_type());
+  bytes_ = empty(sizes(mask), ScalarType::Byte);
+}
+
+void Mask::make_bytes(int64_t begin, int64_t end) const {
+  const auto* values = static_cast<const char*>(mask_.const_data_ptr());
+  auto* bytes = mutable_data<uint8_t>(bytes_);
+  const auto make = [&](int64_t from, int64_t to, int64_t count) {
+    if (!kernels().read_mask(*type_, values + from * type_->size, count, bytes + to)) is_mask_ = false;
   };
-  if (in_rows) {
-    const auto rows = rows_of(source);
-    const int64_t length = mask.size(mask.dim() - 1);
-    parallel(mask.numel() / length, length, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) read_some(rows.offset(row), row * length, length);
-    });
-  } else {
-    parallel(mask.numel(), 1, [&](int64_t begin, int64_t end) { read_some(begin, begin, end - begin); });
+  if (mask_.is_contiguous()) return make(begin, begin, end - begin);
+  const auto rows = rows_of(mask_);
+  const int64_t length = mask_.size(mask_.dim() - 1);
+  for (int64_t at = begin, stop; at < end; at = stop) {
+    const int64_t row = at / length, column = at % length;
+    stop = std::min(end, (row + 1) * length);
+    make(rows.offset(row) + column, at, stop - at);
   }
-  if (is_mask) return bytes;
-  if (type.sign_bits) checks::refuse_mask<double>(name, cast(mask, ScalarType::Double));
-  checks::refuse_mask<int64_t>(name, cast(mask, ScalarType::Long));
+}
+
+const Mask& Mask::read_and_check() const {
+  if (unread_) parallel(mask_.numel(), work(1), [&](int64_t begin, int64_t end) { make_bytes(begin, end); });
+  unread_ = false;
+  check();
+  return *this;
+}
+
+void Mask::refuse() const {
+  if (type_->sign_bits) checks::refuse_mask<double>(name_, cast(mask_, ScalarType::Double));
+  checks::refuse_mask<int64_t>(name_, cast(mask_, ScalarType::Long));
 }
 
 }  // namespace rlhf_kernels::cpu

@@ -36,7 +36,7 @@ std::tuple<Tensor, Tensor, Tensor> ppo_policy_loss(Tensor logprobs, Tensor old_l
                                                    bool with_gradient) {
   const Mask mask("mask", wanted);
   const TokenRows rows(logprobs, old_logprobs, advantages, reduction);
-  const Weights weights(mask.data(), rows.count, rows.length, rows.positions, reduction);
+  const Weights weights(mask, rows.count, rows.length, rows.positions, reduction);
   Tensor gradient = with_gradient ? empty(sizes(logprobs), ScalarType::Float) : nothing();
   std::vector<PolicySums> sums(rows.count);
   const PolicyArguments in{rows.view(logprobs), rows.view(old_logprobs), rows.view(advantages),
@@ -54,7 +54,7 @@ std::tuple<Tensor, Tensor, Tensor> ppo_value_loss(Tensor values, Tensor old_valu
                                                   bool with_gradient) {
   const Mask mask("mask", wanted);
   const TokenRows rows(values, old_values, returns, reduction);
-  const Weights weights(mask.data(), rows.count, rows.length, rows.positions, reduction);
+  const Weights weights(mask, rows.count, rows.length, rows.positions, reduction);
   Tensor gradient = with_gradient ? empty(sizes(values), ScalarType::Float) : nothing();
   std::vector<ValueSums> sums(rows.count);
   const ValueArguments in{rows.view(values), rows.view(old_values), rows.view(returns), mask.data(),

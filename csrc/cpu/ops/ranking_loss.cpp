@@ -26,7 +26,8 @@ std::tuple<Tensor, Tensor, Tensor> pairwise_ranking_loss(Tensor scores, Tensor r
                                                          OptionalTensor wanted, double margin, bool with_gradient) {
   const auto& k = kernels();
   const Tensor values = dense(scores), dense_ranks = cast(ranks, ScalarType::Long);
-  const auto mask = wanted ? std::make_optional<Mask>("mask", *wanted) : std::nullopt;
+  std::optional<Mask> mask;
+  if (wanted) mask.emplace("mask", *wanted);
   const OptionalTensor boundaries = as_int64(offsets);
   const auto prompts = checks::checked_sequences("offsets", scores, boundaries);
   Tensor gradient = with_gradient ? empty(sizes(scores), ScalarType::Float) : nothing();
@@ -39,7 +40,12 @@ std::tuple<Tensor, Tensor, Tensor> pairwise_ranking_loss(Tensor scores, Tensor r
                             losses.data(), accuracies.data(), counts.data()};
   const int64_t width = prompts.count ? scores.numel() / prompts.count : 0;
   parallel(groups, k.sequences_per_group * width * width * 4,
-           [&](int64_t begin, int64_t end) { k.ranking(in, begin, end); });
+           [&](int64_t begin, int64_t end) {
+             const int64_t last = std::min(end * k.sequences_per_group, prompts.count);
+             if (mask) mask->read(prompts, begin * k.sequences_per_group, last);
+             k.ranking(in, begin, end);
+           });
+  if (mask) mask->check();
   double loss = 0, accuracy = 0;
   int64_t some = 0;
   for (int64_t group = 0; group < groups; ++group) {

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/ops/mask.h"
 #include "cpu/ops/memory.h"
 #include "tensors.h"
 
@@ -44,15 +45,16 @@ struct Weights {
   std::vector<double> rows;
   int64_t positions = 0;
 
-  Weights(const uint8_t* wanted, int64_t count, int64_t length, int64_t all, const std::string& reduction)
-      : rows(count) {
+  Weights(const Mask& mask, int64_t count, int64_t length, int64_t all, const std::string& reduction) : rows(count) {
     std::vector<int64_t> counts(count);
-    parallel(count, length / 8, [&](int64_t begin, int64_t end) {
+    parallel(count, mask.work(length), [&](int64_t begin, int64_t end) {
+      mask.read(begin * length, std::min(end * length, all));
       for (int64_t row = begin; row < end; ++row) {
         const int64_t stop = std::min(length, all - row * length);
-        counts[row] = kernels().count_wanted(wanted + row * length, stop);
+        counts[row] = kernels().count_wanted(mask.data() + row * length, stop);
       }
     });
+    mask.check();
     int64_t some = 0;
     for (const int64_t here : counts) {
       positions += here;

@@ -5,6 +5,7 @@
 
 #include "cuda/kernels.h"
 #include "cuda/ops/launch.h"
+#include "cuda/ops/mask.h"
 #include "tensors.h"
 
 namespace rlhf_kernels::cuda::ops {
@@ -12,17 +13,18 @@ namespace {
 
 using namespace tensors;
 
-std::tuple<Tensor, Tensor> advantages_of(const Launch& launch, const Tensor& like, GaeArguments in,
-                                         const KlShaping* shaping, bool whiten) {
+std::tuple<Tensor, Tensor> advantages_of(const Launch& launch, const Tensor& like, const Tensor& wanted,
+                                         GaeArguments in, const KlShaping* shaping, bool whiten) {
+  const Tensor mask = dense(wanted);
   Tensor advantages = launch.empty_like(like), returns = launch.empty_like(like);
   const Tensor moments = launch.bytes(whiten ? in.sequences.count * static_cast<int64_t>(sizeof(Moments)) : 0);
   in.advantages = mutable_data<float>(advantages);
   in.returns = mutable_data<float>(returns);
   in.moments = whiten ? mutable_data<Moments>(moments) : nullptr;
   if (shaping) {
-    cuda::ppo_advantages(in, *shaping, like.numel(), launch.stream);
+    cuda::ppo_advantages(in, mask_of(mask), *shaping, like.numel(), launch.stream);
   } else {
-    cuda::gae(in, like.numel(), launch.stream);
+    cuda::gae(in, mask_of(mask), like.numel(), launch.stream);
   }
   return {advantages, returns};
 }
@@ -30,10 +32,9 @@ std::tuple<Tensor, Tensor> advantages_of(const Launch& launch, const Tensor& lik
 std::tuple<Tensor, Tensor> masked_gae(Tensor rewards, Tensor values, Tensor wanted, double gamma, double lam,
                                       OptionalTensor bootstrap, bool whiten, OptionalTensor cu_seqlens) {
   const Launch launch(rewards);
-  const Tensor mask = dense(wanted);
   const OptionalTensor last = as_float(bootstrap), boundaries = as_int64(cu_seqlens);
-  return advantages_of(launch, rewards,
-                       {view_of(rewards), view_of(values), data<uint8_t>(mask), sequences_of(rewards, boundaries), gamma,
+  return advantages_of(launch, rewards, wanted,
+                       {view_of(rewards), view_of(values), nullptr, sequences_of(rewards, boundaries), gamma,
                         lam, data<float>(last), nullptr, nullptr, nullptr},
                        nullptr, whiten);
 }
@@ -44,13 +45,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_advantages(Tensor scores, Tensor 
                                                           std::string estimator, std::optional<double> score_clip,
                                                           OptionalTensor cu_seqlens) {
   const Launch launch(logprobs);
-  const Tensor mask = dense(wanted), row_scores = cast(scores, ScalarType::Float);
+  const Tensor row_scores = cast(scores, ScalarType::Float);
   const OptionalTensor last = as_float(bootstrap), boundaries = as_int64(cu_seqlens);
   Tensor rewards = launch.empty_like(logprobs), kl = launch.empty_like(logprobs);
   const auto shaping = shaping_of(row_scores, logprobs, ref_logprobs, beta, estimator, score_clip, rewards, kl);
   const auto [advantages, returns] = advantages_of(
-      launch, logprobs,
-      {{}, view_of(values), data<uint8_t>(mask), sequences_of(logprobs, boundaries), gamma, lam, data<float>(last),
+      launch, logprobs, wanted,
+      {{}, view_of(values), nullptr, sequences_of(logprobs, boundaries), gamma, lam, data<float>(last),
        nullptr, nullptr, nullptr},
       &shaping, whiten);
   return {advantages, returns, rewards, kl};

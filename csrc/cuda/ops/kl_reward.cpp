@@ -5,6 +5,7 @@
 
 #include "cuda/kernels.h"
 #include "cuda/ops/launch.h"
+#include "cuda/ops/mask.h"
 #include "cuda/ops/rows.h"
 #include "tensors.h"
 
@@ -38,7 +39,7 @@ std::tuple<Tensor, Tensor> kl_shaped_rewards(Tensor scores, Tensor logprobs, Ten
   const Tensor mask = dense(wanted), row_scores = cast(scores, ScalarType::Float);
   Tensor rewards = launch.empty_like(logprobs), kl = launch.empty_like(logprobs);
   cuda::kl_shaped_rewards(shaping_of(row_scores, logprobs, ref_logprobs, beta, estimator, score_clip, rewards, kl),
-                          sequences_of(logprobs, std::nullopt), data<uint8_t>(mask), launch.stream);
+                          sequences_of(logprobs, std::nullopt), mask_of(mask), launch.stream);
   return {rewards, kl};
 }
 

@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> selective_log_softmax(Tensor logits, 
   const auto in = log_prob_arguments(logits, dense_index, data<uint8_t>(dense_wanted), temperature);
   const LogProbResults out{mutable_data<float>(logprobs), with_entropy ? mutable_data<float>(entropies) : nullptr,
                            mutable_data<float>(maxima), mutable_data<float>(log_sums)};
-  const int64_t rows = index.numel(), chunks = cuda::log_prob_chunks(in.vocabulary);
+  const int64_t rows = index.numel(), chunks = cuda::vocabulary_chunks(in.vocabulary);
   const bool several = chunks > 1 && rows > 0;
   const Tensor sums = launch.bytes(several ? rows * chunks * static_cast<int64_t>(sizeof(OnlineSoftmax)) : 0);
   const Tensor tickets = several ? launch.zeros({rows}, ScalarType::Int) : launch.nothing();

@@ -5,6 +5,7 @@
 
 #include "cuda/kernels.h"
 #include "cuda/ops/launch.h"
+#include "cuda/ops/mask.h"
 #include "cuda/ops/rows.h"
 #include "tensors.h"
 
@@ -27,7 +28,7 @@ std::tuple<Tensor, Tensor, Tensor> token_loss(const Launch& launch, const Tensor
   if (first.numel() == 0) return {launch.zeros({}), launch.zeros({statistics}), gradient};
   const Tensor mask = dense(wanted);
   Tensor loss = launch.empty({}), values = launch.empty({statistics});
-  cuda::TokenLoss in{{view_of(first), view_of(second), view_of(third)}, data<uint8_t>(mask), TokenRows(first).count,
+  cuda::TokenLoss in{{view_of(first), view_of(second), view_of(third)}, mask_of(mask), TokenRows(first).count,
                      TokenRows(first).length, reduction_of(reduction),
                      with_gradient ? mutable_data<float>(gradient) : nullptr, mutable_data<float>(loss),
                      mutable_data<float>(values)};

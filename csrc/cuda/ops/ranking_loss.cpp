@@ -4,6 +4,7 @@
 
 #include "cuda/kernels.h"
 #include "cuda/ops/launch.h"
+#include "cuda/ops/mask.h"
 #include "tensors.h"
 
 namespace rlhf_kernels::cuda::ops {
@@ -22,7 +23,8 @@ std::tuple<Tensor, Tensor, Tensor> pairwise_ranking_loss(Tensor scores, Tensor r
   const OptionalTensor mask = dense(wanted);
   Tensor loss = launch.empty({}), accuracy = launch.empty({});
   const Tensor workspace = launch.bytes(cuda::ranking_workspace(prompts.count));
-  cuda::ranking_loss({values.const_data_ptr(), dtype_of(values), data<int64_t>(dense_ranks), data<uint8_t>(mask), prompts,
+  cuda::ranking_loss({values.const_data_ptr(), dtype_of(values), data<int64_t>(dense_ranks),
+                      mask ? mask_of(*mask) : Mask{}, prompts,
                       scores.numel(), static_cast<float>(margin), with_gradient ? mutable_data<float>(gradient) : nullptr,
                       mutable_data<float>(loss), mutable_data<float>(accuracy)},
                      workspace.mutable_data_ptr(), launch.stream);

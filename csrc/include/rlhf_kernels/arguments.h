@@ -10,6 +10,13 @@ namespace rlhf_kernels {
 
 enum class Dtype { float32, bfloat16, float16 };
 
+// How a dtype writes a mask's entries.
+struct MaskType {
+  int size;       // in bytes
+  uint64_t one;   // the bits of 1
+  int sign_bits;  // 1 for floats, else 0: an entry is 0 if nothing is left without them, so that −0 is 0
+};
+
 constexpr int kMaxDims = 8;
 
 // Rows of a tensor of any leading shape; strides are in elements, the last dimension's is 1.
@@ -70,6 +77,24 @@ struct LogProbGradient {
   const float* grad_entropies;  // may be null
   void* gradient;               // may be the logits
   Rows rows;
+};
+
+// ------------------------------------------------------------------------------------------------------- sampling
+
+struct SamplingArguments {
+  const void* logits;
+  Dtype dtype;
+  Rows rows;
+  int64_t vocabulary;
+  const int64_t* streams;
+  const int64_t* steps;
+  uint64_t seed;
+  double temperature;  // 0: the first largest
+};
+
+struct SamplingResults {
+  int64_t* tokens;  // −1 where a row has NaN or inf, or nothing above −inf; its log-prob is NaN
+  float* logprobs;
 };
 
 // -------------------------------------------------------------------------------------------------- kl_reward, gae

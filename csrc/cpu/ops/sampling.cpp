@@ -1,0 +1,47 @@
+// Tokens drawn from logits, for CPU tensors.
+
+#include <torch/csrc/stable/library.h>
+
+#include <tuple>
+
+#include "checks.h"
+#include "cpu/kernels.h"
+#include "cpu/ops/memory.h"
+#include "tensors.h"
+
+namespace rlhf_kernels::cpu::ops {
+namespace {
+
+using namespace tensors;
+
+// In rows of neighbours.
+Tensor by_row(const Tensor& logits) {
+  if (logits.stride(logits.dim() - 1) == 1) return logits;
+  const bool in_columns = logits.dim() == 2 && logits.stride(0) == 1 && logits.scalar_type() == ScalarType::Float;
+  if (!in_columns) return torch::stable::contiguous(logits);
+  Tensor result = empty(sizes(logits), ScalarType::Float);
+  const int64_t rows = logits.size(0), vocabulary = logits.size(1);
+  parallel(vocabulary, rows, [&](int64_t begin, int64_t end) {
+    kernels().logits_by_row(data<float>(logits), logits.stride(1), rows, vocabulary, mutable_data<float>(result), begin,
+                            end);
+  });
+  return result;
+}
+
+std::tuple<Tensor, Tensor> sample_tokens(Tensor logits, Tensor stream, Tensor step, int64_t seed, double temperature) {
+  logits = by_row(logits);
+  const Tensor streams = cast(stream, ScalarType::Long), steps = cast(step, ScalarType::Long);
+  const auto in = sampling_arguments(logits, streams, steps, seed, temperature);
+  Tensor tokens = empty(sizes(stream), ScalarType::Long), logprobs = empty(sizes(stream), ScalarType::Float);
+  const SamplingResults out{mutable_data<int64_t>(tokens), mutable_data<float>(logprobs)};
+  parallel(stream.numel(), in.vocabulary,
+           [&](int64_t begin, int64_t end) { kernels().sample_tokens(in, out, begin, end); });
+  checks::check_drawn(tokens);
+  return {tokens, logprobs};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(rlhf_kernels, CPU, library) { library.impl("sample_tokens", TORCH_BOX(&sample_tokens)); }
+
+}  // namespace rlhf_kernels::cpu::ops
