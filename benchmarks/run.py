@@ -3,6 +3,7 @@
     python benchmarks/run.py            # everything, on a GPU where there is one
     python benchmarks/run.py --family log_prob --dtype bfloat16 --json results.json
     python benchmarks/run.py --quick    # small sizes, float32, under a minute: shows that it works, not how fast
+    python benchmarks/run.py --family step --trl ../trl/bin/python    # whole iterations of the trainer, on a CPU
 
 All implementations of a case run in turns, so that a machine that slows down slows all of them. A peer that isn't
 installed costs one line. Ctrl-C prints, and writes, what was measured so far.
@@ -25,6 +26,7 @@ import bounds
 import machine
 import plot
 import report
+import step as trainer_steps
 import torch
 from console import Console
 from measure import FULL, QUICK, Group, Task, measure
@@ -54,13 +56,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help="default here: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="repeatable; default: those of each family")
-    parser.add_argument("--family", choices=FAMILIES, action="append", help="repeatable; default: all of them")
+    parser.add_argument(
+        "--family", choices=(*FAMILIES, "step"), action="append", help="repeatable; default: all but step"
+    )
+    parser.add_argument("--trl", metavar="PYTHON", help="for step: a Python that has TRL 1.9.2")
     parser.add_argument("--quick", action="store_true", help="small sizes, few runs: shows that it works, not how fast")
     parser.add_argument("--json", type=writable, metavar="FILE", help="write everything that was measured")
     parser.add_argument("--plot", type=writable, metavar="FILE", help="draw a figure; needs matplotlib")
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
+    if "step" in (options.family or ()) and options.device != "cpu":
+        parser.error("--family step: is measured on a CPU alone")
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib (pip install matplotlib)")
     return options
@@ -69,6 +76,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def plan(options: argparse.Namespace) -> Iterator[Task]:
     """Every group, in order."""
     for name in options.family or FAMILIES:
+        if name == "step":
+            continue
         family = FAMILIES[name]
         dtypes = [DTYPES[dtype] for dtype in options.dtype or ()] or family.DTYPES[options.device]
         for i, case in enumerate(family.cases("quick" if options.quick else options.device)):
@@ -102,6 +111,11 @@ def main(argv: list[str] | None = None) -> int:
                 console.note(f"{console.title}: {type(error).__name__}: {error}")
                 status = 1
             save(complete=False)
+        if "step" in (options.family or ()):
+            console.begin("step")
+            trainer_steps.measure(
+                "quick" if options.quick else options.device, options.trl, rates, groups.append, console
+            )
     except KeyboardInterrupt:
         console.note("interrupted: what follows is what was measured until then")
         status = 130

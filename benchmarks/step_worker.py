@@ -1,0 +1,205 @@
+"""Runs whole iterations of one trainer, in a process of its own, and prints how long each took, as JSON.
+
+    python benchmarks/step_worker.py rlhf ppo '{"width": 256, ...}'
+
+The other trainer, TRL, may need another Python than ours: then that one runs this file. So it imports nothing of ours
+before it knows that it is to measure ours. Models have random weights; no token ends a completion.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+END, PADDING, FIRST_WORD = 1, 2, 3
+
+
+def config_of(shape: dict[str, Any], **options: Any) -> GPT2Config:
+    """A GPT-2 without dropout."""
+    return GPT2Config(
+        vocab_size=shape["vocabulary"], n_embd=shape["width"], n_layer=shape["layers"], n_head=shape["width"] // 64,
+        n_positions=shape["prompt"] + shape["response"] + 8, bos_token_id=END, eos_token_id=END, pad_token_id=PADDING,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **options,
+    )  # fmt: skip
+
+
+def language_model(shape: dict[str, Any]) -> GPT2LMHeadModel:
+    """A policy that hardly ever ends a completion before the limit."""
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(config_of(shape))
+
+
+def scalar_model(shape: dict[str, Any]) -> GPT2ForSequenceClassification:
+    """A reward or value model."""
+    torch.manual_seed(1)
+    return GPT2ForSequenceClassification(config_of(shape, id2label={0: "score"}))
+
+
+def words_of(ids: list[int]) -> str:
+    """The text of these tokens."""
+    return " ".join(f"t{i}" for i in ids)
+
+
+def tokenizer_of(shape: dict[str, Any]) -> PreTrainedTokenizerFast:
+    """A word for every token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    named = {0: "<unknown>", END: "<end>", PADDING: "<padding>"}
+    vocabulary = {named.get(i, f"t{i}"): i for i in range(shape["vocabulary"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=named[0]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=named[END], pad_token=named[PADDING], unk_token=named[0],
+        padding_side="left",
+    )  # fmt: skip
+
+
+def random_ids(shape: dict[str, Any], count: int, length: int) -> list[list[int]]:
+    """Sequences of words, always the same ones."""
+    generator = torch.Generator().manual_seed(2)
+    return torch.randint(FIRST_WORD, shape["vocabulary"], (count, length), generator=generator).tolist()
+
+
+class Clock:
+    """The time between the ends of steps, and how many times were taken."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def tick(self, *_: Any, **__: Any) -> None:
+        """A step has ended."""
+        self.ends.append(time.perf_counter())
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of all steps but the first, which also warms up."""
+        return [later - earlier for earlier, later in zip(self.ends, self.ends[1:], strict=False)]
+
+
+def rlhf_ppo(shape: dict[str, Any], clock: Clock) -> None:
+    """Our PPO."""
+    from rlhf import ppo
+
+    save(language_model(shape), shape, "policy")
+    save(scalar_model(shape), shape, "reward_model")
+    prompts = [{"prompt": words_of(ids)} for ids in random_ids(shape, 4 * shape["batch"], shape["prompt"])]
+    follow(ppo.Run, clock)
+    ppo.train(
+        ppo.PPOConfig(
+            policy="policy", reward_model="reward_model", prompts=prompts, output_dir="run", device="cpu",
+            episodes=shape["batch"] * (shape["steps"] + 1), batch_size=shape["batch"],
+            minibatch_size=shape["batch"] // shape["minibatches"], checkpoint_every=10**9,
+            lengths={"max_prompt_tokens": shape["prompt"], "max_response_tokens": shape["response"]},
+        )
+    )  # fmt: skip
+
+
+def rlhf_reward(shape: dict[str, Any], clock: Clock) -> None:
+    """Our reward training, with K completions to a prompt, ranked from first to last."""
+    from rlhf import reward
+
+    save(language_model(shape), shape, "model")
+    count, k = shape["batch"] * (shape["steps"] + 1), shape["completions"]
+    answers = random_ids(shape, count * k, shape["response"] - 1)
+    records = [
+        {
+            "prompt": words_of(ids),
+            "completions": [words_of(answer) for answer in answers[i * k : (i + 1) * k]],
+            "ranks": list(range(1, k + 1)),
+        }
+        for i, ids in enumerate(random_ids(shape, count, shape["prompt"]))
+    ]
+    follow(reward.Run, clock)
+    reward.train(
+        reward.RewardConfig(
+            model="model", data=records, output_dir="run", device="cpu", batch_size=shape["batch"], epochs=1,
+            held_out_fraction=0.0, checkpoint_every=10**9,
+            lengths={"max_prompt_tokens": shape["prompt"], "max_response_tokens": shape["response"]},
+        )
+    )  # fmt: skip
+
+
+def trl_ppo(shape: dict[str, Any], clock: Clock) -> None:
+    """TRL's PPO with the same models, sizes and settings."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    class Follow(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            clock.tick()
+
+    prompts = random_ids(shape, 4 * shape["batch"], shape["prompt"])
+    trainer = PPOTrainer(
+        args=PPOConfig(
+            output_dir="run", report_to="none", save_strategy="no", use_cpu=True, bf16=False, fp16=False,
+            gradient_checkpointing=False, per_device_train_batch_size=shape["batch"],
+            gradient_accumulation_steps=1, num_mini_batches=shape["minibatches"], num_ppo_epochs=1,
+            local_rollout_forward_batch_size=shape["batch"], total_episodes=shape["batch"] * (shape["steps"] + 1),
+            response_length=shape["response"], temperature=1.0, num_sample_generations=0, disable_tqdm=True,
+            learning_rate=1e-5, kl_coef=0.02,
+        ),
+        processing_class=tokenizer_of(shape),
+        model=language_model(shape),
+        ref_model=language_model(shape),
+        reward_model=scalar_model(shape),
+        value_model=scalar_model(shape),
+        train_dataset=Dataset.from_dict({"input_ids": prompts}),
+        eval_dataset=Dataset.from_dict({"input_ids": prompts[: shape["batch"]]}),
+        callbacks=[Follow()],
+    )  # fmt: skip
+    trainer.train()
+
+
+def save(model: Any, shape: dict[str, Any], name: str) -> None:
+    """Writes a model with its tokenizer into a folder of this name."""
+    model.save_pretrained(name)
+    tokenizer_of(shape).save_pretrained(name)
+
+
+def follow(run: Any, clock: Clock) -> None:
+    """Notes the time whenever a run has logged a step."""
+    log = run.log
+
+    def logged(*arguments: Any, **options: Any) -> None:
+        log(*arguments, **options)
+        clock.tick()
+
+    run.log = logged
+
+
+def peak_bytes() -> int | None:
+    """The most memory that this process has had; None where the system doesn't tell."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+
+
+WORK = {("rlhf", "ppo"): rlhf_ppo, ("rlhf", "reward"): rlhf_reward, ("trl", "ppo"): trl_ppo}
+
+
+def main(trainer: str, stage: str, shape: str) -> None:
+    """Works in a temporary folder, and prints the result as the last line."""
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        before = Path.cwd()
+        os.chdir(folder)
+        try:
+            WORK[trainer, stage](json.loads(shape), clock)
+        finally:
+            os.chdir(before)
+    print(json.dumps({"seconds": clock.seconds, "peak_bytes": peak_bytes()}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
