@@ -74,8 +74,14 @@ class Decoder:
         if decoding == "whole":
             self.sequences = [list(prompt) for prompt in prompts]
             return
-        inner, width = model.inner, max(map(len, prompts))
-        device = model.device
+        inner, device = model.inner, model.device
+        # A prompt that several rows begin with goes through the model once.
+        places = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        self.rows: Tensor | None = None
+        if len(places) < len(prompts):
+            self.rows = torch.tensor([places[tuple(prompt)] for prompt in prompts], device=device)
+            prompts = list(places)
+        width = max(map(len, prompts))
         # Padding is on the left, so that all prompts end in the same column. Its token does not matter: it is masked.
         self.ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
@@ -97,7 +103,12 @@ class Decoder:
         if self.decoding == "padded":
             options["attention_mask"] = self.mask
         states = self.model.inner(input_ids=self.ids, use_cache=True, **options).last_hidden_state
-        return self.model.project(states[:, -1])
+        logits = self.model.project(states[:, -1])
+        if self.rows is not None:
+            logits = logits[self.rows]
+            self.keep(self.rows)
+            self.rows = None
+        return logits
 
     def append(self, tokens: Tensor) -> None:
         """Adds a token, (rows,) int64, to every sequence."""

@@ -108,10 +108,7 @@ def evaluate(config: EvaluateConfig) -> dict:
                 record[name] = decode(tokenizer, response, ends)
         figures["kl"] = kl_between(models["model"], models["baseline"], ids, samples["model"], config)
         if reward_model:
-            scores = {
-                name: score(reward_model.to(device), groups_of_one(ids, samples[name]), config.tokens_per_forward)
-                for name in samples
-            }
+            scores = rewards_of(reward_model.to(device), ids, samples, config.tokens_per_forward)
             for name, values in scores.items():
                 check_judged(f"judge: the score of the {name}'s completion", values, prompts)
             figures["reward"] = {name: values.mean().item() for name, values in scores.items()}
@@ -221,6 +218,23 @@ def sample_all(model: LanguageModel, ids: list[list[int]], ends: frozenset[int],
     except NotFiniteError as error:
         raise ModelError(f"{model.name}: {error}; was its training run stopped at a NaN?") from error
     return [completion.tokens for completion in completions]
+
+
+def rewards_of(
+    reward_model: ScalarModel, prompts: list[list[int]], samples: Mapping[str, list[list[int]]], tokens_per_forward: int
+) -> dict[str, torch.Tensor]:
+    """The score of every model's completion of every prompt. Those of a prompt share it; equal ones tie exactly."""
+    groups: list[Group] = []
+    places: dict[str, list[int]] = {name: [] for name in samples}
+    count = 0
+    for prompt, *answers in zip(prompts, *samples.values(), strict=True):
+        distinct = list(dict.fromkeys(map(tuple, answers)))
+        for name, answer in zip(samples, answers, strict=True):
+            places[name].append(count + distinct.index(tuple(answer)))
+        groups.append(Group(prompt, distinct))
+        count += len(distinct)
+    scores = score(reward_model, groups, tokens_per_forward)
+    return {name: scores[at] for name, at in places.items()}
 
 
 @torch.no_grad()

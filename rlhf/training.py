@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import gc
 import hashlib
 import json
 import logging
@@ -173,15 +174,21 @@ class Run:
             refresh_per_second=4,
         ) as progress:
             self._bar = progress, progress.add_task(self.stage, total=total, completed=self.first_step, metrics="")
-            for step in range(self.first_step, total):
-                self.step = step
-                self.seed_step(step)
-                yield step
-                progress.advance(self._bar[1])
-                if step == self.first_step or step % self.config.checkpoint_every == 0:
-                    self._remove_older_checkpoints()
-                if (step + 1) % self.config.checkpoint_every == 0 and step + 1 < total:
-                    self.save_checkpoint(step + 1)
+            # What there is now (modules, data, the libraries' own objects) lives as long as the run. The garbage
+            # collector need not walk through it in every step, which takes a few percent of a small model's time.
+            gc.freeze()
+            try:
+                for step in range(self.first_step, total):
+                    self.step = step
+                    self.seed_step(step)
+                    yield step
+                    progress.advance(self._bar[1])
+                    if step == self.first_step or step % self.config.checkpoint_every == 0:
+                        self._remove_older_checkpoints()
+                    if (step + 1) % self.config.checkpoint_every == 0 and step + 1 < total:
+                        self.save_checkpoint(step + 1)
+            finally:
+                gc.unfreeze()
 
     def seed_step(self, step: int) -> None:
         """Seeds everything random in this step, in this process."""

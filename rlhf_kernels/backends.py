@@ -105,7 +105,7 @@ def _checked(name: str, source: str) -> str:
 def isa() -> str:
     """The instruction set of the CPU kernels that run here; they are built once for each.
 
-    ``RLHF_KERNELS_ISA`` forces a lesser one: amx_bf16, avx512_bf16, avx512, avx2 or baseline. 64-bit Arm has
+    ``RLHF_KERNELS_ISA`` forces another: amx_bf16, avx512_bf16, avx512, avx2 or baseline. 64-bit Arm has
     neon alone.
 
     Raises:

@@ -44,11 +44,14 @@ const Kernels& pick() {
   struct Choice {
     const Kernels* kernels;
     bool runs;
+    bool only_if_asked = false;
   };
   const Choice choices[] = {
 #if defined(RLHF_X86)
       {&kernels_amx_bf16, __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && matrix_unit()},
-      {&kernels_avx512_bf16, __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw")},
+      // Intel's vectors multiply pairs of bfloat16 at the rate of floats or below, AMD's at twice that.
+      {&kernels_avx512_bf16, __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw"),
+       !__builtin_cpu_is("amd")},
       {&kernels_avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
       {&kernels_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
@@ -61,7 +64,7 @@ const Kernels& pick() {
   };
   const char* asked = std::getenv("RLHF_KERNELS_ISA");
   for (const auto& choice : choices) {
-    if (choice.runs && (!asked || choice.kernels->isa == std::string(asked))) return *choice.kernels;
+    if (choice.runs && (asked ? choice.kernels->isa == std::string(asked) : !choice.only_if_asked)) return *choice.kernels;
   }
   std::string fitting;
   for (const auto& choice : choices) {
