@@ -128,8 +128,8 @@ class Backbone(nn.Module):
         the configuration is asked.
         """
         config = self.model.config.get_text_config().to_dict()
-        reaches = [name for name, value in config.items() if value and ("window" in name or "chunk" in name)]
-        if self.layout != "packed" or reaches:
+        limits = ("window", "window_size", "chunk_size")
+        if self.layout != "packed" or any(value and name.endswith(limits) for name, value in config.items()):
             return False
         found, _ = first_that_holds(["shared"], lambda it: probe.layout_error(self, it), self.tolerance)
         return found is not None

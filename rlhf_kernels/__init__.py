@@ -1,4 +1,4 @@
-"""Fused kernels for RLHF: token log-probs, KL-shaped rewards, GAE, PPO losses and the pairwise ranking loss.
+"""Fused kernels for RLHF: token log-probs, sampling, KL-shaped rewards, GAE, PPO losses, pairwise ranking loss.
 
 Every function here checks its arguments, then runs on the backend that :mod:`rlhf_kernels.backends` chooses. The
 ``reference`` backend is plain PyTorch and defines what every other backend must compute. Needs torch alone.

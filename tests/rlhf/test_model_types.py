@@ -25,6 +25,8 @@ PADDED = {
     "bamba", "biogpt", "bloom", "falcon_h1", "falcon_mamba", "gpt_oss", "granitemoehybrid", "jamba", "lfm2", "mamba",
     "mamba2", "minimax", "mpt", "openai-gpt", "opt", "qwen3_next", "recurrent_gemma", "rwkv", "xglm", "xlstm", "zamba2",
 }  # fmt: skip
+# Types whose attention reaches only so far, for which prompts are not shared.
+WINDOWED = {"cohere2", "exaone4", "gemma2", "gemma3_text", "gpt_neo", "llama4_text", "mistral"}
 DECODING = {"mamba": "aligned", "falcon_mamba": "aligned"} | dict.fromkeys(
     ("minimax", "openai-gpt", "recurrent_gemma", "rwkv", "xlstm"), "whole"
 )
@@ -62,6 +64,14 @@ def test_type(directory, caplog, monkeypatch, sft_config, reward_config, ppo_con
         ]
     expected = [a.gather(1, torch.tensor(r)[:, None])[:, 0] for a, r in zip(alone, RESPONSES, strict=True)]
     torch.testing.assert_close(ours, torch.cat(expected), atol=1e-4, rtol=0)
+
+    # So are those of responses that follow their prompt in one row.
+    assert model.shares_prompts == (model.layout == "packed" and model_type not in WINDOWED)
+    groups = [Group(PROMPTS[0], RESPONSES * 2), Group(PROMPTS[1], RESPONSES[:2])]
+    with torch.no_grad():
+        ours = model(model.lay_out(groups), linear_selective_log_softmax)
+        apart = model.lay_out([unit for group in groups for unit in group.units("packed")])
+        torch.testing.assert_close(ours, model(apart, linear_selective_log_softmax), atol=1e-4, rtol=0)
 
     # Two steps of each stage. With weights this large, a step at a higher learning rate would end in NaN.
     common = {"adam": {"learning_rate": 1e-5}, "tokenizer": tokenizer}
