@@ -93,6 +93,10 @@ class Group:
     rows: list[Row] = field(default_factory=list)
 
 
+Measurement = Callable[[bounds.Rates, Callable[[Group], None], Console], None]
+"""Measures a group. It hands the group over before anything is timed, so that an interrupt loses nothing."""
+
+
 class Trial:
     """One implementation, ready to run on one set of inputs."""
 

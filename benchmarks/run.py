@@ -19,6 +19,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -29,7 +30,7 @@ import report
 import step as trainer_steps
 import torch
 from console import Console
-from measure import FULL, QUICK, Group, Task, measure
+from measure import FULL, QUICK, Group, Measurement, Task, measure
 
 import rlhf_kernels
 from rlhf_kernels import ops
@@ -73,19 +74,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def plan(options: argparse.Namespace) -> Iterator[Task]:
-    """Every group, in order."""
+def plan(options: argparse.Namespace) -> Iterator[tuple[str, Measurement]]:
+    """The title of every group, and what measures it, in order."""
+    scale = "quick" if options.quick else options.device
     for name in options.family or FAMILIES:
         if name == "step":
+            yield from trainer_steps.plan(scale, options.trl)
             continue
         family = FAMILIES[name]
         dtypes = [DTYPES[dtype] for dtype in options.dtype or ()] or family.DTYPES[options.device]
-        for i, case in enumerate(family.cases("quick" if options.quick else options.device)):
+        for i, case in enumerate(family.cases(scale)):
             # Compiling takes most of the time of a quick run, and one case shows as well as all of them that it works.
             effort = FULL if not options.quick else QUICK if i == 0 else replace(QUICK, modes=())
             for dtype in dtypes if options.dtype or not options.quick else dtypes[:1]:
                 for step in case.steps:
-                    yield Task(name, case, dtype, step, effort)
+                    task = Task(name, case, dtype, step, effort)
+                    yield str(task), partial(measure, task)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -103,19 +107,14 @@ def main(argv: list[str] | None = None) -> int:
             report.write_json(options.json, report.as_dict(groups, console.notes, about, rates, complete))
 
     try:
-        for i, task in enumerate(planned, 1):
-            console.begin(f"[{i}/{len(planned)}] {task}")
+        for i, (title, measurement) in enumerate(planned, 1):
+            console.begin(f"[{i}/{len(planned)}] {title}")
             try:
-                measure(task, rates, groups.append, console)
+                measurement(rates, groups.append, console)
             except Exception as error:
                 console.note(f"{console.title}: {type(error).__name__}: {error}")
                 status = 1
             save(complete=False)
-        if "step" in (options.family or ()):
-            console.begin("step")
-            trainer_steps.measure(
-                "quick" if options.quick else options.device, options.trl, rates, groups.append, console
-            )
     except KeyboardInterrupt:
         console.note("interrupted: what follows is what was measured until then")
         status = 130

@@ -10,7 +10,8 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from bounds import Work
 from cases import OURS
 from console import Console
-from measure import Group, Row
+from measure import Group, Measurement, Row
 
 WORKER = Path(__file__).with_name("step_worker.py")
 
@@ -35,29 +36,39 @@ STEPS = {"cpu": 3, "quick": 2}
 MINIBATCHES = 4
 
 
-def measure(
-    scale: str, trl: str | None, rates: bounds.Rates, started: Callable[[Group], None], console: Console
-) -> None:
-    """Measures all shapes. ``trl`` is a Python that has TRL 1.9.2; without one TRL is left out."""
-    if trl is None:
-        console.note("TRL's PPO is left out: --trl names a Python that has TRL 1.9.2")
+def plan(scale: str, trl: str | None) -> Iterator[tuple[str, Measurement]]:
+    """The title of every shape, and what measures it. ``trl`` is a Python that has TRL 1.9.2, if there is one."""
     for stage, shapes in SHAPES[scale].items():
         for sizes in shapes:
             shape = sizes | {"steps": STEPS[scale], "minibatches": MINIBATCHES}
-            tokens = shape["batch"] * (shape["prompt"] + shape["response"] * shape.get("completions", 1))
-            flops = ppo_flops(shape) if stage == "ppo" else reward_flops(shape)
-            bound = rates.seconds(Work(0, flops=flops), torch.float32)
-            group = Group("step", f"{stage} iteration", described(shape), "float32", "iteration", bound)
-            started(group)
-            peers = [(OURS, sys.executable, "rlhf")]
-            peers += [("TRL 1.9.2", trl, "trl")] if trl and stage == "ppo" else []
-            for name, python, trainer in peers:
-                console.say(name)
-                found = run(python, trainer, stage, shape)
-                row = Row(name, times_s=found["seconds"], peak_extra_bytes=found["peak_bytes"])
-                group.rows.append(row)
-                rate = tokens / statistics.median(row.times_s)
-                console.note(f"{group.op} {group.size}, {name}: {rate:.0f} tokens a second")
+            yield f"{stage} iteration {described(shape)}", partial(measure, stage, shape, trl)
+
+
+def measure(
+    stage: str,
+    shape: dict[str, int],
+    trl: str | None,
+    rates: bounds.Rates,
+    started: Callable[[Group], None],
+    console: Console,
+) -> None:
+    """Measures iterations of one shape."""
+    tokens = shape["batch"] * (shape["prompt"] + shape["response"] * shape.get("completions", 1))
+    flops = ppo_flops(shape) if stage == "ppo" else reward_flops(shape)
+    bound = rates.seconds(Work(0, flops=flops), torch.float32)
+    group = Group("step", f"{stage} iteration", described(shape), "float32", "iteration", bound)
+    started(group)
+    peers = [(OURS, sys.executable, "rlhf")]
+    if stage == "ppo" and trl:
+        peers.append(("TRL 1.9.2", trl, "trl"))
+    elif stage == "ppo":
+        console.note("TRL's PPO is left out: --trl names a Python that has TRL 1.9.2")
+    for name, python, trainer in peers:
+        console.say(name)
+        found = run(python, trainer, stage, shape)
+        row = Row(name, times_s=found["seconds"], peak_extra_bytes=found["peak_bytes"])
+        group.rows.append(row)
+        console.note(f"{console.title}, {name}: {tokens / statistics.median(row.times_s):.0f} tokens a second")
 
 
 def described(shape: dict[str, int]) -> str:

@@ -72,6 +72,13 @@ inline Tensor allocate(const std::vector<int64_t>& shape, ScalarType type, int32
 
 inline Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
 
+inline bool has_dense_rows(const Tensor& tensor) { return tensor.dim() == 0 || tensor.stride(tensor.dim() - 1) == 1; }
+
+// Itself where only its rows lie apart, as those of a slice do.
+inline Tensor with_dense_rows(const Tensor& tensor) {
+  return has_dense_rows(tensor) ? tensor : torch::stable::contiguous(tensor);
+}
+
 inline OptionalTensor dense(const OptionalTensor& tensor) {
   return tensor ? OptionalTensor(dense(*tensor)) : std::nullopt;
 }
@@ -137,18 +144,21 @@ inline KlEstimator estimator_of(const std::string& name) {
   return KlEstimator::abs;
 }
 
+// Of dense rows.
+inline Logits logits_of(const Tensor& logits) {
+  return {logits.const_data_ptr(), dtype_of(logits), rows_of(logits), logits.size(logits.dim() - 1)};
+}
+
 // index dense and int64.
 inline LogProbArguments log_prob_arguments(const Tensor& logits, const Tensor& index, const uint8_t* wanted,
                                            double temperature) {
-  return {logits.const_data_ptr(),       dtype_of(logits),     rows_of(logits),
-          logits.size(logits.dim() - 1), data<int64_t>(index), wanted, temperature};
+  return {logits_of(logits), data<int64_t>(index), wanted, temperature};
 }
 
 // stream and step dense and int64.
 inline SamplingArguments sampling_arguments(const Tensor& logits, const Tensor& stream, const Tensor& step, int64_t seed,
                                             double temperature) {
-  return {logits.const_data_ptr(), dtype_of(logits),    rows_of(logits),             logits.size(logits.dim() - 1),
-          data<int64_t>(stream),   data<int64_t>(step), static_cast<uint64_t>(seed), temperature};
+  return {logits_of(logits), data<int64_t>(stream), data<int64_t>(step), static_cast<uint64_t>(seed), temperature};
 }
 
 inline KlShaping shaping_of(const Tensor& scores, const Tensor& logprobs, const Tensor& ref_logprobs, double beta,

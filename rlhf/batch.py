@@ -93,9 +93,8 @@ def lay_out(groups: Sequence[Group], layout: Layout = "packed") -> Batch:
     rows = [[i] for i in range(len(units))] if layout == "padded" else pack_sequences(lengths, capacity)
     input_ids = torch.zeros(len(rows), capacity, dtype=torch.long)
     # The unused end of a row also counts from 0. To the model it is one more sequence, which nothing reads.
-    position_ids = torch.arange(capacity).repeat(len(rows), 1)
-    attention_mask = torch.zeros(len(rows), capacity, dtype=torch.long)
-    # For the mask of shared prompts: the unit that a position belongs to, and the number of its response there, from 1.
+    position_ids = torch.zeros(len(rows), capacity, dtype=torch.long)
+    # For masks: the unit that a position belongs to, −1 for none, and the number of its response there, from 1.
     unit_at = torch.full((len(rows), capacity), -1)
     response_at = torch.zeros(len(rows), capacity, dtype=torch.long)
     start = [0] * len(units)
@@ -114,7 +113,6 @@ def lay_out(groups: Sequence[Group], layout: Layout = "packed") -> Batch:
                 response_at[row, column:end] = i
                 column = end
         position_ids[row, column:] = torch.arange(capacity - column)
-        attention_mask[row, :column] = 1
 
     before: list[int] = []
     last: list[int] = []
@@ -126,12 +124,15 @@ def lay_out(groups: Sequence[Group], layout: Layout = "packed") -> Batch:
             last.append(places[-1])
             at += len(response)
     responses = [response for unit in units for response in unit.responses]
-    if layout == "shared":
+    attention_mask = None
+    if layout == "padded":
+        attention_mask = (unit_at >= 0).long()
+    elif layout == "shared":
         attention_mask = _mask_of_shared_prompts(unit_at, response_at)
     return Batch(
         input_ids=input_ids,
         position_ids=None if layout == "padded" else position_ids,
-        attention_mask=attention_mask if layout in ("padded", "shared") else None,
+        attention_mask=attention_mask,
         before=torch.tensor(before, dtype=torch.long),
         targets=torch.tensor([token for response in responses for token in response], dtype=torch.long),
         last=torch.tensor(last),

@@ -83,21 +83,21 @@ def sampling_batches(model: LanguageModel, prompts: Sequence[Sequence[int]], siz
         yield members
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sampler:
     """Draws the tokens of a batch."""
 
     seed: int
     streams: Tensor
-    """(rows,) int64: the number of the completion that each row of the batch is."""
+    """(completions,) int64: their numbers."""
     temperature: float
 
-    def draw(self, logits: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """(rows,) tokens number ``step`` of the completions and their log-probs, from (rows, V) logits."""
+    def draw(self, logits: Tensor, rows: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Token number ``step`` of the completions ``rows``, and its log-prob, from a row of logits for each."""
         message = "the model's logits are not finite"
         try:
             tokens, logprobs = sample_tokens(
-                logits, seed=self.seed, stream=self.streams, step=step, temperature=self.temperature
+                logits, seed=self.seed, stream=self.streams[rows], step=step, temperature=self.temperature
             )
         except ValueError as error:  # values are looked at on a CPU
             raise NotFiniteError(message) from error
@@ -124,7 +124,7 @@ def sample_batch(
     count = torch.full((len(prompts),), max_new_tokens, device=device)
     decoder = Decoder(model, prompts, model.decoding)
     for step in range(max_new_tokens):
-        drawn, logprobs[rows, step] = sampler.draw(decoder.logits(), step)
+        drawn, logprobs[rows, step] = sampler.draw(decoder.logits(), rows, step)
         tokens[rows, step] = drawn
 
         ended = torch.isin(drawn, ends)
@@ -134,7 +134,7 @@ def sample_batch(
             break
         if len(going) < len(rows):
             decoder.keep(going)
-            rows, drawn, sampler.streams = rows[going], drawn[going], sampler.streams[going]
+            rows, drawn = rows[going], drawn[going]
         decoder.append(drawn)
     return [
         Completion(tokens=row[:n].tolist(), logprobs=row_logprobs[:n].clone())

@@ -150,11 +150,11 @@ struct Kernels {
 
 // Every kernel above by name: each instruction set declares and lists them from this.
 #define RLHF_KERNELS(X) \
-  X(read_mask) X(log_prob) X(log_prob_backward) X(logits_by_row) X(sample_tokens) X(tile_rows) \
-  X(packed_rows_size) X(pack_rows) X(depth_panels) X(packed_depth_size) X(pack_depth) X(vocabulary_blocks) X(linear_partials) X(linear_logits) X(linear_loss) \
-  X(linear_gradient) X(linear_grad_hidden) X(store_rows) X(linear_grad_weight) X(kl_penalty) \
-  X(kl_penalty_backward) X(kl_shaped_rewards) X(gae) X(count_wanted) X(whiten) X(ppo_policy) X(ppo_value) \
-  X(ranking)
+  X(read_mask) X(log_prob) X(log_prob_backward) X(logits_by_row) X(sample_tokens) X(tile_rows) X(packed_rows_size) \
+  X(pack_rows) X(depth_panels) X(packed_depth_size) X(pack_depth) X(vocabulary_blocks) X(linear_partials) \
+  X(linear_logits) X(linear_loss) X(linear_gradient) X(linear_grad_hidden) X(store_rows) X(linear_grad_weight) \
+  X(kl_penalty) X(kl_penalty_backward) X(kl_shaped_rewards) X(gae) X(count_wanted) X(whiten) X(ppo_policy) \
+  X(ppo_value) X(ranking)
 
 // The best this processor runs, or the one that RLHF_KERNELS_ISA names.
 const Kernels& kernels();

@@ -6,6 +6,8 @@ as busy as many do, and the bits of a row do not depend on the batch around it.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -39,32 +41,66 @@ def reduce_block(x, top, total, weighted, scale, ENTROPY: tl.constexpr):
 
 
 @triton.jit
-def sums_of_chunk(line, chunk, vocabulary, scale, CHUNK: tl.constexpr, BLOCK: tl.constexpr, ENTROPY: tl.constexpr):
-    """The maximum, Σ 2^d and Σ 2^d·d of a chunk of the row of logits at ``line``."""
-    top = float("-inf")
-    total = 0.0
-    weighted = 0.0
-    for start in range(0, CHUNK, BLOCK):
-        at = chunk * CHUNK + start + tl.arange(0, BLOCK)
-        x = tl.load(line + at, mask=at < vocabulary, other=float("-inf")).to(tl.float32)
-        top, total, weighted = reduce_block(x, top, total, weighted, scale, ENTROPY)
-    return top, total, weighted
-
-
-@triton.jit
 def _chunk_sums(
     logits, wanted, sums, outer_stride, inner_stride, inner, vocabulary, scale,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, ENTROPY: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, ENTROPY: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
-    if tl.load(wanted + row) != 0:
+    counts = True
+    if MASKED:
+        counts = tl.load(wanted + row) != 0
+    if counts:
         line = logits + (row // inner) * outer_stride + (row % inner) * inner_stride
-        top, total, weighted = sums_of_chunk(line, chunk, vocabulary, scale, CHUNK, BLOCK, ENTROPY)
+        top = float("-inf")
+        total = 0.0
+        weighted = 0.0
+        for start in range(0, CHUNK, BLOCK):
+            at = chunk * CHUNK + start + tl.arange(0, BLOCK)
+            x = tl.load(line + at, mask=at < vocabulary, other=float("-inf")).to(tl.float32)
+            top, total, weighted = reduce_block(x, top, total, weighted, scale, ENTROPY)
         to = sums + (row * tl.num_programs(1) + chunk) * 3
         tl.store(to, top)
         tl.store(to + 1, total)
         tl.store(to + 2, weighted)
+
+
+class Chunks(NamedTuple):
+    """The sums of all chunks of all rows, and what a kernel needs to go on with them."""
+
+    sums: Tensor
+    """(rows · per_row · 3,) float32."""
+    per_row: int
+    layout: tuple[int, int, int, int]
+    """Outer stride, inner stride, inner size and vocabulary of the logits."""
+    scale: float
+    """log₂ e / τ."""
+    size: int
+    """The kernels' CHUNK."""
+    block: int
+    """The kernels' BLOCK, of which each chunk is a multiple."""
+    warps: int
+
+
+def sum_chunks(logits: Tensor, wanted: Tensor | None, rows: int, temperature: float, *, with_entropy: bool) -> Chunks:
+    """Sums the chunks of (outer, inner, V) logits, of which there are ``rows`` rows, at least one; None: all count."""
+    vocabulary = logits.shape[-1]
+    block = blocks(vocabulary, BLOCK)
+    per_row = triton.cdiv(vocabulary, CHUNK)
+    chunks = Chunks(
+        torch.empty(rows * per_row * 3, device=logits.device),
+        per_row,
+        (logits.stride(0), logits.stride(1), logits.shape[1], vocabulary),
+        LOG2_E.value / temperature,
+        min(CHUNK, block * triton.cdiv(vocabulary, block)),
+        block,
+        8 if block >= 4096 else 4,
+    )
+    _chunk_sums[(rows, per_row)](
+        logits, logits if wanted is None else wanted, chunks.sums, *chunks.layout, chunks.scale, CHUNK=chunks.size,
+        BLOCK=block, ENTROPY=with_entropy, MASKED=wanted is not None, num_warps=chunks.warps,
+    )  # fmt: skip
+    return chunks
 
 
 @triton.jit
@@ -130,23 +166,13 @@ def empty_results(shape: torch.Size, with_entropy: bool, device: torch.device) -
 
 def reduce_rows(logits: Tensor, index: Tensor, wanted: Tensor, temperature: float, results: Results) -> None:
     """Fills the results from (outer, inner, V) logits. The results have the rows in that order."""
-    count, vocabulary = index.numel(), logits.shape[-1]
-    if count == 0:
+    if index.numel() == 0:
         return
-    chunks = triton.cdiv(vocabulary, CHUNK)
-    sums = torch.empty(count * chunks * 3, device=logits.device)
-    layout = (logits.stride(0), logits.stride(1), logits.shape[1], vocabulary)
-    block = blocks(vocabulary, BLOCK)
-    chunk = min(CHUNK, block * triton.cdiv(vocabulary, block))
     with_entropy = results[1].numel() > 0
-    scale = LOG2_E.value / temperature
-    _chunk_sums[(count, chunks)](
-        logits, wanted, sums, *layout, scale, CHUNK=chunk, BLOCK=block, ENTROPY=with_entropy,
-        num_warps=8 if block >= 4096 else 4,
-    )  # fmt: skip
-    _merge[(count,)](
-        logits, index, wanted, sums, *results, *layout, chunks, scale, 1.0 / temperature,
-        CHUNKS=triton.next_power_of_2(chunks), ENTROPY=with_entropy, num_warps=1,
+    chunks = sum_chunks(logits, wanted, index.numel(), temperature, with_entropy=with_entropy)
+    _merge[(index.numel(),)](
+        logits, index, wanted, chunks.sums, *results, *chunks.layout, chunks.per_row, chunks.scale, 1.0 / temperature,
+        CHUNKS=triton.next_power_of_2(chunks.per_row), ENTROPY=with_entropy, num_warps=1,
     )  # fmt: skip
 
 

@@ -1,5 +1,7 @@
-"""Tokens drawn from rows of logits, with their log-probs: chunks are summed as for the log-probs, and one program per
-row then finds the chunk that holds the token, and reads that chunk a second time.
+"""Tokens drawn from rows of logits, with their log-probs.
+
+Chunks are summed as for the log-probs. One program per row then finds the chunk that holds the token, and reads that
+chunk a second time.
 """
 
 from __future__ import annotations
@@ -9,21 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_kernels.triton.common import LOG2_E, blocks, rows_of
-from rlhf_kernels.triton.log_prob import BLOCK, CHUNK, merged, sums_of_chunk
-
-
-@triton.jit
-def _chunk_sums(
-    logits, sums, outer_stride, inner_stride, inner, vocabulary, scale, CHUNK: tl.constexpr, BLOCK: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64)
-    line = logits + (row // inner) * outer_stride + (row % inner) * inner_stride
-    top, total, _ = sums_of_chunk(line, tl.program_id(1), vocabulary, scale, CHUNK, BLOCK, False)
-    to = sums + (row * tl.num_programs(1) + tl.program_id(1)) * 3
-    tl.store(to, top)
-    tl.store(to + 1, total)
-    tl.store(to + 2, 0.0)
+from rlhf_kernels.triton.common import rows_of
+from rlhf_kernels.triton.log_prob import merged, sum_chunks
 
 
 @triton.jit
@@ -101,21 +90,14 @@ def sample_tokens(logits: Tensor, stream: Tensor, step: Tensor, seed: int, tempe
     """Tokens and their log-probs; −1 and NaN where a row has no distribution."""
     tokens = torch.empty(stream.shape, dtype=torch.int64, device=logits.device)
     logprobs = torch.empty(stream.shape, device=logits.device)
-    count, vocabulary, rows = stream.numel(), logits.shape[-1], rows_of(logits)
-    if count == 0:
+    if stream.numel() == 0:
         return tokens, logprobs
-    chunks = triton.cdiv(vocabulary, CHUNK)
-    sums = torch.empty(count * chunks * 3, device=logits.device)
-    layout = (rows.stride(0), rows.stride(1), rows.shape[1], vocabulary)
-    block = blocks(vocabulary, BLOCK)
-    chunk = min(CHUNK, block * triton.cdiv(vocabulary, block))
-    inverse_temperature = 1.0 / (temperature or 1.0)
-    scale = LOG2_E.value * inverse_temperature
-    warps = 8 if block >= 4096 else 4
-    _chunk_sums[(count, chunks)](rows, sums, *layout, scale, CHUNK=chunk, BLOCK=block, num_warps=warps)
-    _draw[(count,)](
-        rows, stream.long().contiguous(), step.long().contiguous(), sums, tokens, logprobs, seed, *layout, chunks,
-        scale, inverse_temperature, CHUNKS=triton.next_power_of_2(chunks), CHUNK=chunk, BLOCK=block,
-        GREEDY=temperature == 0, num_warps=warps,
+    logits = rows_of(logits)
+    chunks = sum_chunks(logits, None, stream.numel(), temperature or 1.0, with_entropy=False)
+    _draw[(stream.numel(),)](
+        logits, stream.long().contiguous(), step.long().contiguous(), chunks.sums, tokens, logprobs, seed,
+        *chunks.layout, chunks.per_row, chunks.scale, 1.0 / (temperature or 1.0),
+        CHUNKS=triton.next_power_of_2(chunks.per_row), CHUNK=chunks.size, BLOCK=chunks.block, GREEDY=temperature == 0,
+        num_warps=chunks.warps,
     )  # fmt: skip
     return tokens, logprobs

@@ -55,7 +55,7 @@ def problems(draw):
         draw(numbers),
         stream,
         step,
-        draw(st.sampled_from([1.0, 0.5, 2.0, 0.0])),
+        draw(st.sampled_from([1.0, 0.5, 0.7, 2.0, 0.0])),
     )
 
 

@@ -18,7 +18,7 @@ using namespace tensors;
 std::tuple<Tensor, Tensor, Tensor, Tensor> selective_log_softmax(Tensor logits, Tensor index, Tensor wanted,
                                                                  double temperature, bool with_entropy,
                                                                  bool /*inplace_backward: for autograd*/) {
-  if (logits.stride(logits.dim() - 1) != 1) logits = torch::stable::contiguous(logits);
+  logits = with_dense_rows(logits);
   const Tensor dense_index = cast(index, ScalarType::Long);
   const Mask mask("mask", wanted);
   const auto in = log_prob_arguments(logits, dense_index, mask.read_and_check().data(), temperature);
@@ -59,7 +59,7 @@ void log_prob_backward(const Tensor& logits, const Tensor& index, const Tensor& 
 Tensor selective_log_softmax_backward(Tensor logits, Tensor index, Tensor wanted, double temperature, Tensor entropies,
                                       Tensor maxima, Tensor log_sums, Tensor grad_logprobs,
                                       OptionalTensor grad_entropies) {
-  if (logits.stride(logits.dim() - 1) != 1) logits = torch::stable::contiguous(logits);
+  logits = with_dense_rows(logits);
   Tensor gradient = without_pages(sizes(logits), logits.scalar_type());
   log_prob_backward(logits, index, wanted, temperature, entropies, maxima, log_sums, grad_logprobs, grad_entropies,
                     gradient);
@@ -69,7 +69,7 @@ Tensor selective_log_softmax_backward(Tensor logits, Tensor index, Tensor wanted
 void selective_log_softmax_backward_(Tensor logits, Tensor index, Tensor wanted, double temperature, Tensor entropies,
                                      Tensor maxima, Tensor log_sums, Tensor grad_logprobs,
                                      OptionalTensor grad_entropies) {
-  if (logits.stride(logits.dim() - 1) != 1) {
+  if (!has_dense_rows(logits)) {
     const Tensor gradient = selective_log_softmax_backward(logits, index, wanted, temperature, entropies, maxima,
                                                            log_sums, grad_logprobs, grad_entropies);
     torch::stable::copy_(logits, gradient);

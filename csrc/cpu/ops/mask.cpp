@@ -9,18 +9,11 @@ namespace rlhf_kernels::cpu {
 
 using namespace tensors;
 
-namespace {
-
-// Rows of a slice are read where they lie.
-Tensor with_dense_rows(const Tensor& mask) {
-  const bool in_rows = mask.scalar_type() != ScalarType::Bool && mask.dim() > 0 && mask.stride(mask.dim() - 1) == 1;
-  return in_rows ? mask : dense(mask);
-}
-
-}  // namespace
-
 Mask::Mask(const char* name, const Tensor& mask)
-    : name_(name), mask_(with_dense_rows(mask)), bytes_(mask_), unread_(mask.scalar_type() != ScalarType::Bool) {
+    : name_(name),
+      mask_(mask.scalar_type() == ScalarType::Bool ? dense(mask) : with_dense_rows(mask)),
+      bytes_(mask_),
+      unread_(mask.scalar_type() != ScalarType::Bool) {
   if (!unread_) return;
   type_ = mask_type_of(mask.scalar_type());
   bytes_ = empty(sizes(mask), ScalarType::Byte);

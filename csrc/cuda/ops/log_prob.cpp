@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> selective_log_softmax(Tensor logits, 
                                                                  double temperature, bool with_entropy,
                                                                  bool /*inplace_backward: for autograd*/) {
   const Launch launch(logits);
-  if (logits.stride(logits.dim() - 1) != 1) logits = torch::stable::contiguous(logits);
+  logits = with_dense_rows(logits);
   const Tensor dense_index = cast(index, ScalarType::Long), dense_wanted = dense(wanted);
   Tensor logprobs = launch.empty_like(index), maxima = launch.empty_like(index), log_sums = launch.empty_like(index),
          entropies = with_entropy ? launch.empty_like(index) : launch.nothing();
@@ -47,7 +47,7 @@ Tensor selective_log_softmax_backward(Tensor logits, Tensor index, Tensor wanted
                                       Tensor maxima, Tensor log_sums, Tensor grad_logprobs,
                                       OptionalTensor grad_entropies) {
   const Launch launch(logits);
-  if (logits.stride(logits.dim() - 1) != 1) logits = torch::stable::contiguous(logits);
+  logits = with_dense_rows(logits);
   Tensor gradient = launch.empty(sizes(logits), logits.scalar_type());
   log_prob_backward(launch, logits, index, wanted, temperature, entropies, maxima, log_sums, grad_logprobs,
                     grad_entropies, gradient);
@@ -57,7 +57,7 @@ Tensor selective_log_softmax_backward(Tensor logits, Tensor index, Tensor wanted
 void selective_log_softmax_backward_(Tensor logits, Tensor index, Tensor wanted, double temperature, Tensor entropies,
                                      Tensor maxima, Tensor log_sums, Tensor grad_logprobs,
                                      OptionalTensor grad_entropies) {
-  if (logits.stride(logits.dim() - 1) != 1) {
+  if (!has_dense_rows(logits)) {
     const Tensor gradient = selective_log_softmax_backward(logits, index, wanted, temperature, entropies, maxima,
                                                            log_sums, grad_logprobs, grad_entropies);
     torch::stable::copy_(logits, gradient);

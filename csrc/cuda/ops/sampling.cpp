@@ -13,7 +13,7 @@ using namespace tensors;
 
 std::tuple<Tensor, Tensor> sample_tokens(Tensor logits, Tensor stream, Tensor step, int64_t seed, double temperature) {
   const Launch launch(logits);
-  if (logits.stride(logits.dim() - 1) != 1) logits = torch::stable::contiguous(logits);
+  logits = with_dense_rows(logits);
   const Tensor streams = cast(stream, ScalarType::Long), steps = cast(step, ScalarType::Long);
   const auto in = sampling_arguments(logits, streams, steps, seed, temperature);
   Tensor tokens = launch.empty(sizes(stream), ScalarType::Long), logprobs = launch.empty_like(stream);

@@ -50,13 +50,16 @@ struct Sequences {
   const int64_t* boundaries;
 };
 
-// ------------------------------------------------------------------------------------------------------- log_prob
+// --------------------------------------------------------------------------------------------- log_prob, sampling
 
-struct LogProbArguments {
+struct Logits {
   const void* logits;
   Dtype dtype;
   Rows rows;
   int64_t vocabulary;
+};
+
+struct LogProbArguments : Logits {
   const int64_t* index;
   const uint8_t* wanted;
   double temperature;
@@ -79,13 +82,7 @@ struct LogProbGradient {
   Rows rows;
 };
 
-// ------------------------------------------------------------------------------------------------------- sampling
-
-struct SamplingArguments {
-  const void* logits;
-  Dtype dtype;
-  Rows rows;
-  int64_t vocabulary;
+struct SamplingArguments : Logits {
   const int64_t* streams;
   const int64_t* steps;
   uint64_t seed;
