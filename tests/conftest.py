@@ -24,14 +24,11 @@ if not torch.cuda.is_available():
 import rlhf_kernels
 from rlhf_kernels.ops import OPS
 
-# Derandomised, so that a run is green or red for its code alone. No deadline: nothing here depends on a clock.
-settings.register_profile(
-    "rlhf",
-    derandomize=True,
-    deadline=None,
-    max_examples=40,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+# Derandomised, so that a run is green or red for its code alone. No deadline: nothing here depends on a clock. With
+# --hypothesis-profile=thorough every run tries other examples, and many more of them.
+ANY_TIME = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+settings.register_profile("rlhf", ANY_TIME, derandomize=True, max_examples=20)
+settings.register_profile("thorough", ANY_TIME, max_examples=200)
 settings.load_profile("rlhf")
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import rlhf_kernels as k
+from rlhf_kernels.backends import emulated
 from rlhf_kernels.ops import OPS
 
 
@@ -131,6 +132,11 @@ NAMES = tuple(calls())
 def lacks(backend: str, name: str) -> bool:
     """Whether a backend lacks the op of this call."""
     return backend == "cuda" and "cuda" not in OPS[name.removesuffix("_and_entropy")].on_gpu
+
+
+def fewer(backend: str, rows: int) -> int:
+    """How many of these rows a test takes. Triton's interpreter works on one at a time, for milliseconds."""
+    return max(2, rows // 16) if backend == "triton" and emulated(backend) else rows
 
 
 def packed_calls() -> dict[str, Call]:

@@ -8,7 +8,7 @@ import sys
 import oracles
 import pytest
 import torch
-from calls import NAMES, calls, lacks
+from calls import NAMES, calls, fewer, lacks
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -67,12 +67,11 @@ def test_the_stride_of_a_single_entry_says_nothing(backend, name, shape):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_an_expanded_mask_is_that_mask(backend, name):
-    call = calls(5, 33)[name]
-    key = "mask" if "mask" in call.tensors else None
-    if key is None:
+    call = calls(fewer(backend, 5), 33)[name]
+    if "mask" not in call.tensors:
         pytest.skip("takes no mask")
-    row = torch.rand(33) < 0.5
-    got, want = call.run(**{key: row.expand(5, 33)}), call.run(**{key: row.expand(5, 33).contiguous()})
+    mask = (torch.rand(33) < 0.5).expand_as(call.tensors["mask"])
+    got, want = call.run(mask=mask), call.run(mask=mask.contiguous())
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -85,13 +84,13 @@ def laid_out(mask):
 @pytest.mark.parametrize("name", [n for n in NAMES if "mask" in calls()[n].tensors])
 def test_masks_of_every_dtype_and_layout_are_that_mask(backend, name):
     call = calls(*(5, 70) if backend == "cpu" else (2, 5))[name]
-    key = "mask"
     want = call.run()
-    for dtype in checks.MASKS:
-        mask = call.tensors[key].to(dtype)
+    for number, dtype in enumerate(checks.MASKS):
+        mask = call.tensors["mask"].to(dtype)
         signed = torch.where(mask == 0, -0.0, mask).to(dtype) if dtype.is_floating_point else mask
-        for same in laid_out(signed):
-            got = call.run(**{key: same})
+        layouts = laid_out(signed)
+        for same in layouts if backend == "cpu" else layouts[number % 4 :][:1]:
+            got = call.run(mask=same)
             # The order of the reference's sums depends on strides.
             torch.testing.assert_close(got, want, **({} if backend == "reference" else {"rtol": 0, "atol": 0}))
 

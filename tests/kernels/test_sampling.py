@@ -3,6 +3,7 @@ import math
 import oracles
 import pytest
 import torch
+from calls import fewer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -88,8 +89,7 @@ def distribution(vocabulary):
     return logits
 
 
-@pytest.mark.parametrize("temperature", [0.5, 2.0])
-@pytest.mark.parametrize("vocabulary", [7, 1000, 50_257])
+@pytest.mark.parametrize(("vocabulary", "temperature"), [(7, 0.5), (7, 2.0), (1000, 0.5), (1000, 2.0), (50_257, 2.0)])
 def test_a_million_draws_have_the_distribution(backend, vocabulary, temperature):
     if backend in ("triton", "cuda") and not torch.cuda.is_available():
         pytest.skip("a million draws would take an hour; the test below compares it with the reference")
@@ -109,6 +109,7 @@ def test_a_million_draws_have_the_distribution(backend, vocabulary, temperature)
 @pytest.mark.parametrize(("rows", "vocabulary"), [(100, 1000), (8, 50_257)])
 def test_kernels_draw_the_tokens_of_the_reference(kernels, rows, vocabulary, temperature):
     """But where the number is within rounding of a boundary, which none of these are."""
+    rows = fewer(kernels, rows)
     logits = torch.stack([distribution(vocabulary) for _ in range(rows)])
     stream, step = torch.arange(rows), torch.arange(rows) * 1000
     tokens, _ = sample_tokens(logits, seed=1, stream=stream, step=step, temperature=temperature)
@@ -165,6 +166,7 @@ def test_a_row_is_the_same_alone_and_in_any_order(kernels):
 @pytest.mark.parametrize("rows", [1, 5, 16, 35])
 def test_logits_in_columns(kernels, rows, dtype):
     """As a matmul with the weights on the left leaves them."""
+    rows = fewer(kernels, rows)
     logits = (torch.randn(rows, 1037) * 3).to(dtype)
     call = {"seed": 2, "stream": torch.arange(rows), "step": 1}
     want = sample_tokens(logits, **call)

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlhf import cli
 from rlhf.config import Adam, LengthConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf.demo.pretrain import make_tokenizer
 from rlhf.loading import load_tokenizer
@@ -19,7 +18,7 @@ from rlhf.training import Run
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from tools import WORDS, tiny_gpt2, write_jsonl
+from tools import WORDS, run_here, tiny_gpt2, write_jsonl
 
 torch.set_num_threads(1)
 
@@ -146,16 +145,12 @@ def open_run():
 
 
 @pytest.fixture
-def rlhf(capfd, monkeypatch):
+def rlhf(capfd):
     """Runs the command in this process: ``code, error = rlhf("sft", "--model", ...)``."""
 
     def run(*arguments):
         capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["rlhf", *map(str, arguments)])
-        try:
-            code = cli.main()
-        except SystemExit as end:
-            code = end.code
+        code = run_here(*arguments)
         out, error = capfd.readouterr()
         run.out = out
         return code, error

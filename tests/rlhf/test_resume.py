@@ -8,12 +8,13 @@ import resource
 import shutil
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import accelerate
 import pytest
 import yaml
-from tools import metrics, model_files, only_line, start
+from tools import metrics, model_files, only_line, run_here, start
 
 from rlhf import ppo, reward, sft, training
 from rlhf.training import RunError, latest_checkpoint
@@ -74,12 +75,12 @@ def killed(tmp_path_factory, base, reward_model, data):
         if stage not in done:
             directory = tmp_path_factory.mktemp(stage)
             command = arguments(stage, base, reward_model, data)
-            whole = start(*command, "--output_dir", directory / "whole")
             process = start(*command, "--output_dir", directory / "killed")
             step = random.Random(stage).randint(CHECKPOINT_EVERY + 1, 24)
-            kill_after(process, directory / "killed" / "metrics.jsonl", step)
-            _, error = whole.communicate()
-            assert whole.returncode == 0, error
+            with ThreadPoolExecutor(1) as beside:
+                kill = beside.submit(kill_after, process, directory / "killed" / "metrics.jsonl", step)
+                assert run_here(*command, "--output_dir", directory / "whole") == 0
+                kill.result()
             done[stage] = SimpleNamespace(
                 directory=directory / "killed", whole=directory / "whole", command=command, step=step
             )
@@ -108,16 +109,15 @@ def interrupted(killed, tmp_path):
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_killed_run_resumes_to_the_same_bits(killed, tmp_path, stage):
+def test_killed_run_resumes_to_the_same_bits(killed, rlhf, tmp_path, stage):
     run = killed(stage)
     resumed = tmp_path / "resumed"
     shutil.copytree(run.directory, resumed)
     assert not (resumed / "model").exists()
     assert int(latest_checkpoint(resumed).name[-6:]) <= len(metrics(resumed))
 
-    process = start(*run.command, "--output_dir", resumed, "--resume")
-    _, error = process.communicate()
-    assert process.returncode == 0, error
+    code, error = rlhf(*run.command, "--output_dir", resumed, "--resume")
+    assert code == 0, error
 
     whole, again = model_files(run.whole), model_files(resumed)
     assert [name for name in whole if whole[name] != again[name]] == []

@@ -8,7 +8,10 @@ import re
 import subprocess
 import sys
 
+import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
+
+from rlhf import cli
 
 WORDS = [f"w{number:02d}" for number in range(54)]
 CONTEXT = 64
@@ -30,6 +33,16 @@ def model_files(directory):
 def tiny_gpt2(vocabulary, eos, **options):
     settings = {"n_positions": CONTEXT, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.1} | options
     return GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, bos_token_id=eos, eos_token_id=eos, **settings))
+
+
+def run_here(*arguments):
+    """Runs the command in this process, and returns its status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["rlhf", *map(str, arguments)])
+        try:
+            return cli.main()
+        except SystemExit as end:
+            return end.code
 
 
 def start(*arguments, **options):
