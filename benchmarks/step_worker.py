@@ -8,6 +8,7 @@ before it knows that it is to measure ours. Models have random weights; no token
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -86,26 +87,17 @@ class Clock:
 
 def rlhf_ppo(shape: dict[str, Any], clock: Clock) -> None:
     """Our PPO."""
-    from rlhf import ppo
-
     save(language_model(shape), shape, "policy")
     save(scalar_model(shape), shape, "reward_model")
     prompts = [{"prompt": words_of(ids)} for ids in random_ids(shape, 4 * shape["batch"], shape["prompt"])]
-    follow(ppo.Run, clock)
-    ppo.train(
-        ppo.PPOConfig(
-            policy="policy", reward_model="reward_model", prompts=prompts, output_dir="run", device="cpu",
-            episodes=shape["batch"] * (shape["steps"] + 1), batch_size=shape["batch"],
-            minibatch_size=shape["batch"] // shape["minibatches"], checkpoint_every=10**9,
-            lengths={"max_prompt_tokens": shape["prompt"], "max_response_tokens": shape["response"]},
-        )
+    run_command(
+        "ppo", shape, clock, policy="policy", reward_model="reward_model", prompts=written(prompts),
+        episodes=shape["batch"] * (shape["steps"] + 1), minibatch_size=shape["batch"] // shape["minibatches"],
     )  # fmt: skip
 
 
 def rlhf_reward(shape: dict[str, Any], clock: Clock) -> None:
     """Our reward training, with K completions to a prompt, ranked from first to last."""
-    from rlhf import reward
-
     save(language_model(shape), shape, "model")
     count, k = shape["batch"] * (shape["steps"] + 1), shape["completions"]
     answers = random_ids(shape, count * k, shape["response"] - 1)
@@ -117,14 +109,7 @@ def rlhf_reward(shape: dict[str, Any], clock: Clock) -> None:
         }
         for i, ids in enumerate(random_ids(shape, count, shape["prompt"]))
     ]
-    follow(reward.Run, clock)
-    reward.train(
-        reward.RewardConfig(
-            model="model", data=records, output_dir="run", device="cpu", batch_size=shape["batch"], epochs=1,
-            held_out_fraction=0.0, checkpoint_every=10**9,
-            lengths={"max_prompt_tokens": shape["prompt"], "max_response_tokens": shape["response"]},
-        )
-    )  # fmt: skip
+    run_command("reward", shape, clock, model="model", data=written(records), epochs=1, held_out_fraction=0.0)
 
 
 def trl_ppo(shape: dict[str, Any], clock: Clock) -> None:
@@ -165,15 +150,32 @@ def save(model: Any, shape: dict[str, Any], name: str) -> None:
     tokenizer_of(shape).save_pretrained(name)
 
 
-def follow(run: Any, clock: Clock) -> None:
-    """Notes the time whenever a run has logged a step."""
-    log = run.log
+def written(records: list[dict[str, Any]]) -> str:
+    """A file of these records."""
+    Path("records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return "records.jsonl"
+
+
+def run_command(stage: str, shape: dict[str, Any], clock: Clock, **settings: Any) -> None:
+    """Runs the command ``rlhf``, and notes the time whenever it has logged a step."""
+    from rlhf.__main__ import main
+    from rlhf.training import Run
+
+    log = Run.log
 
     def logged(*arguments: Any, **options: Any) -> None:
         log(*arguments, **options)
         clock.tick()
 
-    run.log = logged
+    Run.log = logged
+    settings |= {
+        "output_dir": "run", "device": "cpu", "batch_size": shape["batch"], "checkpoint_every": 10**9,
+        "lengths.max_prompt_tokens": shape["prompt"], "lengths.max_response_tokens": shape["response"],
+    }  # fmt: skip
+    sys.argv = ["rlhf", stage, *(f"--{name}={value}" for name, value in settings.items())]
+    with contextlib.redirect_stdout(sys.stderr):  # the result is the last line of our output
+        if main():
+            raise SystemExit(f"rlhf {stage} failed")
 
 
 def peak_bytes() -> int | None:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from rlhf import report
-from rlhf.batch import Batch, Group, groups_of_one
+from rlhf.batch import Batch, Group, Layout, groups_of_one
 from rlhf.config import PPOConfig, warmup_from_tenth
 from rlhf.data import Limits, PromptExample, read_prompts, read_texts, tokenize_prompts
 from rlhf.loading import (
@@ -36,7 +36,7 @@ from rlhf.loading import (
     name_of,
     shared_context,
 )
-from rlhf.models import LanguageModel, ScalarModel, unwrap
+from rlhf.models import Backbone, LanguageModel, ScalarModel, unwrap
 from rlhf.rewards import RewardError, Rewards, load_functions, make_rewards
 from rlhf.rollout import NotFiniteError, sample
 from rlhf.settings import check
@@ -218,10 +218,16 @@ def collect(
         run.require_finite(logit_of_the_policy=float("nan"))
     responses = [completion.tokens for completion in completions]
 
+    groups = groups_of_one(prompts, responses)
+    laid_out: dict[Layout, list[Batch]] = {}
+
     def each(model: Any, read: Callable[[Batch], Tensor]) -> Tensor:
         """Lays the completions out in batches for ``model`` and joins what ``read`` returns for each batch."""
+        inner: Backbone = unwrap(model)
+        if inner.layout not in laid_out:
+            laid_out[inner.layout] = list(inner.batches(groups, config.tokens_per_forward))
         found = []
-        for batch in unwrap(model).batches(groups_of_one(prompts, responses), config.tokens_per_forward):
+        for batch in laid_out[inner.layout]:
             with run.accelerator.autocast():
                 found.append(read(batch))
         return torch.cat(found)

@@ -28,7 +28,9 @@ constexpr int64_t kTileColumns = kTileVectors * kLanes;
 // k is cut here so that a panel of each operand stays in the L1 cache. Part of the result's definition: never tuned at
 // run time.
 constexpr int64_t kDepthBlock = 256;
-constexpr int64_t kChain = 32;
+constexpr int64_t kChain = 64;
+// How many steps of k B is fetched before it is read.
+constexpr int64_t kAhead = 8;
 
 // What is multiplied: floats, or pairs of bfloat16 that follow each other along k. k is filled up with zeros to a
 // multiple of kDepthMultiple units.
@@ -86,6 +88,8 @@ void tile_kernel(int64_t depth, const typename Math::Unit* a, const typename Mat
     Vec sums[Rows][kTileVectors];
     const int64_t steps = std::min(kChain, depth - start);
     for (int64_t k = 0; k < steps; ++k, a += kRegisterRows, b += kTileColumns) {
+      // B's panel and A's together are larger than the L1 cache of many processors.
+      for (int64_t j = 0; j < kTileColumns; j += 16) __builtin_prefetch(b + kAhead * kTileColumns + j);
       decltype(Math::read(b)) columns[kTileVectors];
 #pragma GCC unroll 4
       for (int j = 0; j < kTileVectors; ++j) columns[j] = Math::read(b + j * kLanes);

@@ -345,7 +345,7 @@ def test_ppo(ppo_config, data, base, reward_model, told, sampled):
             of_one = {"reward": score, "kl": kl.sum().item(), "response_tokens": len(response), "ended": ended}
             for name, figure in of_one.items():
                 figures[name] += figure / 8
-        forwards += [alone(episodes)] * 3  # the reference, the value model and the reward model
+        forwards.append(alone(episodes))  # laid out once for the reference, the value model and the reward model
         everything = torch.cat([episode[4] for episode in episodes])
         for episode in episodes:
             episode[4] = (episode[4] - everything.mean()) / everything.std(correction=0)
