@@ -92,7 +92,6 @@ def lay_out(groups: Sequence[Group], layout: Layout = "packed") -> Batch:
     capacity = sum(lengths) if layout == "one_row" else max(lengths)
     rows = [[i] for i in range(len(units))] if layout == "padded" else pack_sequences(lengths, capacity)
     input_ids = torch.zeros(len(rows), capacity, dtype=torch.long)
-    # The unused end of a row also counts from 0. To the model it is one more sequence, which nothing reads.
     position_ids = torch.zeros(len(rows), capacity, dtype=torch.long)
     # For masks: the unit that a position belongs to, −1 for none, and the number of its response there, from 1.
     unit_at = torch.full((len(rows), capacity), -1)
@@ -112,7 +111,11 @@ def lay_out(groups: Sequence[Group], layout: Layout = "packed") -> Batch:
                 position_ids[row, column:end] = torch.arange(len(unit.prompt), len(unit.prompt) + len(response))
                 response_at[row, column:end] = i
                 column = end
-        position_ids[row, column:] = torch.arange(capacity - column)
+        # To the model the unused end of a row belongs to its last sequence, which sees nothing of what follows it. So
+        # rows of one sequence each need no mask, and attention is twice as fast. Where prompts are shared there is a
+        # mask, and a row may be longer than the model's context: there all of the end is at position 0.
+        if layout != "shared":
+            position_ids[row, column:] = position_ids[row, column - 1] + 1 + torch.arange(capacity - column)
 
     before: list[int] = []
     last: list[int] = []

@@ -32,7 +32,7 @@ def groups_of(lengths):
 
 
 def segments(batch):
-    """(start, tokens) of everything in the rows that begins at position 0, including the unused ends of rows."""
+    """(start, tokens) of everything in the rows that begins at position 0, without the unused ends of rows."""
     found = []
     columns = batch.input_ids.shape[1]
     for row, (ids, positions) in enumerate(zip(batch.input_ids.tolist(), batch.position_ids.tolist(), strict=True)):
@@ -42,6 +42,8 @@ def segments(batch):
                 found.append((row * columns + column, []))
             assert position == len(found[-1][1])
             found[-1][1].append(token)
+        while found[-1][1][-1] == 0:
+            found[-1][1].pop()
     return found
 
 
@@ -50,8 +52,7 @@ def test_every_sequence_is_laid_out_once_and_positions_restart(pairs, one_row):
     batch = lay_out(groups_of_one(*unzip(pairs)), "one_row" if one_row else "packed")
     assert batch.input_ids.dtype == batch.position_ids.dtype == torch.int64
     assert batch.input_ids.shape == batch.position_ids.shape
-    real = [tokens for _, tokens in segments(batch) if any(tokens)]
-    assert sorted(real) == sorted(prompt + response for prompt, response in pairs)
+    assert sorted(tokens for _, tokens in segments(batch)) == sorted(prompt + response for prompt, response in pairs)
     assert int((batch.input_ids != 0).sum()) == sum(len(prompt) + len(response) for prompt, response in pairs)
 
 
@@ -66,7 +67,7 @@ def test_row_length(pairs):
 def test_flat_indices_agree_with_a_recomputation(pairs, one_row):
     batch = lay_out(groups_of_one(*unzip(pairs)), "one_row" if one_row else "packed")
     # `last` is checked against where the segments end, which is found without it.
-    ends = {start + len(tokens) - 1: tokens for start, tokens in segments(batch) if any(tokens)}
+    ends = {start + len(tokens) - 1: tokens for start, tokens in segments(batch)}
     last = batch.last.tolist()
     assert sorted(last) == sorted(ends)
     assert [ends[end] for end in last] == [prompt + response for prompt, response in pairs]
@@ -127,7 +128,7 @@ def test_shared_prompts():
     groups = [Group([1, 2], [[5, 6], [], [7]]), Group([3], [[8]]), Group([4, 4, 4], [[9, 9]])]
     batch = lay_out(groups, "shared")
     assert batch.input_ids.tolist() == [[1, 2, 5, 6, 7], [4, 4, 4, 9, 9], [3, 8, 0, 0, 0]]
-    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2], [0, 1, 2, 3, 4], [0, 1, 0, 1, 2]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 2], [0, 1, 2, 3, 4], [0, 1, 0, 0, 0]]
     assert batch.before.tolist() == [1, 2, 1, 10, 7, 8]
     assert batch.targets.tolist() == [5, 6, 7, 8, 9, 9]
     assert batch.last.tolist() == [3, 1, 4, 11, 9]
@@ -214,6 +215,29 @@ GROUPS = st.lists(
     min_size=1,
     max_size=5,
 )
+
+
+@torch.no_grad()
+def test_rows_of_shared_prompts_may_be_longer_than_the_context(gpt2):
+    long, short = Group([1, 2, 3], [[4] * 60, [5] * 61, [6] * 7]), Group([7], [[8, 9]])
+    found = gpt2(lay_out([long, short], "shared"), log_probs)
+    pairs = [(group.prompt, response) for group in (long, short) for response in group.responses]
+    expected = torch.cat([alone(gpt2, prompt, response) for prompt, response in pairs])
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_one_sequence_each_need_no_mask(gpt2, monkeypatch):
+    masks = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def noted(*args, attn_mask=None, **options):
+        masks.append(attn_mask)
+        return attention(*args, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    check_same_as_alone(gpt2, [([1, 2], [3, 4, 5]), ([6, 7, 8], [9])], False)
+    assert masks == [None] * len(masks)
+    assert len(masks) > 0
 
 
 @settings(max_examples=25, deadline=None)
