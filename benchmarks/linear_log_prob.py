@@ -44,6 +44,14 @@ def cases(scale: str) -> list[Case]:
             Implementation("cut-cross-entropy", partial(_cut_log_probs, "high"), install="cut-cross-entropy"),
         ),
         _case(
+            rlhf_kernels.linear_selective_log_softmax,
+            sizes,
+            ("hidden", "weight", "index"),
+            (BACKWARD,),
+            eager(log_probs),
+            spread=22,
+        ),
+        _case(
             rlhf_kernels.linear_ppo_policy_loss,
             sizes,
             ("hidden", "weight", "index", "old_logprobs", "advantages", "mask"),
@@ -75,13 +83,14 @@ def cases(scale: str) -> list[Case]:
 
 def _case(
     op: Callable[..., Any], sizes: tuple[int, int, int, int], takes: tuple[str, ...], steps: tuple[str, ...],
-    *peers: Implementation,
+    *peers: Implementation, spread: float = 2,
 ) -> Case:  # fmt: skip
+    """``spread`` is the standard deviation of the logits. At 22 most probabilities are denormal numbers or 0."""
     batch, length, width, vocabulary = sizes
     return Case(
         op.__name__,
-        f"N={batch * length} D={width} V={vocabulary}",
-        partial(_inputs, *sizes),
+        f"N={batch * length} D={width} V={vocabulary}" + (f" peaked (σ={spread:g})" if spread != 2 else ""),
+        partial(_inputs, *sizes, spread),
         takes,
         op,
         (ours(op), *peers),
@@ -95,7 +104,7 @@ def _case(
 
 
 def _inputs(
-    batch: int, length: int, width: int, vocabulary: int, generator: torch.Generator, dtype: torch.dtype
+    batch: int, length: int, width: int, vocabulary: int, spread: float, generator: torch.Generator, dtype: torch.dtype
 ) -> Inputs:
     """Every sequence has one advantage, as in GRPO, so that Liger's loss computes the same thing."""
     device = generator.device
@@ -103,9 +112,11 @@ def _inputs(
     mask = batches.ragged_mask(batch, length, generator)
     index = torch.randint(vocabulary, (batch, length), generator=generator, device=device)
     hidden = batches.normal((batch, length, width), generator, dtype)
-    weight = batches.normal((vocabulary, width), generator, dtype, 2 * width**-0.5)
+    weight = batches.normal((vocabulary, width), generator, dtype, spread * width**-0.5)
     chosen = weight[index].float()
-    old = (hidden.float() * chosen).sum(-1) - batches.normal((vocabulary,), generator, torch.float32, 2).logsumexp(0)
+    old = (hidden.float() * chosen).sum(-1) - batches.normal((vocabulary,), generator, torch.float32, spread).logsumexp(
+        0
+    )
     return {
         "hidden": hidden,
         "weight": weight,

@@ -9,12 +9,15 @@ How the past is kept depends on the model (:mod:`rlhf.probe` finds out which way
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -22,6 +25,37 @@ if TYPE_CHECKING:
     from rlhf.models import LanguageModel
 
 Decoding: TypeAlias = Literal["padded", "aligned", "whole"]
+
+
+# Up to so many rows, a BLAS on a CPU takes a third to a half of the time for weight · statesᵀ as for states · weightᵀ.
+FEW_ROWS = 48
+
+
+def linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``F.linear``, without a gradient. Of few rows on a CPU the result lies in columns."""
+    if not states.is_cpu or states.shape[:-1].numel() > FEW_ROWS:
+        return F.linear(states, weight, bias)
+    product = (weight @ states.reshape(-1, states.shape[-1]).T).T
+    if bias is not None:
+        product = product + bias
+    return product.reshape(*states.shape[:-1], len(weight))
+
+
+@contextlib.contextmanager
+def decoding_layers(module: nn.Module) -> Iterator[None]:
+    """Has the linear layers of a model multiply as :func:`linear` does: what is decoded is few rows at a time."""
+    layers = [layer for layer in module.modules() if type(layer) is nn.Linear]
+    for layer in layers:
+        vars(layer)["forward"] = partial(_forward, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).pop("forward", None)  # None: a block within this one has ended
+
+
+def _forward(layer: nn.Linear, states: Tensor) -> Tensor:
+    return linear(states, layer.weight, layer.bias).contiguous()  # attention wants rows
 
 
 class GrowingLayer(DynamicLayer):

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from rlhf import probe
 from rlhf.batch import Batch, Group, Layout, lay_out, split
-from rlhf.decoding import Decoding
+from rlhf.decoding import Decoding, linear
 from rlhf.fields import type_and_line
 from rlhf.loading import (
     ModelError,
@@ -44,9 +44,6 @@ logger = logging.getLogger(__name__)
 RESIDUAL_DROPOUT = ("resid_pdrop", "hidden_dropout", "residual_dropout", "dropout")
 SOFTCAP = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 OTHER_DROPOUT = ("embd_pdrop", "attn_pdrop", "attention_dropout", "embedding_dropout", "activation_dropout")
-
-# Up to so many rows, a BLAS on a CPU takes half as long for weight · statesᵀ as for states · weightᵀ.
-FEW_ROWS = 48
 
 
 class Backbone(nn.Module):
@@ -244,11 +241,7 @@ class LanguageModel(Backbone):
         """(..., V) float32 logits of (..., D) last hidden states, as the model's own head makes them."""
         head: Any = self.model.get_output_embeddings()
         bias = getattr(head, "bias", None)
-        if states.is_cpu and states.dim() == 2 and len(states) <= FEW_ROWS:
-            product = head.weight @ states.T
-            logits = (product if bias is None else product + bias[:, None]).T.float()
-        else:
-            logits = nn.functional.linear(states, head.weight, bias).float()
+        logits = linear(states, head.weight, bias).float()
         if self.softcap:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits if self.own_temperature == 1 else logits / self.own_temperature

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf.decoding import Decoder
+from rlhf.decoding import Decoder, decoding_layers
 from rlhf.models import LanguageModel, unwrap
 from rlhf_kernels import sample_tokens
 
@@ -60,10 +60,11 @@ def sample(
     was_training = module.training
     module.eval()
     try:
-        for members in sampling_batches(module, prompts, batch_size):
-            sampler = Sampler(seed, torch.tensor([streams[i] for i in members], device=module.device), temperature)
-            sampled = sample_batch(module, [prompts[i] for i in members], end_token_ids, max_new_tokens, sampler)
-            completions.update(zip(members, sampled, strict=True))
+        with decoding_layers(module.inner):
+            for members in sampling_batches(module, prompts, batch_size):
+                sampler = Sampler(seed, torch.tensor([streams[i] for i in members], device=module.device), temperature)
+                sampled = sample_batch(module, [prompts[i] for i in members], end_token_ids, max_new_tokens, sampler)
+                completions.update(zip(members, sampled, strict=True))
     finally:
         module.train(was_training)
     return [completions[i] for i in range(len(prompts))]

@@ -18,9 +18,9 @@ constexpr int64_t kVocabularyBlock = 8 * kTileColumns;
 // Rows that are worked on together, so that their operand and their part of the result stay in the L2 cache.
 template <class Math>
 constexpr int64_t kRowGroup = 192 / Math::kTileRows * Math::kTileRows;
-// Rows of the weight's gradient that are summed in float32 before they are rounded.
-template <class Math>
-constexpr int64_t kWeightStrip = 64 / Math::kTileRows * Math::kTileRows;
+// Columns of the weight's gradient that are summed over all of k in memory of their own. In the gradient itself the rows
+// of a tile lie as far apart as the rows of the weight: often a power of two, of which a cache keeps only a few.
+constexpr int64_t kWeightColumns = 128 / kTileColumns * kTileColumns;
 // How much of the vocabulary a task of hidden's gradient packs at a time.
 constexpr int64_t kChunkOfVocabulary = 2 * kDepthBlock;
 
@@ -302,32 +302,27 @@ void linear_grad_weight(const Projection& p, const float* slope_rows, const void
     using Unit = typename Math::Unit;
     using T = std::remove_pointer_t<decltype(type)>;
     using G = std::conditional_t<Math::kPerUnit == 2, T, float>;
-    constexpr int64_t strip = kWeightStrip<Math>;
     const G* slopes = reinterpret_cast<const G*>(slope_rows);
     const int64_t slope_stride = p.vocabulary * static_cast<int64_t>(sizeof(float) / sizeof(G));
-    const int64_t depth = units<Math>(count), stride = padded_columns(p.depth);
+    const int64_t depth = units<Math>(count);
     const auto* b = static_cast<const Unit*>(packed);
     Array<Unit> a(block_rows * depth);
-    Array<float> sums(std::is_same_v<T, float> ? 1 : strip * stride);
+    Array<float> sums(block_rows * kWeightColumns);
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * block_rows, rows = std::min(block_rows, p.vocabulary - first);
       pack_left(math, slopes + first, 1, slope_stride, rows, count, static_cast<Unit*>(a));
       T* to = static_cast<T*>(gradient) + first * p.depth;
-      if constexpr (std::is_same_v<T, float>) {
-        multiply<Math>(a, b, to, p.depth, rows, p.depth, count, accumulate);
-      } else {
-        for (int64_t i = 0; i < rows; i += strip) {
-          const int64_t some = std::min(strip, rows - i);
-          multiply<Math>(static_cast<Unit*>(a) + i * depth, b, sums, stride, some, p.depth, count, false);
-          for (int64_t row = 0; row < some; ++row) {
-            T* line = to + (i + row) * p.depth;
-            for (int64_t d = 0; d < p.depth; d += kLanes) {
-              const int64_t lanes = std::min(kLanes, p.depth - d);
-              if (accumulate) __builtin_prefetch(line + d + 1024, 1);
-              Vec value = load_lanes(sums + row * stride + d, lanes);
-              if (accumulate) value = value + load_lanes(line + d, lanes);
-              store_lanes(line + d, value, lanes);
-            }
+      for (int64_t column = 0; column < p.depth; column += kWeightColumns) {
+        const int64_t columns = std::min(kWeightColumns, p.depth - column);
+        multiply<Math>(a, b + column * depth, sums, kWeightColumns, rows, columns, count, false);
+        for (int64_t row = 0; row < rows; ++row) {
+          T* line = to + row * p.depth + column;
+          if (accumulate) __builtin_prefetch(line + 4 * p.depth, 1);
+          for (int64_t i = 0; i < columns; i += kLanes) {
+            const int64_t lanes = std::min(kLanes, columns - i);
+            Vec value = load_lanes(sums + row * kWeightColumns + i, lanes);
+            if (accumulate) value = value + load_lanes(line + i, lanes);
+            store_lanes(line + i, value, lanes);
           }
         }
       }

@@ -10,6 +10,7 @@ from tools import tiny_gpt2
 
 from rlhf import rollout
 from rlhf.batch import groups_of_one
+from rlhf.decoding import decoding_layers, linear
 from rlhf.models import LanguageModel
 from rlhf.rollout import NotFiniteError, sample, sampling_batches
 from rlhf_kernels import linear_selective_log_softmax
@@ -53,6 +54,26 @@ def test_ends_at_eos_or_at_the_limit(lm):
         assert len(completion.tokens) == len(completion.logprobs)
         assert len(completion.tokens) <= 10
         assert end or len(completion.tokens) == 10
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (48, 5), (49, 5), (6, 8, 5), (0, 5)])
+def test_linear_of_few_and_of_many_rows(shape, has_bias):
+    states, weight, bias = torch.randn(shape), torch.randn(3, 5), torch.randn(3) if has_bias else None
+    torch.testing.assert_close(linear(states, weight, bias), torch.nn.functional.linear(states, weight, bias))
+
+
+def test_linear_layers_of_a_model_are_as_before_when_sampling_is_over():
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.Linear(7, 3, bias=False))
+    states = torch.randn(2, 4, 5)
+    want = layers(states)
+    with decoding_layers(layers):
+        got = layers(states)
+        assert [set(vars(layer)) & {"forward"} for layer in layers] == [{"forward"}] * 2
+    torch.testing.assert_close(got, want)
+    assert got.is_contiguous()
+    assert [set(vars(layer)) & {"forward"} for layer in layers] == [set()] * 2
 
 
 def test_one_token(lm):
