@@ -135,7 +135,7 @@ def lacks(backend: str, name: str) -> bool:
 
 
 def fewer(backend: str, rows: int) -> int:
-    """How many of these rows a test takes. Triton's interpreter works on one at a time, for milliseconds."""
+    """How many of these rows or blocks a test takes. Triton's interpreter needs milliseconds for each."""
     return max(2, rows // 16) if backend == "triton" and emulated(backend) else rows
 
 

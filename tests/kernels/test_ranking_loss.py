@@ -131,3 +131,11 @@ def test_scores_that_cannot_be_compared_count_half(backend):
         with use_backend("reference"):
             want = pairwise_ranking_loss(torch.tensor([scores]), ranks)
         torch.testing.assert_close(got, want, equal_nan=True)
+
+
+def test_a_second_derivative_is_refused(backend):
+    scores = torch.randn(4, requires_grad=True)
+    loss, _ = pairwise_ranking_loss(scores, torch.arange(4), offsets=torch.tensor([0, 4]))
+    (gradient,) = torch.autograd.grad(loss, scores, create_graph=True)
+    with pytest.raises(RuntimeError):
+        gradient.sum().backward()
