@@ -37,7 +37,7 @@ def linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         return F.linear(states, weight, bias)
     product = (weight @ states.reshape(-1, states.shape[-1]).T).T
     if bias is not None:
-        product = product + bias
+        product = product + bias.to(product.dtype)  # autocast multiplies in another dtype
     return product.reshape(*states.shape[:-1], len(weight))
 
 
