@@ -47,6 +47,13 @@ def pairwise_ranking_loss(
         tensor(0.2014)
     """
     checks.tensor("scores", scores, checks.FLOATS)
+    if isinstance(ranks, Tensor) and ranks.is_floating_point():
+        allowed = ", ".join(map(str, checks.INDICES))
+        raise TypeError(
+            f"ranks: has dtype {ranks.dtype}, must be one of {allowed}; for the scores of chosen and of rejected "
+            "completions: pairwise_ranking_loss(torch.stack([chosen, rejected], 1), "
+            "torch.tensor([[1, 2]] * len(chosen)))"
+        )
     checks.tensor("ranks", ranks, checks.INDICES, scores)
     checks.shape("ranks", ranks, scores.shape, "the shape of scores")
     dims, form = (2, "(B, K)") if offsets is None else (1, "(N,), since offsets is given")

@@ -124,6 +124,15 @@ def test_errors_name_the_argument(backend, arguments, error, message):
         pairwise_ranking_loss(**call)
 
 
+def test_the_call_for_chosen_and_rejected_is_in_the_error(backend):
+    chosen, rejected = torch.randn(2, 5)
+    with pytest.raises(TypeError) as caught:
+        pairwise_ranking_loss(chosen, rejected)
+    loss, accuracy = eval(str(caught.value).partition("completions: ")[2])
+    torch.testing.assert_close(loss, -torch.nn.functional.logsigmoid(chosen - rejected).mean())
+    assert accuracy == (chosen > rejected).float().mean()
+
+
 def test_scores_that_cannot_be_compared_count_half(backend):
     ranks = torch.tensor([[1, 2, 3, 4]])
     for scores in ([1.0, math.nan, 2.0, 0.3], [math.inf, math.inf, 1.0, 0.0], [-math.inf, 0.0, 0.0, 1.0]):
