@@ -134,9 +134,14 @@ def lacks(backend: str, name: str) -> bool:
     return backend == "cuda" and "cuda" not in OPS[name.removesuffix("_and_entropy")].on_gpu
 
 
+def interpreted(backend: str) -> bool:
+    """Whether Triton's interpreter runs the kernels, which takes milliseconds for a row or a block."""
+    return backend == "triton" and emulated(backend)
+
+
 def fewer(backend: str, rows: int) -> int:
-    """How many of these rows or blocks a test takes. Triton's interpreter needs milliseconds for each."""
-    return max(2, rows // 16) if backend == "triton" and emulated(backend) else rows
+    """How many of these rows or blocks a test takes: few of them in the interpreter."""
+    return max(2, rows // 16) if interpreted(backend) else rows
 
 
 def packed_calls() -> dict[str, Call]:

@@ -234,9 +234,9 @@ def test_a_result_requires_grad_where_an_input_that_it_has_a_derivative_in_does(
     tensors = {n: x.float() if "mask" in n else x for n, x in call.tensors.items()}
     floats = [n for n, x in tensors.items() if x.is_floating_point()]
     count = DIFFERENTIABLE.get(name, 1) if call.variables else 0
-    constants = [n for n in floats if n not in call.variables]
-    # Each of these is compiled anew.
-    alone = [constants] if is_compiled else [[n] for n in floats]
+    alone = [[n] for n in floats]
+    if is_compiled:  # each time anew, so what has no derivative is taken together
+        alone = [*([n] for n in call.variables), [n for n in floats if n not in call.variables]]
     for required in (*alone, floats):
         inputs = {n: x.detach().requires_grad_(n in required) for n, x in tensors.items()}
         results = function(**inputs, **call.options)

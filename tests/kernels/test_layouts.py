@@ -8,7 +8,7 @@ import sys
 import oracles
 import pytest
 import torch
-from calls import NAMES, calls, fewer, lacks
+from calls import NAMES, calls, fewer, interpreted, lacks
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -89,7 +89,7 @@ def test_masks_of_every_dtype_and_layout_are_that_mask(backend, name):
         mask = call.tensors["mask"].to(dtype)
         signed = torch.where(mask == 0, -0.0, mask).to(dtype) if dtype.is_floating_point else mask
         layouts = laid_out(signed)
-        for same in layouts if backend == "cpu" else layouts[number % 4 :][:1]:
+        for same in layouts[number % 4 :][:1] if interpreted(backend) else layouts:
             got = call.run(mask=same)
             # The order of the reference's sums depends on strides.
             torch.testing.assert_close(got, want, **({} if backend == "reference" else {"rtol": 0, "atol": 0}))
