@@ -114,9 +114,8 @@ def _inputs(
     hidden = batches.normal((batch, length, width), generator, dtype)
     weight = batches.normal((vocabulary, width), generator, dtype, spread * width**-0.5)
     chosen = weight[index].float()
-    old = (hidden.float() * chosen).sum(-1) - batches.normal((vocabulary,), generator, torch.float32, spread).logsumexp(
-        0
-    )
+    logits = batches.normal((vocabulary,), generator, torch.float32, spread)
+    old = (hidden.float() * chosen).sum(-1) - logits.logsumexp(0)
     return {
         "hidden": hidden,
         "weight": weight,

@@ -158,7 +158,7 @@ def written(records: list[dict[str, Any]]) -> str:
 
 def run_command(stage: str, shape: dict[str, Any], clock: Clock, **settings: Any) -> None:
     """Runs the command ``rlhf``, and notes the time whenever it has logged a step."""
-    from rlhf.__main__ import main
+    from rlhf import cli
     from rlhf.training import Run
 
     log = Run.log
@@ -172,9 +172,8 @@ def run_command(stage: str, shape: dict[str, Any], clock: Clock, **settings: Any
         "output_dir": "run", "device": "cpu", "batch_size": shape["batch"], "checkpoint_every": 10**9,
         "lengths.max_prompt_tokens": shape["prompt"], "lengths.max_response_tokens": shape["response"],
     }  # fmt: skip
-    sys.argv = ["rlhf", stage, *(f"--{name}={value}" for name, value in settings.items())]
     with contextlib.redirect_stdout(sys.stderr):  # the result is the last line of our output
-        if main():
+        if cli.main([stage, *(f"--{name}={value}" for name, value in settings.items())]):
             raise SystemExit(f"rlhf {stage} failed")
 
 

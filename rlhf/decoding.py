@@ -32,7 +32,7 @@ FEW_ROWS = 48
 
 
 def linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``F.linear``, without a gradient. Of few rows on a CPU the result lies in columns."""
+    """``F.linear``. Of few rows on a CPU the result lies in columns."""
     if not states.is_cpu or states.shape[:-1].numel() > FEW_ROWS:
         return F.linear(states, weight, bias)
     product = (weight @ states.reshape(-1, states.shape[-1]).T).T
@@ -43,15 +43,22 @@ def linear(states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 @contextlib.contextmanager
 def decoding_layers(module: nn.Module) -> Iterator[None]:
-    """Has the linear layers of a model multiply as :func:`linear` does: what is decoded is few rows at a time."""
-    layers = [layer for layer in module.modules() if type(layer) is nn.Linear]
+    """Has a model's linear layers on a CPU multiply as :func:`linear` does: what is decoded is few rows at a time.
+
+    A layer whose ``forward`` others have replaced is left as it is.
+    """
+    layers = [
+        layer
+        for layer in module.modules()
+        if type(layer) is nn.Linear and layer.weight.is_cpu and "forward" not in vars(layer)
+    ]
     for layer in layers:
         vars(layer)["forward"] = partial(_forward, layer)
     try:
         yield
     finally:
         for layer in layers:
-            vars(layer).pop("forward", None)  # None: a block within this one has ended
+            del vars(layer)["forward"]
 
 
 def _forward(layer: nn.Linear, states: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ INDICES = (torch.int64, torch.int32)
 MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *FLOATS)
 
 
-def tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], like: Tensor | None = None) -> None:
-    """Checks that a value is a tensor of one of ``dtypes``, on the device of ``like``.
+def tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], like: Tensor | None = None, hint: str = "") -> None:
+    """Checks that a value is a tensor of one of ``dtypes``, on the device of ``like``. ``hint`` ends a dtype's error.
 
     Raises:
         TypeError: not a tensor, or another dtype.
@@ -25,7 +25,7 @@ def tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], like: Tensor 
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: is {type(value).__name__}, must be a tensor")
     if value.dtype not in dtypes:
-        raise TypeError(f"{name}: has dtype {value.dtype}, must be one of {', '.join(str(d) for d in dtypes)}")
+        raise TypeError(f"{name}: has dtype {value.dtype}, must be one of {', '.join(str(d) for d in dtypes)}{hint}")
     if like is not None and value.device != like.device:
         raise ValueError(f"{name}: is on {value.device}, must be on {like.device} like the other tensors")
 

@@ -10,6 +10,11 @@ from rlhf_kernels.backends import choose
 from rlhf_kernels.reference import ranking_loss as reference
 from rlhf_kernels.registration import autograd_of_loss, call, fake, needs_gradient
 
+PAIRS = (
+    "; for the scores of chosen and of rejected completions: "
+    "pairwise_ranking_loss(torch.stack([chosen, rejected], 1), torch.tensor([[1, 2]] * len(chosen)))"
+)
+
 
 def pairwise_ranking_loss(
     scores: Tensor,
@@ -47,14 +52,7 @@ def pairwise_ranking_loss(
         tensor(0.2014)
     """
     checks.tensor("scores", scores, checks.FLOATS)
-    if isinstance(ranks, Tensor) and ranks.is_floating_point():
-        allowed = ", ".join(map(str, checks.INDICES))
-        raise TypeError(
-            f"ranks: has dtype {ranks.dtype}, must be one of {allowed}; for the scores of chosen and of rejected "
-            "completions: pairwise_ranking_loss(torch.stack([chosen, rejected], 1), "
-            "torch.tensor([[1, 2]] * len(chosen)))"
-        )
-    checks.tensor("ranks", ranks, checks.INDICES, scores)
+    checks.tensor("ranks", ranks, checks.INDICES, scores, PAIRS)
     checks.shape("ranks", ranks, scores.shape, "the shape of scores")
     dims, form = (2, "(B, K)") if offsets is None else (1, "(N,), since offsets is given")
     if scores.dim() != dims:

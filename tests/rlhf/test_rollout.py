@@ -79,6 +79,14 @@ def test_linear_layers_of_a_model_are_as_before_when_sampling_is_over():
     assert [set(vars(layer)) & {"forward"} for layer in layers] == [set()] * 2
 
 
+def test_a_layer_whose_forward_is_replaced_keeps_that():
+    layer = torch.nn.Linear(5, 7)
+    layer.forward = lambda states: states + 1
+    with decoding_layers(layer):
+        assert torch.equal(layer(torch.zeros(2, 5)), torch.ones(2, 5))
+    assert torch.equal(layer(torch.zeros(2, 5)), torch.ones(2, 5))
+
+
 def test_one_token(lm):
     completions = draw(lm, PROMPTS, max_new_tokens=1)
     assert [len(completion.tokens) for completion in completions] == [1] * len(PROMPTS)

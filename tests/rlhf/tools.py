@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 
-import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf import cli
@@ -37,12 +36,10 @@ def tiny_gpt2(vocabulary, eos, **options):
 
 def run_here(*arguments):
     """Runs the command in this process, and returns its status."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["rlhf", *map(str, arguments)])
-        try:
-            return cli.main()
-        except SystemExit as end:
-            return end.code
+    try:
+        return cli.main(list(map(str, arguments)))
+    except SystemExit as end:
+        return end.code
 
 
 def start(*arguments, **options):
