@@ -90,7 +90,6 @@ struct RankingArguments {
 // All kernels of one instruction set. Ranges are of rows, blocks, sequences or groups of prompts.
 struct Kernels {
   const char* isa;
-  int64_t sequences_per_group;
 
   // A byte per entry, 1 where the mask is 1; whether it is 0 everywhere else.
   bool (*read_mask)(const MaskType&, const void* mask, int64_t count, uint8_t* wanted);
@@ -101,6 +100,18 @@ struct Kernels {
   void (*logits_by_row)(const float* columns, int64_t stride, int64_t rows, int64_t vocabulary, float* to, int64_t begin,
                         int64_t end);
   void (*sample_tokens)(const SamplingArguments&, const SamplingResults&, int64_t begin, int64_t end);
+
+  void (*kl_penalty)(const View&, const View&, int64_t length, KlEstimator, float* result, int64_t begin, int64_t end);
+  void (*kl_penalty_backward)(const View&, const View&, int64_t length, KlEstimator, const float* grad, float* result,
+                              int64_t begin, int64_t end);
+  void (*kl_shaped_rewards)(const KlShaping&, const Sequences&, const uint8_t* wanted, int64_t begin, int64_t end);
+  void (*gae)(const GaeArguments&, const KlShaping*, bool past_caches, int64_t begin, int64_t end);
+  int64_t (*count_wanted)(const uint8_t* wanted, int64_t length);
+  void (*whiten)(float* advantages, const uint8_t* wanted, double mean, double scale, int64_t begin, int64_t end);
+  void (*ppo_policy)(const PolicyArguments&, int64_t begin, int64_t end);
+  void (*ppo_value)(const ValueArguments&, int64_t begin, int64_t end);
+  int64_t (*sequences_per_group)();  // prompts in a group of ranking
+  void (*ranking)(const RankingArguments&, int64_t begin, int64_t end);
 
   // pack_rows lays out rows of hidden as the left operand of the logits' matmul, in panels of tile_rows rows: the panel of row
   // r begins at packed_rows_size(r). pack_depth lays out columns of hidden as the right operand for the weight's gradient, in
@@ -135,26 +146,17 @@ struct Kernels {
   // block_rows rows of the weight, a multiple of tile_rows.
   void (*linear_grad_weight)(const Projection&, const float* slope_rows, const void* packed, int64_t count, bool accumulate,
                              void* gradient, float* bias, int64_t block_rows, int64_t begin, int64_t end);
-
-  void (*kl_penalty)(const View&, const View&, int64_t length, KlEstimator, float* result, int64_t begin, int64_t end);
-  void (*kl_penalty_backward)(const View&, const View&, int64_t length, KlEstimator, const float* grad, float* result,
-                              int64_t begin, int64_t end);
-  void (*kl_shaped_rewards)(const KlShaping&, const Sequences&, const uint8_t* wanted, int64_t begin, int64_t end);
-  void (*gae)(const GaeArguments&, const KlShaping*, bool past_caches, int64_t begin, int64_t end);
-  int64_t (*count_wanted)(const uint8_t* wanted, int64_t length);
-  void (*whiten)(float* advantages, const uint8_t* wanted, double mean, double scale, int64_t begin, int64_t end);
-  void (*ppo_policy)(const PolicyArguments&, int64_t begin, int64_t end);
-  void (*ppo_value)(const ValueArguments&, int64_t begin, int64_t end);
-  void (*ranking)(const RankingArguments&, int64_t begin, int64_t end);
 };
 
-// Every kernel above by name: each instruction set declares and lists them from this.
-#define RLHF_KERNELS(X) \
-  X(read_mask) X(log_prob) X(log_prob_backward) X(logits_by_row) X(sample_tokens) X(tile_rows) X(packed_rows_size) \
-  X(pack_rows) X(depth_panels) X(packed_depth_size) X(pack_depth) X(vocabulary_blocks) X(linear_partials) \
-  X(linear_logits) X(linear_loss) X(linear_gradient) X(linear_grad_hidden) X(store_rows) X(linear_grad_weight) \
-  X(kl_penalty) X(kl_penalty_backward) X(kl_shaped_rewards) X(gae) X(count_wanted) X(whiten) X(ppo_policy) \
-  X(ppo_value) X(ranking)
+// Every kernel above by name and in this order, from which each instruction set declares and lists them. The matmuls are
+// apart, since they alone differ between the instruction sets of bfloat16 and the one that these extend.
+#define RLHF_SMALL_KERNELS(X) \
+  X(read_mask) X(log_prob) X(log_prob_backward) X(logits_by_row) X(sample_tokens) X(kl_penalty) X(kl_penalty_backward) \
+  X(kl_shaped_rewards) X(gae) X(count_wanted) X(whiten) X(ppo_policy) X(ppo_value) X(sequences_per_group) X(ranking)
+#define RLHF_MATMULS(X) \
+  X(tile_rows) X(packed_rows_size) X(pack_rows) X(depth_panels) X(packed_depth_size) X(pack_depth) \
+  X(vocabulary_blocks) X(linear_partials) X(linear_logits) X(linear_loss) X(linear_gradient) X(linear_grad_hidden) \
+  X(store_rows) X(linear_grad_weight)
 
 // The best this processor runs, or the one that RLHF_KERNELS_ISA names.
 const Kernels& kernels();

@@ -2,8 +2,6 @@
 
 #include "cpu/table.h"
 
-#include "cpu/vec.h"
-
 namespace rlhf_kernels::cpu {
 
 #define RLHF_NAME_OF(isa) #isa
@@ -14,9 +12,11 @@ namespace rlhf_kernels::cpu {
 extern const Kernels RLHF_TABLE(RLHF_ISA);
 const Kernels RLHF_TABLE(RLHF_ISA) = {
     .isa = RLHF_NAME(RLHF_ISA),
-    .sequences_per_group = kLanes,
+#define RLHF_ENTRY(name) .name = &RLHF_SMALL_ISA::name,
+    RLHF_SMALL_KERNELS(RLHF_ENTRY)
+#undef RLHF_ENTRY
 #define RLHF_ENTRY(name) .name = &RLHF_ISA::name,
-    RLHF_KERNELS(RLHF_ENTRY)
+    RLHF_MATMULS(RLHF_ENTRY)
 #undef RLHF_ENTRY
 };
 

@@ -16,12 +16,6 @@ namespace {
 
 using namespace tensors;
 
-// Of sequences that share a vector's lanes.
-int64_t groups_of(const Sequences& sequences) {
-  const int64_t width = kernels().sequences_per_group;
-  return divide_up(sequences.count, width);
-}
-
 std::tuple<Tensor, Tensor, Tensor> pairwise_ranking_loss(Tensor scores, Tensor ranks, OptionalTensor offsets,
                                                          OptionalTensor wanted, double margin, bool with_gradient) {
   const auto& k = kernels();
@@ -31,7 +25,7 @@ std::tuple<Tensor, Tensor, Tensor> pairwise_ranking_loss(Tensor scores, Tensor r
   const OptionalTensor boundaries = as_int64(offsets);
   const auto prompts = checks::checked_sequences("offsets", scores, boundaries);
   Tensor gradient = with_gradient ? empty(sizes(scores), ScalarType::Float) : nothing();
-  const int64_t groups = groups_of(prompts);
+  const int64_t per_group = k.sequences_per_group(), groups = divide_up(prompts.count, per_group);
   std::vector<double> losses(groups), accuracies(groups);
   std::vector<int64_t> counts(groups);
   const RankingArguments in{values.const_data_ptr(), dtype_of(values), data<int64_t>(dense_ranks),
@@ -39,10 +33,10 @@ std::tuple<Tensor, Tensor, Tensor> pairwise_ranking_loss(Tensor scores, Tensor r
                             with_gradient ? mutable_data<float>(gradient) : nullptr,
                             losses.data(), accuracies.data(), counts.data()};
   const int64_t width = prompts.count ? scores.numel() / prompts.count : 0;
-  parallel(groups, k.sequences_per_group * width * width * 4,
+  parallel(groups, per_group * width * width * 4,
            [&](int64_t begin, int64_t end) {
-             const int64_t last = std::min(end * k.sequences_per_group, prompts.count);
-             if (mask) mask->read(prompts, begin * k.sequences_per_group, last);
+             const int64_t last = std::min(end * per_group, prompts.count);
+             if (mask) mask->read(prompts, begin * per_group, last);
              k.ranking(in, begin, end);
            });
   if (mask) mask->check();
