@@ -90,6 +90,7 @@ struct RankingArguments {
 // All kernels of one instruction set. Ranges are of rows, blocks, sequences or groups of prompts.
 struct Kernels {
   const char* isa;
+  int64_t (*lanes)();  // floats in a vector, and prompts in a group of ranking
 
   // A byte per entry, 1 where the mask is 1; whether it is 0 everywhere else.
   bool (*read_mask)(const MaskType&, const void* mask, int64_t count, uint8_t* wanted);
@@ -110,7 +111,6 @@ struct Kernels {
   void (*whiten)(float* advantages, const uint8_t* wanted, double mean, double scale, int64_t begin, int64_t end);
   void (*ppo_policy)(const PolicyArguments&, int64_t begin, int64_t end);
   void (*ppo_value)(const ValueArguments&, int64_t begin, int64_t end);
-  int64_t (*sequences_per_group)();  // prompts in a group of ranking
   void (*ranking)(const RankingArguments&, int64_t begin, int64_t end);
 
   // pack_rows lays out rows of hidden as the left operand of the logits' matmul, in panels of tile_rows rows: the panel of row
@@ -151,8 +151,8 @@ struct Kernels {
 // Every kernel above by name and in this order, from which each instruction set declares and lists them. The matmuls are
 // apart, since they alone differ between the instruction sets of bfloat16 and the one that these extend.
 #define RLHF_SMALL_KERNELS(X) \
-  X(read_mask) X(log_prob) X(log_prob_backward) X(logits_by_row) X(sample_tokens) X(kl_penalty) X(kl_penalty_backward) \
-  X(kl_shaped_rewards) X(gae) X(count_wanted) X(whiten) X(ppo_policy) X(ppo_value) X(sequences_per_group) X(ranking)
+  X(lanes) X(read_mask) X(log_prob) X(log_prob_backward) X(logits_by_row) X(sample_tokens) X(kl_penalty) \
+  X(kl_penalty_backward) X(kl_shaped_rewards) X(gae) X(count_wanted) X(whiten) X(ppo_policy) X(ppo_value) X(ranking)
 #define RLHF_MATMULS(X) \
   X(tile_rows) X(packed_rows_size) X(pack_rows) X(depth_panels) X(packed_depth_size) X(pack_depth) \
   X(vocabulary_blocks) X(linear_partials) X(linear_logits) X(linear_loss) X(linear_gradient) X(linear_grad_hidden) \

@@ -209,8 +209,6 @@ void sum_pairs(Columns& lanes, int64_t widest, float margin, Totals& totals) {
 
 }  // namespace
 
-int64_t sequences_per_group() { return kLanes; }
-
 void ranking(const RankingArguments& in, int64_t begin, int64_t end) {
   Columns lanes;
   for (int64_t number = begin; number < end; ++number) {

@@ -94,20 +94,21 @@ void sample_tokens(const SamplingArguments& in, const SamplingResults& out, int6
   });
 }
 
-// Logits that lie column after column, as a matmul with the weights on the left leaves them, row after row. Tokens
-// [begin, end).
+int64_t lanes() { return kLanes; }
+
+// Logits that lie column after column, as a matmul with the weights on the left leaves them, row after row. The squares
+// [begin, end) of kLanes rows and as many tokens are numbered along the rows, so that a thread gets rows to itself: what it
+// writes it mostly samples from next, and lines that cores hand to each other would be most of the time.
 void logits_by_row(const float* columns, int64_t stride, int64_t rows, int64_t vocabulary, float* to, int64_t begin,
                    int64_t end) {
-  // Rows outermost: with more than a vector's worth of places to write to at a time it takes six times as long.
-  for (int64_t row = 0; row < rows; row += kLanes) {
-    const int64_t count = std::min(kLanes, rows - row);
-    for (int64_t token = begin; token < end; token += kLanes) {
-      const int64_t tokens = std::min(kLanes, end - token);
-      Vec square[kLanes];
-      for (int64_t i = 0; i < tokens; ++i) square[i] = load_lanes(columns + (token + i) * stride + row, count);
-      transpose(square, square);
-      for (int64_t i = 0; i < count; ++i) store_lanes(to + (row + i) * vocabulary + token, square[i], tokens);
-    }
+  const int64_t along = divide_up(vocabulary, kLanes);
+  for (int64_t at = begin; at < end; ++at) {
+    const int64_t row = at / along * kLanes, token = at % along * kLanes;
+    const int64_t count = std::min(kLanes, rows - row), tokens = std::min(kLanes, vocabulary - token);
+    Vec square[kLanes];
+    for (int64_t i = 0; i < tokens; ++i) square[i] = load_lanes(columns + (token + i) * stride + row, count);
+    transpose(square, square);
+    for (int64_t i = 0; i < count; ++i) store_lanes(to + (row + i) * vocabulary + token, square[i], tokens);
   }
 }
 

@@ -21,7 +21,7 @@ class DemoConfig(Settings):
     """Pretraining steps of the small model, of 32 × 128 tokens: enough to learn to take names from the prompt."""
     large_width: int = 336
     """Width of the large base model, of 6 layers: 100 times the parameters of the small one (48 wide, 2 layers)."""
-    large_steps: int = 1_200
+    large_steps: int = 800
     """Pretraining steps of the large model, of 8 × 128 tokens."""
     demonstrations: int = 500
     """Demonstrations written by (fallible) labellers."""

@@ -76,7 +76,7 @@ def run(config: DemoConfig, *, resume: bool = False) -> dict:
     small_size = Size(48, 2, heads=3, batch_size=32, steps=config.small_steps, learning_rate=5e-3)
     large_size = Size(
         config.large_width, 6, heads=config.large_width // 56, batch_size=8, steps=config.large_steps,
-        learning_rate=1e-3, mixed_precision="bf16" if has_fast_bf16() else "no",
+        learning_rate=1.5e-3, mixed_precision="bf16" if has_fast_bf16() else "no",
     )  # fmt: skip
     # The models that are aligned are too small to keep two cores busy, so the large base trains on the other core.
     torch.set_num_threads(1)
@@ -98,11 +98,16 @@ def run(config: DemoConfig, *, resume: bool = False) -> dict:
     for name, options in variants.items():
         with clock.timing(name):
             policies[name] = train_ppo(config, name, sft_model, reward_model, **options)
+    with clock.timing("evaluation"):
+        models = {"base": small, "sft": sft_model, **policies}
+        measured = {name: measure(config, data, name, path) for name, path in models.items()}
+        few_shot = few_shot_answers(config, data, small)
+        courses = {name: course(output / name, data) for name in policies}
     with clock.timing("waiting for the large base"):
         large.wait(output / "large_base/metrics.jsonl", config.large_steps)
     with clock.timing("evaluation"):
-        models = {"base": small, "large_base": output / "large_base/model", "sft": sft_model, **policies}
-        figures = evaluate(config, data, models, reward_model)
+        measured["large_base"] = measure(config, data, "large_base", output / "large_base/model")
+        figures = evaluate(config, data, measured, few_shot, reward_model) | {"course": courses}
     figures["seconds"] = clock.total()
     figures["seconds_by_step"] = clock.seconds
     report.write(output, figures)
@@ -266,36 +271,54 @@ def sample_texts(path: Path, prompts: list[str], seed: str) -> list[str]:
     return tokenizer.batch_decode([completion.tokens for completion in completions], skip_special_tokens=True)
 
 
-def few_shot(data: Data, prompt: str, rng: random.Random) -> str:
-    """The prompt at the end of a page of worked examples, as the paper prompted GPT-3 to follow instructions."""
-    shots = rng.sample(data.demonstrations, SHOTS)
-    return answer_page([(instruction.prompt, text) for instruction, text in shots], prompt)
+@dataclass(frozen=True)
+class Measured:
+    """What the evaluation needs of a model: its answers to the evaluation's prompts, and more."""
+
+    answers: list[str]
+    parameters: int
+    pretraining_loss: float
+    """Nats per token of held-out documents."""
 
 
-def evaluate(config: DemoConfig, data: Data, models: dict[str, Path], reward_model: Path) -> dict:
-    """Computes every figure of the report except the times."""
-    output = Path(config.output_dir)
-    tokenizer = load_tokenizer(str(models["sft"]))
-    prompts = [instruction.prompt for instruction in data.evaluation]
-    rng = random.Random(f"evaluation {config.seed}")
-    texts = {name: sample_texts(path, prompts, f"{name} {config.seed}") for name, path in models.items()}
-    prompted = [few_shot(data, prompt, rng) for prompt in prompts]
+def measure(config: DemoConfig, data: Data, name: str, path: Path) -> Measured:
+    """Measures a model."""
+    answers = sample_texts(path, [instruction.prompt for instruction in data.evaluation], f"{name} {config.seed}")
+    model = LanguageModel.load(str(path)).eval()
+    chunks = tokenize_texts(data.held_out_documents, load_tokenizer(str(path)), length=CHUNK)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return Measured(answers, parameters, pretraining_loss(model, chunks, 8192))
+
+
+def few_shot_answers(config: DemoConfig, data: Data, base: Path) -> list[str]:
+    """The base's answers at the end of a page of worked examples, as the paper prompted GPT-3."""
+    rng = random.Random(f"few shot {config.seed}")
+    prompted = [
+        answer_page([(shot.prompt, text) for shot, text in rng.sample(data.demonstrations, SHOTS)], instruction.prompt)
+        for instruction in data.evaluation
+    ]
     # After its answer a prompted base makes up the next question. The completion is the text before that.
-    answers = sample_texts(models["base"], prompted, f"few shot {config.seed}")
-    texts["base_few_shot"] = [answer.split(STOP_WORD)[0].strip() for answer in answers]
-    judges = [rng.choice(data.held_out_labellers) for _ in prompts]
+    answers = sample_texts(base, prompted, f"few shot {config.seed}")
+    return [answer.split(STOP_WORD)[0].strip() for answer in answers]
+
+
+def evaluate(
+    config: DemoConfig, data: Data, measured: dict[str, Measured], few_shot: list[str], reward_model: Path
+) -> dict:
+    """Computes every figure of the report except the times and the course of the training."""
+    output = Path(config.output_dir)
+    texts = {name: model.answers for name, model in measured.items()} | {"base_few_shot": few_shot}
+    rng = random.Random(f"judges {config.seed}")
+    judges = [rng.choice(data.held_out_labellers) for _ in data.evaluation]
 
     def rate(name: str, baseline: str) -> dict:
         pairs = zip(judges, data.evaluation, texts[name], texts[baseline], strict=True)
         return asdict(win_rate([judge.prefers(instruction, a, b) for judge, instruction, a, b in pairs]))
 
-    chunks = tokenize_texts(data.held_out_documents, tokenizer, length=CHUNK)
-    losses = {
-        name: pretraining_loss(LanguageModel.load(str(path)).eval(), chunks, 8192) for name, path in models.items()
-    }
-    figures = {
+    losses = {name: model.pretraining_loss for name, model in measured.items()}
+    return {
         "seed": config.seed,
-        "parameters": {"small": count_parameters(models["base"]), "large": count_parameters(models["large_base"])},
+        "parameters": {"small": measured["base"].parameters, "large": measured["large_base"].parameters},
         "labeller_agreement": agreement(data.held_out_labellers, held_out_comparisons(output, data)),
         "rm_accuracy": {
             name: rm_accuracy(reward_model, output / f"data/{name}.jsonl")
@@ -310,16 +333,14 @@ def evaluate(config: DemoConfig, data: Data, models: dict[str, Path], reward_mod
         "gold": {
             name: mean_gold(data, data.evaluation, answers) for name, answers in texts.items()
         },
-        "course": {name: course(output / name, data, config) for name in ("ppo", "ppo_ptx", "ppo_free")},
         "samples": [
-            {"prompt": prompt, **{name: answers[i] for name, answers in texts.items()}}
-            for i, prompt in enumerate(prompts[:8])
+            {"prompt": instruction.prompt, **{name: answers[i] for name, answers in texts.items()}}
+            for i, instruction in enumerate(data.evaluation[:8])
         ],
     }  # fmt: skip
-    return figures
 
 
-def course(directory: Path, data: Data, config: DemoConfig) -> list[dict]:
+def course(directory: Path, data: Data) -> list[dict]:
     """Reward and KL over training, and the mean gold utility of the policies that were kept on the way."""
     records = {record["step"] + 1: record for record in read_metrics(directory / "metrics.jsonl")}
     points = [{"iteration": step, "reward": r["reward"], "kl": r["kl"]} for step, r in records.items()]
@@ -369,11 +390,6 @@ def has_fast_bf16() -> bool:
         return min(runs)
 
     return seconds(torch.bfloat16) < 0.8 * seconds(torch.float32)
-
-
-def count_parameters(path: Path) -> int:
-    """Parameters of a saved model."""
-    return sum(parameter.numel() for parameter in LanguageModel.load(str(path)).parameters())
 
 
 class Clock:

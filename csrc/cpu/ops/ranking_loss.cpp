@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor, Tensor> pairwise_ranking_loss(Tensor scores, Tensor r
   const OptionalTensor boundaries = as_int64(offsets);
   const auto prompts = checks::checked_sequences("offsets", scores, boundaries);
   Tensor gradient = with_gradient ? empty(sizes(scores), ScalarType::Float) : nothing();
-  const int64_t per_group = k.sequences_per_group(), groups = divide_up(prompts.count, per_group);
+  const int64_t per_group = k.lanes(), groups = divide_up(prompts.count, per_group);
   std::vector<double> losses(groups), accuracies(groups);
   std::vector<int64_t> counts(groups);
   const RankingArguments in{values.const_data_ptr(), dtype_of(values), data<int64_t>(dense_ranks),

@@ -19,8 +19,8 @@ Tensor by_row(const Tensor& logits) {
   const bool in_columns = logits.dim() == 2 && logits.stride(0) == 1 && logits.scalar_type() == ScalarType::Float;
   if (!in_columns || has_dense_rows(logits)) return with_dense_rows(logits);
   Tensor result = empty(sizes(logits), ScalarType::Float);
-  const int64_t rows = logits.size(0), vocabulary = logits.size(1);
-  parallel(vocabulary, rows, [&](int64_t begin, int64_t end) {
+  const int64_t rows = logits.size(0), vocabulary = logits.size(1), lanes = kernels().lanes();
+  parallel(divide_up(rows, lanes) * divide_up(vocabulary, lanes), lanes * lanes, [&](int64_t begin, int64_t end) {
     kernels().logits_by_row(data<float>(logits), logits.stride(1), rows, vocabulary, mutable_data<float>(result), begin,
                             end);
   });
