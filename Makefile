@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py build_backend.py pyproject.toml
 
-.PHONY: demo test test-install test-aarch64 test-gpu sanitize-gpu lint asan bench triton-report cuda-check wheel clean
+.PHONY: demo test test-long test-install test-aarch64 test-gpu sanitize-gpu lint asan bench triton-report cuda-check wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/rlhf demo --seed $(SEED) --output_dir runs/demo --resume
@@ -14,6 +14,10 @@ demo: $(VENV)/installed
 # The tests of a file run in one process: some share a model that takes seconds to make.
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
+
+# More cases of what make test shows with fewer: every type of model, every GPU generation, a million draws.
+test-long: $(VENV)/installed
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile -m long
 
 # Every way of installing, in environments made for it: half an hour, and gigabytes of torch.
 test-install: $(VENV)/installed

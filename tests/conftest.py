@@ -32,6 +32,17 @@ settings.register_profile("thorough", ANY_TIME, max_examples=200)
 settings.load_profile("rlhf")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks the cases that ``long_for`` names as long."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        for mark in item.iter_markers("long_for"):
+            if all(item.callspec.params[name] in values for name, values in mark.kwargs.items()):
+                item.add_marker("long")
+
+
 def _ops(request):
     """The ops that a test runs: those of its file's family, of its parameter ``name`` and of its mark."""
     family = request.path.stem.removeprefix("test_")

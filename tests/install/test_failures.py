@@ -103,6 +103,7 @@ def test_without_a_compiler_and_with_an_nvcc_that_is_broken(place):
     assert run([place.python, "-c", FIRST_OPS], place.folder, RLHF_KERNELS_BACKEND="reference") == ""
 
 
+@pytest.mark.long
 def test_an_nvcc_that_compiles_nothing_is_quoted(place):
     place.give_torch()
     knows_gpus = "[ $1 = --list-gpu-arch ] && echo compute_80 && exit 0"
@@ -120,6 +121,7 @@ def test_without_torch_or_nvcc(place):
     both_say("there is no nvcc on the path, nor where CUDACXX or CUDA_HOME say", "install CUDA 12", said, later, "cuda")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("required", "variables", "reasons"),
     [
@@ -139,6 +141,7 @@ def test_what_is_required_and_missing_fails_the_install(place, required, variabl
     assert "Traceback" not in said.split("rlhf-kernels: RLHF_KERNELS_REQUIRE")[-1]
 
 
+@pytest.mark.long
 def test_sources_that_hide_an_installed_package_say_so(place):
     place.give_torch()
     assert "holds sources, which were not built" in report(place.python, place.sources)
@@ -149,6 +152,7 @@ def test_sources_that_hide_an_installed_package_say_so(place):
     assert "start Python in another folder" in said
 
 
+@pytest.mark.long
 def test_what_an_earlier_build_left_does_not_pass_for_this_one(place):
     place.give_torch()
     platform = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
@@ -192,6 +196,7 @@ def test_a_backend_that_is_forced_and_missing_is_reported_and_refused(place):
     )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("record", ["", "{"])
 def test_a_record_that_cannot_be_read_is_said(place, record):
     place.give_torch()

@@ -82,6 +82,7 @@ def inductor(function):
     return call
 
 
+@pytest.mark.long_for(backend=["reference"])
 @pytest.mark.parametrize("name", NAMES)
 def test_symbolic_sizes_and_options(backend, name):
     function = calls()[name].function
@@ -178,6 +179,7 @@ WITH_CHECKED_VALUES = [
 ]
 
 
+@pytest.mark.long_for(backend=["reference"])
 @pytest.mark.parametrize(("make", "name"), WITH_CHECKED_VALUES)
 def test_values_that_do_not_fit_are_the_same_error_as_in_eager_code(backend, make, name):
     if torch.get_default_device().type == "cuda":
@@ -226,6 +228,7 @@ def test_one_float64_among_the_inputs_has_the_dtypes_that_the_compiler_was_told(
 DIFFERENTIABLE = {"selective_log_softmax_and_entropy": 2, "linear_selective_log_softmax_and_entropy": 2}
 
 
+@pytest.mark.long_for(backend=["reference"])
 @pytest.mark.parametrize("is_compiled", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_result_requires_grad_where_an_input_that_it_has_a_derivative_in_does(backend, name, is_compiled):

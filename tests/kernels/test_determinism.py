@@ -28,6 +28,7 @@ def same(got, want):
         assert torch.equal(bits(a), bits(b))
 
 
+@pytest.mark.long_for(kernels=["triton"], dtype=[torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dtype", oracles.DTYPES)
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_and_thread_counts(kernels, threads, name, dtype):
@@ -40,6 +41,7 @@ def test_runs_and_thread_counts(kernels, threads, name, dtype):
         same(call.run(), want)
 
 
+@pytest.mark.long_for(kernels=["triton"], depth=[600])
 @pytest.mark.runs("linear_selective_log_softmax")
 @pytest.mark.parametrize("dtype", oracles.DTYPES)
 @pytest.mark.parametrize(("depth", "vocabulary"), [(37, 301), (600, 1111)])
@@ -72,9 +74,9 @@ def test_a_row_of_log_probs_and_its_gradient_are_the_same_alone(threads, dtype):
         same(torch.autograd.grad(part[0].sum() + part[1].sum(), alone), [gradient[row : row + 1]])
 
 
-def test_the_rows_of_small_ops_are_the_same_alone():
+def test_the_rows_of_small_ops_are_the_same_alone(kernels):
     for name in ("kl_penalty", "kl_shaped_rewards", "masked_gae", "ppo_advantages"):
-        call = calls(9, 1500)[name]
+        call = calls(9, fewer(kernels, 1500))[name]
         call = call._replace(options=call.options | ({"whiten": False} if "gae" in name or "adv" in name else {}))
         whole = call.run()
         part = call.run(**{n: x[4:5] for n, x in call.tensors.items()})

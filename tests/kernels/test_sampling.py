@@ -89,6 +89,7 @@ def distribution(vocabulary):
     return logits
 
 
+@pytest.mark.long_for(vocabulary=[50_257])
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 @pytest.mark.parametrize("vocabulary", [7, 1000, 50_257])
 def test_a_million_draws_have_the_distribution(backend, vocabulary, temperature):

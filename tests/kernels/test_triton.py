@@ -16,6 +16,7 @@ REPORT = Path(__file__).parents[2] / "benchmarks" / "triton_report.py"
 pytestmark = pytest.mark.skipif(not backends.has("triton"), reason="no Triton in this install")
 
 
+@pytest.mark.long_for(architecture=["80", "100", "120"])
 @pytest.mark.parametrize("architecture", ["80", "90", "100", "120"])
 def test_every_kernel_compiles_and_spills_nothing(architecture):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -27,6 +27,11 @@ PADDED = {
 }  # fmt: skip
 # Types whose attention reaches only so far, for which prompts are not shared.
 WINDOWED = {"cohere2", "exaone4", "gemma2", "gemma3_text", "gpt_neo", "llama4_text", "mistral"}
+# What is common, and one of each kind of what is not: the other types are long.
+QUICK = {
+    "bloom", "cohere", "falcon_h1", "gemma2", "gpt2", "gpt_neo", "gpt_oss", "granite", "jamba", "llama", "llama4_text",
+    "mamba", "minimax", "mistral", "opt", "qwen3", "qwen3_next", "rwkv",
+}  # fmt: skip
 DECODING = {"mamba": "aligned", "falcon_mamba": "aligned"} | dict.fromkeys(
     ("minimax", "openai-gpt", "recurrent_gemma", "rwkv", "xlstm"), "whole"
 )
@@ -44,6 +49,7 @@ def directory(request, tmp_path_factory, tokenizer):
     return path, str(beside), request.param
 
 
+@pytest.mark.long_for(directory=TYPES.keys() - QUICK)
 def test_type(directory, caplog, monkeypatch, sft_config, reward_config, ppo_config, tmp_path):
     monkeypatch.setattr(report, "plot_history", lambda *_: None)  # a stage's figure takes longer than its training
     path, tokenizer, model_type = directory

@@ -56,6 +56,7 @@ def weights(directory):
     return load_file(Path(directory) / "model/model.safetensors")
 
 
+@pytest.mark.long_for(stage=["sft"])
 @pytest.mark.parametrize("stage", ["sft", "reward"])
 def test_a_last_batch_of_one_record(stage, rlhf, base, data, tmp_path):
     """Five records in batches of two: the process without a share of the last one must not keep the other waiting."""

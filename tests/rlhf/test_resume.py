@@ -108,6 +108,7 @@ def interrupted(killed, tmp_path):
     )
 
 
+@pytest.mark.long_for(stage=["sft", "ppo"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_killed_run_resumes_to_the_same_bits(killed, rlhf, tmp_path, stage):
     run = killed(stage)
