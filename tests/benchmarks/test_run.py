@@ -30,6 +30,7 @@ def test_an_unknown_family_is_named():
     assert "gpt" in done.stderr
 
 
+@pytest.mark.long_for(option=["--plot"])
 @pytest.mark.parametrize("option", ["--json", "--plot"])
 def test_a_file_that_can_not_be_written_is_named_before_anything_is_measured(tmp_path, option):
     (tmp_path / "file").touch()

@@ -184,6 +184,7 @@ def test_a_full_disk(place, required):
         both_say("compiling: ", "make room on the disk, then install again", said, place.report(), "cpu")
 
 
+@pytest.mark.long
 def test_a_backend_that_is_forced_and_missing_is_reported_and_refused(place):
     place.give_torch()
     place.install(PATH=str(place.no_compiler))

@@ -49,6 +49,8 @@ def rows(kind: str, count: int, vocabulary: int, dtype: torch.dtype) -> torch.Te
     return x.to(dtype)
 
 
+@pytest.mark.long_for(kernels=["triton"], dtype=[torch.float16])
+@pytest.mark.long_for(kernels=["triton"], vocabulary=[128256])
 @pytest.mark.parametrize("kind", ["random", "large", "shifted", "one huge logit", "banned", "flat"])
 @pytest.mark.parametrize("vocabulary", [1, 2, 127, 50257, 128256])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

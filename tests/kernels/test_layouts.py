@@ -65,6 +65,7 @@ def test_the_stride_of_a_single_entry_says_nothing(backend, name, shape):
         torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
+@pytest.mark.long_for(backend=["triton"])
 @pytest.mark.parametrize("name", NAMES)
 def test_an_expanded_mask_is_that_mask(backend, name):
     call = calls(fewer(backend, 5), 33)[name]

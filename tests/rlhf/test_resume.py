@@ -130,6 +130,7 @@ def test_killed_run_resumes_to_the_same_bits(killed, rlhf, tmp_path, stage):
     ]
 
 
+@pytest.mark.long_for(stage=["sft", "ppo"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_training_moved_the_weights(killed, base, reward_model, stage):
     """Otherwise the test above would only compare the model that both runs began with."""
