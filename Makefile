@@ -74,11 +74,12 @@ bench: $(VENV)/installed
 	$(BIN)/python benchmarks/run.py
 
 # torch is installed first and alone, so that the build and the other packages use this one and do not choose their own.
+# Python compiles what is imported; pip would compile all that is installed, which takes longer than installing it.
 $(VENV)/installed: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet torch==2.13.0
-	$(BIN)/python -m pip install --quiet setuptools wheel cmake ninja pybind11 numpy
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --no-compile torch==2.13.0
+	$(BIN)/python -m pip install --quiet --no-compile setuptools wheel cmake ninja pybind11 numpy
+	$(BIN)/python -m pip install --quiet --no-compile --no-build-isolation --editable ".[test]"
 	touch $@
 
 clean:
