@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -54,41 +55,59 @@ def logits(value: Any) -> None:
 
 def number(
     name: str, value: Any, low: float = -math.inf, high: float = math.inf, *, exclusive_low: bool = False
-) -> None:
-    """Checks that a value is a finite number in a range.
+) -> float:
+    """The number that a value is, checked to be finite and in a range.
 
     Raises:
         TypeError: not a number.
         ValueError: out of range.
     """
+    value = _plain(name, value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: is {type(value).__name__}, must be a number")
     too_low = value <= low if exclusive_low else value < low
     if too_low or value > high or not -math.inf < value < math.inf:  # math.isfinite does not take symbolic numbers
         first, last = "(" if exclusive_low else "[", ")" if high == math.inf else "]"
         raise ValueError(f"{name}: is {value}, must be finite and in {first}{low}, {high}{last}")
+    return value
 
 
-def integer(name: str, value: Any) -> None:
-    """Checks that a value is an int; a bool does not pass for one.
+def integer(name: str, value: Any) -> int:
+    """The int that a value is; a bool does not pass for one.
 
     Raises:
         TypeError: something else.
     """
+    value = _plain(name, value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: is {value!r} of type {type(value).__name__}, must be an int")
+    return value
 
 
-def int64(name: str, value: Any) -> None:
-    """Checks that a value is an int that an int64 holds.
+def int64(name: str, value: Any) -> int:
+    """The int that a value is, checked to fit an int64.
 
     Raises:
         TypeError: something else.
         ValueError: too large.
     """
-    integer(name, value)
+    value = integer(name, value)
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name}: is {value}, must be in [-2**63, 2**63)")
+    return value
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Python's number for one of NumPy or for a 0-d tensor on the CPU, as configurations and schedules have them."""
+    if isinstance(value, (int, float)):
+        return value
+    if isinstance(value, Tensor) and value.dim() == 0 and value.is_cpu and value.dtype != torch.bool:
+        if value.requires_grad:
+            raise TypeError(f"{name}: requires a gradient, and there is none in it; pass {name}.item()")
+        return value.item()
+    if isinstance(value, numbers.Real):
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    return value
 
 
 def boolean(name: str, value: Any) -> None:

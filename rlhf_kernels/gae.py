@@ -50,7 +50,7 @@ def masked_gae(
         ValueError: shapes or devices differ, an option is out of range, or (looked at on the CPU only) a mask holds
             something besides 0 and 1, or ``cu_seqlens`` don't rise from 0 to N.
     """
-    mask, _ = _check(rewards, values, mask, gamma, lam, bootstrap, whiten, cu_seqlens, "rewards")
+    mask, _, gamma, lam = _check(rewards, values, mask, gamma, lam, bootstrap, whiten, cu_seqlens, "rewards")
     backend = choose("masked_gae", rewards, values, bootstrap)
     wanted = checks.read_mask(backend, "mask", mask)
     cu_seqlens = checks.read_boundaries(backend, "cu_seqlens", cu_seqlens, rewards.shape[0])
@@ -103,10 +103,10 @@ def ppo_advantages(
             something besides 0 and 1, or ``cu_seqlens`` don't rise from 0 to N.
     """
     checks.choice("estimator", estimator, ESTIMATORS)
-    mask, count = _check(logprobs, values, mask, gamma, lam, bootstrap, whiten, cu_seqlens, "logprobs")
+    mask, count, gamma, lam = _check(logprobs, values, mask, gamma, lam, bootstrap, whiten, cu_seqlens, "logprobs")
     checks.tensor("ref_logprobs", ref_logprobs, checks.FLOATS, logprobs)
     checks.shape("ref_logprobs", ref_logprobs, logprobs.shape, "the shape of logprobs")
-    check_shaping(scores, logprobs, count, beta, score_clip)
+    beta, score_clip = check_shaping(scores, logprobs, count, beta, score_clip)
     backend = choose("ppo_advantages", scores, logprobs, ref_logprobs, values, bootstrap)
     wanted = checks.read_mask(backend, "mask", mask)
     cu_seqlens = checks.read_boundaries(backend, "cu_seqlens", cu_seqlens, logprobs.shape[0])
@@ -122,8 +122,8 @@ def ppo_advantages(
 def _check(
     first: Tensor, values: Tensor, mask: Tensor | None, gamma: float, lam: float, bootstrap: Tensor | None,
     whiten: bool, cu_seqlens: Tensor | None, name: str,
-) -> tuple[Tensor, int]:  # fmt: skip
-    """Checks what both functions share; returns the mask and the number of sequences."""
+) -> tuple[Tensor, int, float, float]:  # fmt: skip
+    """Checks what both functions share; returns the mask, the number of sequences, γ and λ."""
     checks.tensor(name, first, checks.FLOATS)
     dims, form = (2, "(B, T)") if cu_seqlens is None else (1, "(N,), since cu_seqlens is given")
     if first.dim() != dims:
@@ -137,13 +137,12 @@ def _check(
     else:
         count = first.shape[0]
     mask = checks.mask("mask", mask, first, first.shape)
-    checks.number("gamma", gamma, 0.0, 1.0)
-    checks.number("lam", lam, 0.0, 1.0)
+    gamma, lam = checks.number("gamma", gamma, 0.0, 1.0), checks.number("lam", lam, 0.0, 1.0)
     checks.boolean("whiten", whiten)
     if bootstrap is not None:
         checks.tensor("bootstrap", bootstrap, checks.FLOATS, first)
         checks.shape("bootstrap", bootstrap, (count,), "one per sequence")
-    return mask, count
+    return mask, count, gamma, lam
 
 
 @fake("masked_gae")

@@ -81,7 +81,7 @@ def kl_shaped_rewards(
     if logprobs.dim() != 2:
         raise ValueError(f"logprobs: has shape {tuple(logprobs.shape)}, must be (B, T)")
     mask = checks.mask("mask", mask, logprobs, logprobs.shape)
-    check_shaping(scores, logprobs, logprobs.shape[0], beta, score_clip)
+    beta, score_clip = check_shaping(scores, logprobs, logprobs.shape[0], beta, score_clip)
     backend = choose("kl_shaped_rewards", scores, logprobs, ref_logprobs)
     wanted = checks.read_mask(backend, "mask", mask)
     arguments = (scores, logprobs, ref_logprobs, wanted, beta, estimator, score_clip)
@@ -97,13 +97,16 @@ def _check(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> None:
     checks.shape("ref_logprobs", ref_logprobs, logprobs.shape, "the shape of logprobs")
 
 
-def check_shaping(scores: Tensor, like: Tensor, count: int, beta: float, score_clip: float | None) -> None:
-    """Checks the arguments that shape rewards, besides the log-probs."""
+def check_shaping(
+    scores: Tensor, like: Tensor, count: int, beta: float, score_clip: float | None
+) -> tuple[float, float | None]:
+    """Checks the arguments that shape rewards, besides the log-probs; returns β and the clip."""
     checks.tensor("scores", scores, checks.FLOATS, like)
     checks.shape("scores", scores, (count,), "one per completion")
-    checks.number("beta", beta, 0.0)
+    beta = checks.number("beta", beta, 0.0)
     if score_clip is not None:
-        checks.number("score_clip", score_clip, 0.0, exclusive_low=True)
+        score_clip = checks.number("score_clip", score_clip, 0.0, exclusive_low=True)
+    return beta, score_clip
 
 
 @fake("kl_penalty")

@@ -41,7 +41,8 @@ def linear_selective_log_softmax(
     Args:
         hidden: (..., D) float32, bfloat16, float16 (or float64): the states that predict the tokens.
         weight: (V, D), one of these dtypes too: the output embeddings. Where operands differ in dtype, all are brought
-            to float32 first (to float64, if one of them is).
+            to float32 first (to float64, if one of them is). Under ``torch.autocast`` all are brought to its dtype, as
+            for ``F.linear``; logits, sums and results stay float32.
         index: (...) int64 or int32, in [0, V) where the row counts.
         bias: (V,), likewise.
         temperature: τ > 0.
@@ -59,8 +60,9 @@ def linear_selective_log_softmax(
             something besides 0 and 1.
         IndexError: an index out of range (on the CPU; on a GPU its row gives NaN).
     """
-    _check_linear(hidden, weight, bias, temperature, softcap)
-    check_rows(index, hidden, hidden.shape[:-1], mask, ignore_index)
+    temperature, softcap = _check_linear(hidden, weight, bias, temperature, softcap)
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    ignore_index = check_rows(index, hidden, hidden.shape[:-1], mask, ignore_index)
     return _run(hidden, weight, index, mask, ignore_index, bias, temperature, softcap, with_entropy=False)[0]
 
 
@@ -82,8 +84,9 @@ def linear_selective_log_softmax_and_entropy(
     Returns:
         Two (...) float32 (float64 for float64 inputs) tensors: log-probabilities and entropies, in nats.
     """
-    _check_linear(hidden, weight, bias, temperature, softcap)
-    check_rows(index, hidden, hidden.shape[:-1], mask, ignore_index)
+    temperature, softcap = _check_linear(hidden, weight, bias, temperature, softcap)
+    hidden, weight, bias = _autocast(hidden, weight, bias)
+    ignore_index = check_rows(index, hidden, hidden.shape[:-1], mask, ignore_index)
     return _run(hidden, weight, index, mask, ignore_index, bias, temperature, softcap, with_entropy=True)
 
 
@@ -135,7 +138,8 @@ def linear_ppo_policy_loss(
             something besides 0 and 1.
         IndexError: an index out of range (on the CPU; on a GPU the loss is NaN).
     """
-    _check_linear(hidden, weight, bias, temperature, softcap)
+    temperature, softcap = _check_linear(hidden, weight, bias, temperature, softcap)
+    hidden, weight, bias = _autocast(hidden, weight, bias)
     rows = hidden.shape[:-1]
     for name, value in (("old_logprobs", old_logprobs), ("advantages", advantages)):
         checks.tensor(name, value, checks.FLOATS, hidden)
@@ -143,9 +147,8 @@ def linear_ppo_policy_loss(
     mask = checks.mask("mask", mask, hidden, rows)
     checks.tensor("index", index, checks.INDICES, hidden)
     checks.shape("index", index, rows, "one entry per row of hidden")
-    check_clipping(clip_range, clip_range_high, dual_clip)
+    clip = (*check_clipping(clip_range, clip_range_high, dual_clip), reduction)
     check_reduction(reduction, len(rows))
-    clip = (clip_range, clip_range if clip_range_high is None else clip_range_high, dual_clip, reduction)
     backend = choose("linear_ppo_policy_loss", hidden, weight, bias)
     wanted = checks.read_row_mask(backend, "mask", mask)
     index = checks.read_index(backend, "index", index, wanted, weight.shape[0])
@@ -195,11 +198,12 @@ def linear_cross_entropy(
         ValueError: shapes or devices differ, or an option is out of range.
         IndexError: a label out of range (on the CPU; on a GPU the loss is NaN).
     """
-    _check_linear(hidden, weight, bias, temperature, softcap)
+    temperature, softcap = _check_linear(hidden, weight, bias, temperature, softcap)
+    hidden, weight, bias = _autocast(hidden, weight, bias)
     checks.choice("reduction", reduction, ("mean", "sum"))
     checks.tensor("labels", labels, checks.INDICES, hidden)
     checks.shape("labels", labels, hidden.shape[:-1], "one entry per row of hidden")
-    checks.integer("ignore_index", ignore_index)
+    ignore_index = checks.integer("ignore_index", ignore_index)
     backend = choose("linear_cross_entropy", hidden, weight, bias)
     wanted = labels != ignore_index
     labels = checks.read_index(backend, "labels", labels, wanted, weight.shape[0])
@@ -214,7 +218,8 @@ def linear_cross_entropy(
 
 def _check_linear(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, softcap: float | None
-) -> None:
+) -> tuple[float, float | None]:
+    """Returns the temperature and the softcap."""
     checks.tensor("hidden", hidden, checks.FLOATS)
     if hidden.dim() == 0:
         raise ValueError("hidden: has shape (), must be (..., D)")
@@ -225,9 +230,10 @@ def _check_linear(
     if bias is not None:
         checks.tensor("bias", bias, checks.FLOATS, hidden)
         checks.shape("bias", bias, (weight.shape[0],), "one entry per row of weight")
-    checks.number("temperature", temperature, 0.0, exclusive_low=True)
+    temperature = checks.number("temperature", temperature, 0.0, exclusive_low=True)
     if softcap is not None:
-        checks.number("softcap", softcap, 0.0, exclusive_low=True)
+        softcap = checks.number("softcap", softcap, 0.0, exclusive_low=True)
+    return temperature, softcap
 
 
 def _run(
@@ -254,6 +260,15 @@ def _operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
     if len(dtypes) > 1:
         hidden, weight, bias = hidden.float(), weight.float(), None if bias is None else bias.float()
     return hidden, weight, bias
+
+
+def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands in autocast's dtype where it is on, as for ``F.linear``; it leaves float64 alone."""
+    device = hidden.device.type
+    if not torch.is_autocast_enabled(device) or torch.float64 in (hidden.dtype, weight.dtype):
+        return hidden, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _gradients_like(

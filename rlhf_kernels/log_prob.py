@@ -47,7 +47,7 @@ def selective_log_softmax(
             that requires a gradient, or expanded, so that rows share memory.
         IndexError: an index out of range (on the CPU; on a GPU its row gives NaN).
     """
-    _check(logits, index, temperature, mask, ignore_index, inplace_backward)
+    temperature, ignore_index = _check(logits, index, temperature, mask, ignore_index, inplace_backward)
     return _run(logits, index, mask, ignore_index, temperature, inplace_backward, with_entropy=False)[0]
 
 
@@ -67,7 +67,7 @@ def selective_log_softmax_and_entropy(
     Returns:
         Two (...) float32 (float64 for float64 logits) tensors: log-probabilities and entropies, in nats.
     """
-    _check(logits, index, temperature, mask, ignore_index, inplace_backward)
+    temperature, ignore_index = _check(logits, index, temperature, mask, ignore_index, inplace_backward)
     return _run(logits, index, mask, ignore_index, temperature, inplace_backward, with_entropy=True)
 
 
@@ -94,9 +94,10 @@ def _check(
     mask: Tensor | None,
     ignore_index: int,
     inplace_backward: bool,
-) -> None:
+) -> tuple[float, int]:
+    """Returns the temperature and ``ignore_index``."""
     checks.logits(logits)
-    checks.number("temperature", temperature, 0.0, exclusive_low=True)
+    temperature = checks.number("temperature", temperature, 0.0, exclusive_low=True)
     checks.boolean("inplace_backward", inplace_backward)
     if inplace_backward:
         if logits.requires_grad and logits.is_leaf:
@@ -107,7 +108,7 @@ def _check(
             raise ValueError(
                 f"logits: has strides {logits.stride()}, so that entries share memory, must not for inplace_backward"
             )
-    check_rows(index, logits, logits.shape[:-1], mask, ignore_index)
+    return temperature, check_rows(index, logits, logits.shape[:-1], mask, ignore_index)
 
 
 def _share_memory(tensor: Tensor) -> bool:
@@ -123,13 +124,13 @@ def _share_memory(tensor: Tensor) -> bool:
     return False
 
 
-def check_rows(index: Tensor, like: Tensor, rows: tuple[int, ...], mask: Tensor | None, ignore_index: int) -> None:
-    """Checks the arguments that choose rows, and a token in each, except their values."""
+def check_rows(index: Tensor, like: Tensor, rows: tuple[int, ...], mask: Tensor | None, ignore_index: int) -> int:
+    """Checks the arguments that choose rows, and a token in each, except their values; returns ``ignore_index``."""
     checks.tensor("index", index, checks.INDICES, like)
     checks.shape("index", index, rows, "one entry per row")
-    checks.integer("ignore_index", ignore_index)
     if mask is not None:
         checks.mask("mask", mask, like, rows)
+    return checks.integer("ignore_index", ignore_index)
 
 
 def read_rows(backend: str, index: Tensor, mask: Tensor | None, ignore_index: int, size: int) -> tuple[Tensor, Tensor]:

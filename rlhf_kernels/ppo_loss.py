@@ -54,12 +54,11 @@ def ppo_policy_loss(
             something besides 0 and 1.
     """
     mask = _check_tokens(("logprobs", logprobs), ("old_logprobs", old_logprobs), ("advantages", advantages), mask)
-    check_clipping(clip_range, clip_range_high, dual_clip)
+    clipping = check_clipping(clip_range, clip_range_high, dual_clip)
     check_reduction(reduction, logprobs.dim())
-    high = clip_range if clip_range_high is None else clip_range_high
     backend = choose("ppo_policy_loss", logprobs, old_logprobs, advantages)
     wanted = checks.read_mask(backend, "mask", mask)
-    arguments = (logprobs, old_logprobs, advantages, wanted, clip_range, high, dual_clip, reduction)
+    arguments = (logprobs, old_logprobs, advantages, wanted, *clipping, reduction)
     if backend == "reference":
         return reference.ppo_policy_loss(*arguments)
     loss, statistics, _ = call(backend, "ppo_policy_loss", *arguments, needs_gradient(logprobs))
@@ -98,7 +97,7 @@ def ppo_value_loss(
     """
     mask = _check_tokens(("values", values), ("old_values", old_values), ("returns", returns), mask)
     if clip_range is not None:
-        checks.number("clip_range", clip_range, 0.0, exclusive_low=True)
+        clip_range = checks.number("clip_range", clip_range, 0.0, exclusive_low=True)
     check_reduction(reduction, values.dim())
     backend = choose("ppo_value_loss", values, old_values, returns)
     wanted = checks.read_mask(backend, "mask", mask)
@@ -122,13 +121,16 @@ def _check_tokens(
     return checks.mask("mask", mask, like, like.shape)
 
 
-def check_clipping(clip_range: float, clip_range_high: float | None, dual_clip: float | None) -> None:
-    """Checks the clipping options of the policy loss."""
-    checks.number("clip_range", clip_range, 0.0, 1.0, exclusive_low=True)
+def check_clipping(
+    clip_range: float, clip_range_high: float | None, dual_clip: float | None
+) -> tuple[float, float, float | None]:
+    """The clipping options of the policy loss as its kernels take them: ε, ε_high and c."""
+    low = high = checks.number("clip_range", clip_range, 0.0, 1.0, exclusive_low=True)
     if clip_range_high is not None:
-        checks.number("clip_range_high", clip_range_high, 0.0, 1.0, exclusive_low=True)
+        high = checks.number("clip_range_high", clip_range_high, 0.0, 1.0, exclusive_low=True)
     if dual_clip is not None:
-        checks.number("dual_clip", dual_clip, 1.0, exclusive_low=True)
+        dual_clip = checks.number("dual_clip", dual_clip, 1.0, exclusive_low=True)
+    return low, high, dual_clip
 
 
 def check_reduction(reduction: str, dims: int) -> None:

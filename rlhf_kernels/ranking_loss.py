@@ -63,12 +63,11 @@ def pairwise_ranking_loss(
         checks.boundaries("offsets", offsets, scores)
     # No mask of ones is made for None: for small batches that would take longer than the loss.
     mask = None if mask is None else checks.mask("mask", mask, scores, scores.shape)
-    if margin is not None:
-        checks.number("margin", margin, 0.0)
+    margin = 0.0 if margin is None else checks.number("margin", margin, 0.0)
     backend = choose("pairwise_ranking_loss", scores)
     wanted = None if mask is None else checks.read_mask(backend, "mask", mask)
     offsets = checks.read_boundaries(backend, "offsets", offsets, scores.shape[0])
-    arguments = (scores, ranks, offsets, wanted, margin or 0.0)
+    arguments = (scores, ranks, offsets, wanted, margin)
     if backend == "reference":
         return reference.pairwise_ranking_loss(*arguments)
     loss, accuracy, _ = call(backend, "pairwise_ranking_loss", *arguments, needs_gradient(scores))

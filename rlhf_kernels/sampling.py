@@ -43,8 +43,8 @@ def sample_tokens(
             −inf alone. On a GPU such a row gives token −1 and a log-prob of NaN.
     """
     checks.logits(logits)
-    checks.int64("seed", seed)
-    checks.number("temperature", temperature, 0.0)
+    seed = checks.int64("seed", seed)
+    temperature = checks.number("temperature", temperature, 0.0)
     streams, steps = _per_row("stream", stream, logits), _per_row("step", step, logits)
     backend = choose("sample_tokens", logits)
     arguments = (logits.detach(), streams, steps, seed, temperature)
@@ -61,8 +61,7 @@ def _per_row(name: str, value: Any, logits: Tensor) -> Tensor:
         checks.tensor(name, value, checks.INDICES, logits)
         checks.shape(name, value, rows, "one entry per row")
         return value
-    checks.int64(name, value)
-    return torch.full(rows, value, dtype=torch.int64, device=logits.device)
+    return torch.full(rows, checks.int64(name, value), dtype=torch.int64, device=logits.device)
 
 
 @fake("sample_tokens")

@@ -155,11 +155,24 @@ def test_a_bias_of_minus_infinity_bans_a_token(backend):
     assert torch.isfinite(hidden.grad).all()
 
 
-def test_full_precision_under_autocast(backend):
-    hidden, weight, index = torch.randn(5, 6), torch.randn(9, 6), torch.arange(5)
-    expected = linear_selective_log_softmax(hidden, weight, index)
+def test_operands_have_autocast_s_dtype_and_nothing_else_has(backend):
+    hidden, weight, index = torch.randn(5, 6), torch.randn(9, 6, requires_grad=True), torch.arange(5)
+    expected = linear_selective_log_softmax(hidden.bfloat16(), weight.bfloat16(), index)
+    (slope,) = torch.autograd.grad(expected.sum(), weight)
     with torch.autocast(hidden.device.type, dtype=torch.bfloat16):
-        assert torch.equal(linear_selective_log_softmax(hidden, weight, index), expected)
+        got = linear_selective_log_softmax(hidden, weight, index)
+        assert torch.equal(got, expected)
+        assert got.dtype == torch.float32
+    (gradient,) = torch.autograd.grad(got.sum(), weight)
+    assert gradient.dtype == torch.float32
+    assert torch.equal(gradient, slope)
+
+
+def test_autocast_leaves_float64_alone():
+    hidden, weight, index = torch.randn(5, 6).double(), torch.randn(9, 6).double(), torch.arange(5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = linear_selective_log_softmax(hidden, weight, index)
+    assert torch.equal(under, linear_selective_log_softmax(hidden, weight, index))
 
 
 @pytest.mark.parametrize(

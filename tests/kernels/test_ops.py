@@ -4,9 +4,10 @@ import inspect
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from calls import Recorder, calls
+from calls import NAMES, Recorder, calls
 
 import rlhf_kernels as k
 from rlhf_kernels import backends, registration
@@ -118,3 +119,20 @@ def test_statistics():
             call = calls()[name]
             result = call.function(**call.tensors, **call.options)[1]
             assert tuple(result) == op.statistics
+
+
+@pytest.mark.parametrize("kind", [np.float32, lambda x: torch.tensor(x, device="cpu")])
+@pytest.mark.parametrize("name", NAMES)
+def test_numbers_of_numpy_and_0_d_tensors_are_numbers(name, kind):
+    """Schedules and configurations have them."""
+    call = calls()[name]
+    plain = {n: 0.5 if n != "dual_clip" else 2.0 for n, x in call.options.items() if type(x) is float}
+    call = call._replace(options=call.options | plain)
+    other = call._replace(options=call.options | {n: kind(x) for n, x in plain.items()})
+    assert all(torch.equal(a, b) for a, b in zip(call.run(), other.run(), strict=True))
+
+
+def test_a_number_with_a_gradient_is_refused():
+    call = calls()["selective_log_softmax"]
+    with pytest.raises(TypeError, match="temperature: requires a gradient, and there is none in it"):
+        call.function(**call.tensors, temperature=torch.tensor(0.7, requires_grad=True))
