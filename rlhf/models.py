@@ -33,16 +33,16 @@ from rlhf.loading import (
     loading_lines,
     name_of,
 )
+from rlhf_kernels.integrations.transformers import logit_transform
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 logger = logging.getLogger(__name__)
 
-# The names under which architectures keep the dropout on a block's output (the residual dropout of the paper), the cap
-# on their logits, and the dropouts that the paper does not use.
+# The names under which architectures keep the dropout on a block's output (the residual dropout of the paper), and the
+# dropouts that the paper does not use.
 RESIDUAL_DROPOUT = ("resid_pdrop", "hidden_dropout", "residual_dropout", "dropout")
-SOFTCAP = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 OTHER_DROPOUT = ("embd_pdrop", "attn_pdrop", "attention_dropout", "embedding_dropout", "activation_dropout")
 
 
@@ -205,12 +205,8 @@ class LanguageModel(Backbone):
 
     def __init__(self, model: PreTrainedModel):
         super().__init__(model)
-        config = model.config.get_text_config()
-        self.softcap: float | None = next((getattr(config, name) for name in SOFTCAP if hasattr(config, name)), None)
         # Cohere multiplies its logits by a constant and Granite divides: either acts as a temperature.
-        self.own_temperature: float = getattr(config, "logits_scaling", 1.0) / (
-            getattr(config, "logit_scale", None) or 1.0
-        )
+        self.softcap, self.own_temperature = logit_transform(model.config)
         with self.probing():
             self._check_projection()
             self.decoding = self._find_decoding()

@@ -1,0 +1,164 @@
+"""TRL's trainers give the same losses and weights with our ops in them, and ours are the ones that ran."""
+
+from __future__ import annotations
+
+import inspect
+import math
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+datasets = pytest.importorskip("datasets")
+trl = pytest.importorskip("trl")
+utils = pytest.importorskip("trl.trainer.utils")
+
+from rlhf_kernels.integrations import patching  # noqa: E402
+from rlhf_kernels.integrations.trl import patch, unpatch  # noqa: E402
+
+V = 40
+has_kernels = pytest.mark.skipif(not hasattr(trl, "kernels") and "1.9" in trl.__version__, reason="since TRL 1.16")
+
+
+@pytest.fixture
+def tokenizer():
+    words = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(V - 3))]
+    made = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+    )
+
+
+def tiny(kind=LlamaForCausalLM, **options):
+    config = LlamaConfig(
+        vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, eos_token_id=1, bos_token_id=1, **options,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = kind(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(8)
+    return model
+
+
+def rows(count=8):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(count):
+        some = torch.randint(0, V - 3, (12,), generator=generator).tolist()
+        words = [f"w{i}" for i in some]
+        yield {
+            "prompt": " ".join(words[:4]),
+            "chosen": " " + " ".join(words[4:9]),
+            "rejected": " " + " ".join(words[9:]),
+        }
+
+
+def two_steps(trainer):
+    """The losses, and the final weights."""
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 2
+    return losses, {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def settings(kind, tmp_path, **options):
+    return kind(
+        output_dir=str(tmp_path), max_steps=2, logging_steps=1, per_device_train_batch_size=4, report_to="none",
+        save_strategy="no", learning_rate=1e-2, use_cpu=True, bf16=False, seed=3, disable_tqdm=True, **options,
+    )  # fmt: skip
+
+
+def length_reward(completions, **_):
+    return [float(len(set(text.split()))) for text in completions]
+
+
+def trainer_of(name, tokenizer, tmp_path):
+    data = datasets.Dataset.from_list(list(rows()))
+    if name in ("GRPO", "RLOO"):
+        config, trainer = getattr(trl, f"{name}Config"), getattr(trl, f"{name}Trainer")
+        args = settings(config, tmp_path, num_generations=4, max_completion_length=6, beta=0.1)
+        tiny().save_pretrained(tmp_path / "model")  # TRL loads the reference from where the model came from
+        return trainer(
+            model=LlamaForCausalLM.from_pretrained(tmp_path / "model"), args=args, reward_funcs=length_reward,
+            processing_class=tokenizer, train_dataset=data.select_columns(["prompt"]),
+        )  # fmt: skip
+    if name == "DPO":
+        return trl.DPOTrainer(
+            model=tiny(), ref_model=tiny(), args=settings(trl.DPOConfig, tmp_path, max_length=32),
+            processing_class=tokenizer, train_dataset=data,
+        )  # fmt: skip
+    raise ValueError(name)
+
+
+@has_kernels
+@pytest.mark.parametrize("name", ["GRPO", "RLOO", "DPO"])
+def test_two_steps_are_the_same(name, tokenizer, tmp_path):
+    losses, weights = two_steps(trainer_of(name, tokenizer, tmp_path / "theirs"))
+    with patch() as patched:
+        ours, ours_weights = two_steps(trainer_of(name, tokenizer, tmp_path / "ours"))
+        assert sum(r.calls for r in patched.replaced) >= 2, str(patched)
+    assert ours == pytest.approx(losses, rel=1e-4, abs=1e-5)
+    for key, want in weights.items():
+        # Adam's first steps are as large for a gradient of 1e-9 as for one of 1, so single weights may differ.
+        assert (ours_weights[key] - want).abs().mean() < 1e-4, key
+
+
+def test_functions_are_the_same_function():
+    logits = (3 * torch.randn(3, 5, V)).requires_grad_()
+    index, mask = torch.randint(0, V, (3, 5)), torch.rand(3, 5) < 0.6
+    options = [{}] if "temperature" not in inspect.signature(utils.selective_log_softmax).parameters else [
+        {}, {"temperature": 0.7}, {"temperature": 0.7, "row_mask": mask}
+    ]  # fmt: skip
+
+    def results(dtype, exact=False):
+        found = []
+        for some in options:
+            x = logits.to(dtype).double() if exact else logits.to(dtype)
+            y = utils.selective_log_softmax(x, index, **some)
+            found += [y, torch.autograd.grad(y.float().sin().sum(), logits)[0]]
+        y = utils.entropy_from_logits(logits.to(dtype).double() if exact else logits.to(dtype))
+        found += [y, torch.autograd.grad(y.float().sin().sum(), logits)[0]]
+        found.append(utils.selective_log_softmax(logits.detach().to(dtype), torch.stack([index, index + 0], -1)))
+        return found
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        theirs, exact = results(dtype), results(dtype, exact=True)
+        with patch() as patched:
+            got = results(dtype)
+            assert {r.name.rpartition(".")[2]: r.calls for r in patched.replaced if r.calls} == {
+                "selective_log_softmax": len(options), "entropy_from_logits": 1
+            }  # fmt: skip
+        for a, b, truth in zip(got, theirs, exact, strict=True):
+            assert (a.dtype, a.shape) == (b.dtype, b.shape)
+            assert (a - truth).norm() <= 1.1 * (b - truth).norm() + 1e-7 * truth.norm()
+
+
+def test_everything_is_put_back():
+    before = {name: getattr(utils, name) for name in ("selective_log_softmax", "entropy_from_logits")}
+    first = patch()
+    assert patch() is first
+    assert all(getattr(utils, name) is not function for name, function in before.items())
+    text = str(first)
+    assert "trl.trainer.utils.selective_log_softmax -> selective_log_softmax, 0 calls" in text
+    assert "left alone" in text
+    unpatch()
+    with patch():
+        pass
+    assert all(getattr(utils, name) is function for name, function in before.items())
+
+
+def test_a_function_that_changed_is_refused(monkeypatch):
+    def selective_log_softmax(logits, index):
+        return math.nan
+
+    before = utils.entropy_from_logits
+    monkeypatch.setattr(utils, "selective_log_softmax", selective_log_softmax)
+    with pytest.raises(
+        patching.ChangedFunctionError, match=r"selective_log_softmax .* the releases tried: 1\.16\.0, 1\.9"
+    ):
+        patch()
+    assert utils.entropy_from_logits is before
