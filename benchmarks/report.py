@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import bounds
+import torch
 from cases import OURS
 from measure import Group, Row
 
@@ -105,6 +106,32 @@ def as_dict(
         found.append(entry)
     measured = dataclasses.asdict(rates) | {"device": str(rates.device)}
     return {"complete": complete, "machine": machine, "rates_per_s": measured, "notes": notes, "groups": found}
+
+
+def read_json(path: Path, machine: dict[str, Any], device: torch.device) -> tuple[list[Group], list[str], bounds.Rates]:
+    """The groups that were measured to their end, the notes and the rates of a run that was stopped.
+
+    Raises:
+        ValueError: the file is from another commit or machine, or is no such file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        before, rates, groups = content["machine"], content["rates_per_s"], content["groups"]
+        differ = [name for name in ("commit", "cpu", "gpu", "threads", "torch") if before[name] != machine[name]]
+        if differ:
+            raise ValueError(", ".join(f"{name} was {before[name]} and is now {machine[name]}" for name in differ))
+        finished = [group for group in groups if all(row["peak_extra_bytes"] is not None for row in group["rows"])]
+        return [_group(group) for group in finished], content["notes"], bounds.Rates(**rates | {"device": device})
+    except (KeyError, TypeError, OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"is not the file of a run ({type(error).__name__}: {error})") from error
+
+
+def _group(entry: dict[str, Any]) -> Group:
+    names = {field.name for field in dataclasses.fields(Row)}
+    rows = [Row(**{name: value for name, value in row.items() if name in names}) for row in entry["rows"]]
+    for row in rows:
+        row.errors = {kind: float(error) for kind, error in row.errors.items()}
+    return Group(**entry | {"rows": rows})
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
     python benchmarks/run.py            # everything, on a GPU where there is one
     python benchmarks/run.py --family log_prob --dtype bfloat16 --json results.json
     python benchmarks/run.py --quick    # small sizes, float32, under a minute: shows that it works, not how fast
+    python benchmarks/run.py --json results.json --resume    # goes on where a run with --json was stopped
     python benchmarks/run.py --family step --trl ../trl/bin/python    # whole iterations of the trainer, on a CPU
 
 All implementations of a case run in turns, so that a machine that slows down slows all of them. A peer that isn't
@@ -63,12 +64,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--trl", metavar="PYTHON", help="for step: a Python that has TRL 1.9.2")
     parser.add_argument("--quick", action="store_true", help="small sizes, few runs: shows that it works, not how fast")
     parser.add_argument("--json", type=writable, metavar="FILE", help="write everything that was measured")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run that left --json its file",
+    )
     parser.add_argument("--plot", type=writable, metavar="FILE", help="draw a figure; needs matplotlib")
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
     if "step" in (options.family or ()) and options.device != "cpu":
         parser.error("--family step: is measured on a CPU alone")
+    if options.resume and not options.json:
+        parser.error("--resume: needs --json")
     if options.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib (pip install matplotlib)")
     return options
@@ -98,9 +106,17 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(options.device)
     console, groups, status = Console(), list[Group](), 0
     about = machine.describe(device)
-    console.begin("bandwidth")
-    rates = bounds.measure_rates(device)
-    planned = list(plan(options))
+    if options.resume and options.json.exists():
+        try:
+            groups, console.notes[:], rates = report.read_json(options.json, about, device)
+        except ValueError as error:
+            print(f"run.py: error: --resume {options.json}: {error}", file=sys.stderr)
+            return 2
+    else:
+        console.begin("bandwidth")
+        rates = bounds.measure_rates(device)
+    there = {f"{group.op} {group.size} {group.dtype} {group.step}" for group in groups}
+    planned = [(title, measurement) for title, measurement in plan(options) if title not in there]
 
     def save(*, complete: bool) -> None:
         if options.json:

@@ -24,6 +24,29 @@ def test_a_quick_run_prints_a_table_and_writes_what_it_measured(tmp_path):
     assert "rlhf_kernels" in json.dumps(results)
 
 
+@pytest.mark.long
+def test_a_run_that_was_stopped_goes_on(tmp_path):
+    file = tmp_path / "results.json"
+    command = ("--quick", "--device", "cpu", "--family", "kl_reward", "--json", file, "--resume")
+    assert run(*command).returncode == 0
+    whole = json.loads(file.read_text())
+    stopped = json.loads(file.read_text())
+    stopped["groups"][-1]["rows"][-1]["peak_extra_bytes"] = None
+    stopped["complete"] = False
+    file.write_text(json.dumps(stopped))
+    assert run(*command).returncode == 0
+    again = json.loads(file.read_text())
+    assert again["complete"]
+    assert len(again["groups"]) == len(whole["groups"]) > 1
+    assert again["groups"][:-1] == whole["groups"][:-1]
+    assert again["groups"][-1] != whole["groups"][-1]
+
+    file.write_text(json.dumps(stopped | {"machine": stopped["machine"] | {"commit": "0123"}}))
+    done = run(*command)
+    assert done.returncode == 2
+    assert "results.json: commit was 0123 and is now" in done.stderr
+
+
 def test_an_unknown_family_is_named():
     done = run("--family", "gpt")
     assert done.returncode == 2

@@ -76,6 +76,7 @@ def test_linear_log_prob(dtype, scale):
     hold(Call(k.linear_selective_log_softmax_and_entropy, tensors), 2, slack)
 
 
+@pytest.mark.long_for(kernels=["cuda", "triton"], length=[32768])
 @pytest.mark.parametrize(("count", "length"), [(64, 1024), (2, 32768), (3, 1)])
 def test_gae_and_advantages(kernels, count, length):
     count, length = fewer(kernels, count), fewer(kernels, length) if length > 1024 else length

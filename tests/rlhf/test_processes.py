@@ -75,6 +75,7 @@ def test_a_last_batch_of_one_record(stage, rlhf, base, data, tmp_path):
         torch.testing.assert_close(ours[name], tensor, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.long
 def test_a_minibatch_that_processes_cannot_share(base, reward_model, data, tmp_path):
     found = together(
         "ppo", "--policy", base, "--reward_model", reward_model, "--prompts", data.prompts, "--device", "cpu",

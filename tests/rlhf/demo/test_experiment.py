@@ -67,6 +67,7 @@ def test_again_without_resume_is_refused_and_loses_nothing(finished):
     assert (output / "report.json").read_bytes() == before
 
 
+@pytest.mark.long
 def test_resuming_a_finished_experiment_keeps_its_models_and_figures(finished):
     config, output, figures = finished
     weights = (output / "ppo_ptx/model/model.safetensors").read_bytes()
