@@ -8,7 +8,7 @@ import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import ModuleType, TracebackType
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ class Replacement:
     """The op that does its work."""
     original: Any
     replacement: Any
+    owner: type | None = None
+    """The class whose method it is, if it is one."""
     calls: int = 0
     """How often ours ran. What ours doesn't serve goes to the original, and isn't counted."""
 
@@ -49,26 +51,36 @@ class Patch:
         lines += [f"  {name}: left alone, {why}" for name, why in self.left_alone.items()]
         return "\n".join(lines)
 
-    def replace(self, module: ModuleType, name: str, by: str, make: Callable[[Replacement], Any]) -> None:
-        """Replaces a function or class of a module, there and wherever the library has imported it by name."""
-        original = getattr(module, name)
-        replacement = Replacement(f"{module.__name__}.{name}", by, original, None)
+    def replace(self, place: Any, name: str, by: str, make: Callable[[Replacement], Any]) -> None:
+        """Replaces a module's function or class, or a class's method.
+
+        A function is replaced wherever the library has it: where it was imported by name, and in registries.
+        """
+        original = getattr(place, name)
+        is_method = isinstance(place, type)
+        path = f"{place.__module__}.{place.__qualname__}" if is_method else place.__name__
+        replacement = Replacement(f"{path}.{name}", by, original, None, place if is_method else None)
         replacement.replacement = make(replacement)
         self.replaced.append(replacement)
-        self._everywhere(original, replacement.replacement)
+        self._put(replacement, original, replacement.replacement)
 
     def unpatch(self) -> None:
         """Puts everything back."""
         while self.replaced:
             replacement = self.replaced.pop()
-            self._everywhere(replacement.replacement, replacement.original)
+            self._put(replacement, replacement.replacement, replacement.original)
 
-    def _everywhere(self, old: Any, new: Any) -> None:
+    def _put(self, replacement: Replacement, old: Any, new: Any) -> None:
+        if replacement.owner is not None:
+            setattr(replacement.owner, replacement.name.rpartition(".")[2], new)
+            return
         for module_name, module in list(sys.modules.items()):
             if module_name.partition(".")[0] == self.library:
                 for name, value in list(vars(module).items()):
                     if value is old:
                         setattr(module, name, new)
+                    elif type(value) is dict and name.isupper():
+                        value.update({key: new for key, entry in value.items() if entry is old})
 
     def __enter__(self) -> Self:
         return self
