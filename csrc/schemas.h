@@ -30,7 +30,7 @@ inline void define_ops(torch::stable::detail::StableLibrary& library) {
   library.def(
       "linear_ppo_policy_loss(Tensor hidden, Tensor weight, Tensor index, Tensor old_logprobs, Tensor advantages, "
       "Tensor wanted, Tensor? bias, float temperature, float? softcap, float clip_low, float clip_high, "
-      "float? dual_clip, str reduction, bool needs_hidden, bool needs_weight) -> "
+      "float? dual_clip, str reduction, float? denominator, bool needs_hidden, bool needs_weight) -> "
       "(Tensor loss, Tensor statistics, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
   library.def(
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, Tensor wanted, Tensor? bias, "
@@ -54,11 +54,11 @@ inline void define_ops(torch::stable::detail::StableLibrary& library) {
       "Tensor? cu_seqlens) -> (Tensor advantages, Tensor returns, Tensor rewards, Tensor kl)");
   library.def(
       "ppo_policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor wanted, float clip_low, "
-      "float clip_high, float? dual_clip, str reduction, bool with_gradient) -> "
+      "float clip_high, float? dual_clip, str reduction, float? denominator, bool with_gradient) -> "
       "(Tensor loss, Tensor statistics, Tensor gradient)");
   library.def(
       "ppo_value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor wanted, float? clip_range, "
-      "str reduction, bool with_gradient) -> (Tensor loss, Tensor statistics, Tensor gradient)");
+      "str reduction, float? denominator, bool with_gradient) -> (Tensor loss, Tensor statistics, Tensor gradient)");
   library.def(
       "pairwise_ranking_loss(Tensor scores, Tensor ranks, Tensor? offsets, Tensor? wanted, float margin, "
       "bool with_gradient) -> (Tensor loss, Tensor accuracy, Tensor gradient)");

@@ -105,6 +105,7 @@ def linear_ppo_policy_loss(
     clip_range_high: float | None = None,
     dual_clip: float | None = None,
     reduction: str = "token-mean",
+    denominator: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """:func:`~rlhf_kernels.ppo_policy_loss` of the log-probs of :func:`linear_selective_log_softmax`.
 
@@ -126,7 +127,8 @@ def linear_ppo_policy_loss(
         clip_range: as for :func:`~rlhf_kernels.ppo_policy_loss`.
         clip_range_high: likewise.
         dual_clip: likewise.
-        reduction: likewise; only "token-mean" for 1-D rows.
+        reduction: likewise.
+        denominator: likewise.
 
     Returns:
         The scalar loss, and the statistics of :func:`~rlhf_kernels.ppo_policy_loss` with ``entropy``, the mean
@@ -147,8 +149,7 @@ def linear_ppo_policy_loss(
     mask = checks.mask("mask", mask, hidden, rows)
     checks.tensor("index", index, checks.INDICES, hidden)
     checks.shape("index", index, rows, "one entry per row of hidden")
-    clip = (*check_clipping(clip_range, clip_range_high, dual_clip), reduction)
-    check_reduction(reduction, len(rows))
+    clip = check_clipping(clip_range, clip_range_high, dual_clip) + check_reduction(reduction, denominator, len(rows))
     backend = choose("linear_ppo_policy_loss", hidden, weight, bias)
     wanted = checks.read_row_mask(backend, "mask", mask)
     index = checks.read_index(backend, "index", index, wanted, weight.shape[0])
@@ -307,7 +308,7 @@ def _(
 def _(
     hidden: Tensor, weight: Tensor, index: Tensor, old_logprobs: Tensor, advantages: Tensor, wanted: Tensor,
     bias: Tensor | None, temperature: float, softcap: float | None, clip_low: float, clip_high: float,
-    dual_clip: float | None, reduction: str, needs_hidden: bool, needs_weight: bool,
+    dual_clip: float | None, reduction: str, denominator: float | None, needs_hidden: bool, needs_weight: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     loss = hidden.new_empty((), dtype=torch.float32)
     statistics = loss.new_empty(len(OPS["linear_ppo_policy_loss"].statistics))

@@ -11,7 +11,7 @@ from rlhf_kernels.ops import OPS
 from rlhf_kernels.reference import ppo_loss as reference
 from rlhf_kernels.registration import autograd_of_loss, call, fake, needs_gradient
 
-REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
+REDUCTIONS = ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum")
 
 
 def ppo_policy_loss(
@@ -24,6 +24,7 @@ def ppo_policy_loss(
     clip_range_high: float | None = None,
     dual_clip: float | None = None,
     reduction: str = "token-mean",
+    denominator: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """−min(ρ·A, clip(ρ, 1−ε, 1+ε_high)·A) with ρ = π/π_old, reduced over unmasked positions.
 
@@ -38,8 +39,11 @@ def ppo_policy_loss(
         clip_range: ε in (0, 1].
         clip_range_high: ε_high in (0, 1], when it differs from ε (Yu et al. 2025, arXiv 2503.14476, "clip-higher").
         dual_clip: c > 1: where A < 0 the loss is at most −c·A (Ye et al. 2020, arXiv 1912.09729, eq. 5).
-        reduction: "token-mean": over all unmasked positions; "seq-mean-token-mean" and "seq-mean-token-sum": mean or
-            sum within each row, then the mean over rows that have an unmasked position. Only the first for (N,).
+        reduction: "token-mean": over all unmasked positions; "token-sum": their sum; "seq-mean-token-mean" and
+            "seq-mean-token-sum": mean or sum within each row, then the mean over rows that have an unmasked position.
+            The last two are not for (N,).
+        denominator: N > 0, in place of the number of positions ("token-mean") or rows that a mean divides by. With that
+            of all micro-batches and processes their losses, and gradients, add up exactly to those of the whole batch.
 
     Returns:
         The scalar loss (0 when nothing is unmasked), and scalar statistics over unmasked positions, without gradient:
@@ -55,10 +59,10 @@ def ppo_policy_loss(
     """
     mask = _check_tokens(("logprobs", logprobs), ("old_logprobs", old_logprobs), ("advantages", advantages), mask)
     clipping = check_clipping(clip_range, clip_range_high, dual_clip)
-    check_reduction(reduction, logprobs.dim())
+    reduction, denominator = check_reduction(reduction, denominator, logprobs.dim())
     backend = choose("ppo_policy_loss", logprobs, old_logprobs, advantages)
     wanted = checks.read_mask(backend, "mask", mask)
-    arguments = (logprobs, old_logprobs, advantages, wanted, *clipping, reduction)
+    arguments = (logprobs, old_logprobs, advantages, wanted, *clipping, reduction, denominator)
     if backend == "reference":
         return reference.ppo_policy_loss(*arguments)
     loss, statistics, _ = call(backend, "ppo_policy_loss", *arguments, needs_gradient(logprobs))
@@ -73,6 +77,7 @@ def ppo_value_loss(
     *,
     clip_range: float | None = 0.2,
     reduction: str = "token-mean",
+    denominator: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """½·max((V − R)², (clip(V, V_old ± ε) − R)²), reduced over unmasked positions.
 
@@ -85,6 +90,7 @@ def ppo_value_loss(
         mask: the same shape, bool or {0, 1}; None: every position counts.
         clip_range: ε > 0, in units of value; None for the plain squared error.
         reduction: as for :func:`ppo_policy_loss`.
+        denominator: likewise.
 
     Returns:
         The scalar loss (0 when nothing is unmasked), and scalar statistics over unmasked positions, without gradient:
@@ -98,10 +104,10 @@ def ppo_value_loss(
     mask = _check_tokens(("values", values), ("old_values", old_values), ("returns", returns), mask)
     if clip_range is not None:
         clip_range = checks.number("clip_range", clip_range, 0.0, exclusive_low=True)
-    check_reduction(reduction, values.dim())
+    reduction, denominator = check_reduction(reduction, denominator, values.dim())
     backend = choose("ppo_value_loss", values, old_values, returns)
     wanted = checks.read_mask(backend, "mask", mask)
-    arguments = (values, old_values, returns, wanted, clip_range, reduction)
+    arguments = (values, old_values, returns, wanted, clip_range, reduction, denominator)
     if backend == "reference":
         return reference.ppo_value_loss(*arguments)
     loss, statistics, _ = call(backend, "ppo_value_loss", *arguments, needs_gradient(values))
@@ -133,11 +139,18 @@ def check_clipping(
     return low, high, dual_clip
 
 
-def check_reduction(reduction: str, dims: int) -> None:
-    """Checks a reduction's name, and that inputs of so many dimensions have it."""
+def check_reduction(reduction: str, denominator: float | None, dims: int) -> tuple[str, float | None]:
+    """The reduction and the denominator as the kernels take them, for inputs of so many dimensions."""
     checks.choice("reduction", reduction, REDUCTIONS)
-    if dims != 2 and reduction != "token-mean":
+    if dims != 2 and not reduction.startswith("token"):
         raise ValueError(f"reduction: is {reduction!r}, which needs (B, T) inputs; these have {dims} dimension(s)")
+    if denominator is not None:
+        denominator = checks.number("denominator", denominator, 0.0, exclusive_low=True)
+    if reduction == "token-sum":
+        if denominator is not None:
+            raise ValueError(f"denominator: is {denominator} with reduction 'token-sum', which divides by nothing")
+        return "token-mean", 1.0
+    return reduction, denominator
 
 
 def _results(name: str, like: Tensor, with_gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,7 +162,7 @@ def _results(name: str, like: Tensor, with_gradient: bool) -> tuple[Tensor, Tens
 @fake("ppo_policy_loss")
 def _(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, wanted: Tensor, clip_low: float, clip_high: float,
-    dual_clip: float | None, reduction: str, with_gradient: bool,
+    dual_clip: float | None, reduction: str, denominator: float | None, with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _results("ppo_policy_loss", logprobs, with_gradient)
 
@@ -157,7 +170,7 @@ def _(
 @fake("ppo_value_loss")
 def _(
     values: Tensor, old_values: Tensor, returns: Tensor, wanted: Tensor, clip_range: float | None, reduction: str,
-    with_gradient: bool,
+    denominator: float | None, with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _results("ppo_value_loss", values, with_gradient)
 

@@ -63,6 +63,7 @@ struct TokenLoss {
   int64_t rows;
   int64_t length;
   Reduction reduction;
+  double denominator;  // in place of the number of positions or rows that count; 0: that number
   float* gradient;    // may be null
   float* loss;
   float* statistics;  // PolicyStatistics or ValueStatistics

@@ -142,9 +142,10 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(TokenLoss in, Loss loss,
   });
   if (threadIdx.x == 0) {
     position_share = all.positions ? inverse(static_cast<double>(all.positions)) : 0;
-    row_weight = position_share;
+    const int64_t number = in.reduction == Reduction::token_mean ? all.positions : all.rows;
+    const double denominator = in.denominator > 0 ? in.denominator : static_cast<double>(number);
+    row_weight = denominator > 0 ? inverse(denominator) : 0;
     if (in.reduction != Reduction::token_mean) {
-      row_weight = all.rows ? inverse(static_cast<double>(all.rows)) : 0;
       const int64_t own = workspace.row_counts[row];
       if (in.reduction == Reduction::seq_mean_token_mean && own) row_weight *= inverse(static_cast<double>(own));
     }

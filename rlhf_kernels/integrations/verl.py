@@ -20,7 +20,7 @@ from rlhf_kernels.gae import masked_gae
 from rlhf_kernels.integrations.patching import Patch, Replacement, check_source, counted
 from rlhf_kernels.linear_log_prob import linear_selective_log_softmax_and_entropy
 from rlhf_kernels.log_prob import selective_log_softmax, selective_log_softmax_and_entropy
-from rlhf_kernels.ppo_loss import ppo_value_loss
+from rlhf_kernels.ppo_loss import REDUCTIONS, ppo_value_loss
 
 # The releases that each function was tried in, by the digest of its source.
 KNOWN: dict[str, dict[str, str]] = {
@@ -156,7 +156,7 @@ def _value_loss(replacement: Replacement) -> Any:
         loss, statistics = ppo_value_loss(
             vpreds, values, returns, response_mask, clip_range=cliprange_value, reduction=loss_agg_mode
         )
-        everywhere = batch_num_tokens if loss_agg_mode == "token-mean" else global_batch_size
+        everywhere = {"token-mean": batch_num_tokens, "token-sum": None}.get(loss_agg_mode, global_batch_size)
         if everywhere is not None:  # of all processes, where ours is the mean of this one
             seen = response_mask != 0
             here = seen.sum() if loss_agg_mode == "token-mean" else seen.any(-1).sum()
@@ -168,6 +168,6 @@ def _value_loss(replacement: Replacement) -> Any:
         if len(args) > 6:  # nobody passes so many by position
             return False
         known = counts.get("batch_num_tokens" if mode == "token-mean" else "global_batch_size") is not None
-        return mode in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum") and (known or dp_size == 1)
+        return mode == "token-sum" or (mode in REDUCTIONS and (known or dp_size == 1))
 
     return counted(replacement, run, serves)

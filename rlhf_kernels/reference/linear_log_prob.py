@@ -23,14 +23,14 @@ def linear_selective_log_softmax_and_entropy(
 def linear_ppo_policy_loss(
     hidden: Tensor, weight: Tensor, index: Tensor, old_logprobs: Tensor, advantages: Tensor, wanted: Tensor,
     bias: Tensor | None, temperature: float, softcap: float | None, clip_low: float, clip_high: float,
-    dual_clip: float | None, reduction: str,
+    dual_clip: float | None, reduction: str, denominator: float | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The clipped loss of the log-probs, with the mean entropy among its statistics."""
     logprobs, entropy = linear_selective_log_softmax_and_entropy(
         hidden, weight, index, wanted, bias, temperature, softcap, with_entropy=True
     )
     loss, stats = ppo_loss.ppo_policy_loss(
-        logprobs, old_logprobs, advantages, wanted, clip_low, clip_high, dual_clip, reduction
+        logprobs, old_logprobs, advantages, wanted, clip_low, clip_high, dual_clip, reduction, denominator
     )
     assert entropy is not None
     return loss, stats | {"entropy": ppo_loss.masked_mean(entropy.detach(), wanted)}

@@ -12,7 +12,7 @@ from rlhf_kernels.reference.common import upcast
 
 def ppo_policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, wanted: Tensor, clip_low: float, clip_high: float,
-    dual_clip: float | None, reduction: str,
+    dual_clip: float | None, reduction: str, denominator: float | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The clipped surrogate loss and its statistics."""
     log_ratio = torch.where(wanted, upcast(logprobs) - upcast(old_logprobs).detach(), 0.0)
@@ -34,12 +34,13 @@ def ppo_policy_loss(
             "approx_kl": masked_mean(torch.expm1(log_ratio) - log_ratio, wanted),
             "clip_fraction": masked_mean((clipped_loss > unclipped_loss).to(ratio.dtype), wanted),
         }
-    return reduced(loss, wanted, reduction), stats
+    return reduced(loss, wanted, reduction, denominator), stats
 
 
 def ppo_value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, wanted: Tensor, clip_range: float | None, reduction: str
-) -> tuple[Tensor, dict[str, Tensor]]:
+    values: Tensor, old_values: Tensor, returns: Tensor, wanted: Tensor, clip_range: float | None, reduction: str,
+    denominator: float | None,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The clipped value loss and its statistics."""
     values, old_values, returns = (torch.where(wanted, upcast(x), 0.0) for x in (values, old_values, returns))
     old_values, returns = old_values.detach(), returns.detach()
@@ -53,18 +54,19 @@ def ppo_value_loss(
             "return_mean": masked_mean(returns, wanted),
             "clip_fraction": masked_mean((clipped_error > error).to(values.dtype), wanted),
         }
-    return reduced(0.5 * torch.maximum(error, clipped_error), wanted, reduction), stats
+    return reduced(0.5 * torch.maximum(error, clipped_error), wanted, reduction, denominator), stats
 
 
-def reduced(loss: Tensor, wanted: Tensor, reduction: str) -> Tensor:
-    """The mean over positions, or the mean over rows of each row's mean or sum."""
+def reduced(loss: Tensor, wanted: Tensor, reduction: str, denominator: float | None) -> Tensor:
+    """The mean over positions, or the mean over rows of each row's mean or sum; ``denominator`` in place of a count."""
+    loss = torch.where(wanted, loss, 0.0)
     if reduction == "token-mean":
-        return masked_mean(loss, wanted)
+        return loss.sum() / (wanted.sum().clamp(min=1) if denominator is None else denominator)
     counts = wanted.sum(1)
-    rows = torch.where(wanted, loss, 0.0).sum(1)
+    rows = loss.sum(1)
     if reduction == "seq-mean-token-mean":
         rows = rows / counts.clamp(min=1)
-    return masked_mean(rows, counts > 0)
+    return rows.sum() / ((counts > 0).sum().clamp(min=1) if denominator is None else denominator)
 
 
 def masked_mean(value: Tensor, wanted: Tensor) -> Tensor:

@@ -315,11 +315,11 @@ def linear_cross_entropy(
 def linear_ppo_policy_loss(
     hidden: Tensor, weight: Tensor, index: Tensor, old_logprobs: Tensor, advantages: Tensor, wanted: Tensor,
     bias: Tensor | None, temperature: float, softcap: float | None, clip_low: float, clip_high: float,
-    dual_clip: float | None, reduction: str, needs_hidden: bool, needs_weight: bool,
+    dual_clip: float | None, reduction: str, denominator: float | None, needs_hidden: bool, needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss, its statistics and the mean entropy, and the gradients of hidden, weight and bias."""
     rows = Rows(hidden, weight, index, wanted, bias, temperature, softcap)
-    weights = rows.take(row_weights(wanted, reduction))
+    weights = rows.take(row_weights(wanted, reduction, denominator))
     policy = (
         rows.take(old_logprobs).float(), rows.take(advantages).float(), clip_ends(clip_low, clip_high), dual_clip
     )  # fmt: skip

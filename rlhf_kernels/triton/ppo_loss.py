@@ -131,7 +131,8 @@ def _reciprocal(count):
 
 @triton.jit
 def _finish(
-    gradient, sums, loss, statistics, size, length, per_row, rows, POLICY: tl.constexpr, REDUCTION: tl.constexpr,
+    gradient, sums, loss, statistics, size, length, per_row, rows, share_given, share_lost,
+    POLICY: tl.constexpr, REDUCTION: tl.constexpr, DENOMINATOR: tl.constexpr,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, PER_ROW: tl.constexpr,
 ):  # fmt: skip
     """Every program adds up the sums of all blocks, to get its own factor. The first program writes the results."""
@@ -172,6 +173,8 @@ def _finish(
     if REDUCTION == "token-mean":
         weighted = number
     weight = _reciprocal(weighted)
+    if DENOMINATOR:
+        weight = tl.cast(share_given, tl.float64) + share_lost
     if (row == 0) & (block == 0):
         share = _reciprocal(number)
         tl.store(loss, (total * weight).to(tl.float32))
@@ -203,27 +206,27 @@ def _finish(
 
 def ppo_policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, wanted: Tensor, clip_low: float, clip_high: float,
-    dual_clip: float | None, reduction: str, with_gradient: bool,
+    dual_clip: float | None, reduction: str, denominator: float | None, with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, statistics, and the gradient of ``logprobs`` (empty if not asked for)."""
     inputs = (logprobs, old_logprobs, advantages, wanted)
     options = clip_ends(clip_low, clip_high) | {"dual_clip": dual_clip or 0.0, "clip_range": 0.0}
-    return _run(inputs, options, dual_clip is not None, reduction, with_gradient, policy=True)
+    return _run(inputs, options, dual_clip is not None, reduction, denominator, with_gradient, policy=True)
 
 
 def ppo_value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, wanted: Tensor, clip_range: float | None, reduction: str,
-    with_gradient: bool,
+    denominator: float | None, with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, statistics, and the gradient of ``values`` (empty if not asked for)."""
     inputs = (values, old_values, returns, wanted)
     options = clip_ends(0.0, 0.0) | {"dual_clip": 0.0, "clip_range": clip_range or 0.0}
-    return _run(inputs, options, clip_range is not None, reduction, with_gradient, policy=False)
+    return _run(inputs, options, clip_range is not None, reduction, denominator, with_gradient, policy=False)
 
 
 def _run(
-    inputs: tuple[Tensor, ...], options: dict[str, float], option: bool, reduction: str, with_gradient: bool,
-    *, policy: bool,
+    inputs: tuple[Tensor, ...], options: dict[str, float], option: bool, reduction: str, denominator: float | None,
+    with_gradient: bool, *, policy: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     first = inputs[0]
     device = first.device
@@ -248,8 +251,10 @@ def _run(
     )  # fmt: skip
     width = triton.next_power_of_2(per_row)
     _finish[(rows, per_row) if with_gradient else (1, 1)](
-        gradient, sums, loss, statistics, size, length, per_row, rows, POLICY=policy, REDUCTION=reduction,
-        GRADIENT=with_gradient, BLOCK=block, ROWS=blocks(rows, max(1, 1024 // width)), PER_ROW=width,
+        gradient, sums, loss, statistics, size, length, per_row, rows,
+        *two_floats(0.0 if denominator is None else 1.0 / denominator), POLICY=policy, REDUCTION=reduction,
+        DENOMINATOR=denominator is not None, GRADIENT=with_gradient, BLOCK=block,
+        ROWS=blocks(rows, max(1, 1024 // width)), PER_ROW=width,
     )  # fmt: skip
     return loss, statistics, gradient
 
@@ -261,12 +266,16 @@ def clip_ends(clip_low: float, clip_high: float) -> dict[str, float]:
     return {"low": low, "low_lost": low_lost, "high": high, "high_lost": high_lost}
 
 
-def row_weights(wanted: Tensor, reduction: str) -> Tensor:
+def row_weights(wanted: Tensor, reduction: str, denominator: float | None) -> Tensor:
     """The weight of each position under a reduction, float64 and of the mask's shape. It depends on the mask alone."""
+    if denominator is not None:
+        weights = torch.full((), 1.0 / denominator, dtype=torch.float64, device=wanted.device)
+    else:
+        number = wanted.sum() if reduction == "token-mean" else wanted.any(1).sum()
+        weights = number.clamp(min=1).double().reciprocal()
     if reduction == "token-mean":
-        return wanted.sum().clamp(min=1).double().reciprocal().expand(wanted.shape)
+        return weights.expand(wanted.shape)
     counts = wanted.sum(1)
-    weights = (counts > 0).sum().clamp(min=1).double().reciprocal()
     rows = weights / counts.clamp(min=1) if reduction == "seq-mean-token-mean" else weights.expand(counts.shape)
     return rows[:, None].expand(wanted.shape)
 

@@ -3,6 +3,7 @@ import math
 import oracles
 import pytest
 import torch
+from calls import calls
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -181,6 +182,13 @@ def test_targets_are_constants(backend):
         (ppo_policy_loss, {"clip_range_high": -0.1}, ValueError, "clip_range_high: is -0.1, must be"),
         (ppo_policy_loss, {"clip_range_high": 1.28}, ValueError, "clip_range_high: is 1.28, must be"),
         (ppo_policy_loss, {"dual_clip": 1.0}, ValueError, r"dual_clip: is 1.0, must be finite and in \(1.0"),
+        (ppo_policy_loss, {"denominator": 0}, ValueError, r"denominator: is 0, must be finite and in \(0.0"),
+        (
+            ppo_policy_loss,
+            {"denominator": 3, "reduction": "token-sum"},
+            ValueError,
+            "denominator: is 3 with reduction 'token-sum', which divides by nothing",
+        ),
         (ppo_policy_loss, {"reduction": "mean"}, ValueError, "reduction: is 'mean', must be one of 'token-mean'"),
         (ppo_policy_loss, {"reduction": "seq-mean-token-sum"}, ValueError, r"reduction: is 'seq-mean-.* \(B, T\)"),
         (ppo_policy_loss, {"mask": torch.zeros(3)}, ValueError, r"mask: has shape \(3,\), must be \(4,\)"),
@@ -222,3 +230,38 @@ def test_a_huge_advantage_spoils_no_other_position(backend, advantage):
         (want_gradient,) = torch.autograd.grad(want, logprobs)
     torch.testing.assert_close(loss, want.float())
     torch.testing.assert_close(gradient, want_gradient)
+
+
+@pytest.mark.runs("linear_ppo_policy_loss")
+@pytest.mark.parametrize("name", ["ppo_policy_loss", "ppo_value_loss", "linear_ppo_policy_loss"])
+@pytest.mark.parametrize("reduction", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+def test_micro_batches_add_up_to_the_batch(backend, name, reduction):
+    """Rows without a position count nowhere, and the last micro-batch is nothing but such rows."""
+    call = calls(7, 9)[name]
+    mask = call.tensors["mask"] = call.tensors["mask"].clone()
+    mask[5:] = False
+    call = call._replace(options=call.options | {"reduction": reduction})
+    loss, *_, gradient = call.run() if name != "linear_ppo_policy_loss" else [*call.run()[:-2], call.run()[-3]]
+    number = int(mask.sum() if reduction == "token-mean" else mask.any(1).sum())
+    parts = call._replace(options=call.options | {"denominator": number})
+    by_row = {n for n, x in call.tensors.items() if x.shape[0] == 7 and n != "weight"}
+    total, slopes = 0.0, []
+    for rows in (slice(0, 1), slice(1, 5), slice(5, 7)):
+        results = parts.run(**{n: x[rows] for n, x in call.tensors.items() if n in by_row})
+        total += results[0]
+        slopes.append(results[-1] if name != "linear_ppo_policy_loss" else results[-3])
+    torch.testing.assert_close(total, loss, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.cat(slopes), gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_sum_is_the_mean_times_the_number(backend):
+    for name in ("ppo_policy_loss", "ppo_value_loss"):
+        call = calls(7, 9)[name]
+        for flat in (False, True):
+            tensors = {n: x.flatten() if flat else x for n, x in call.tensors.items()}
+            mean = call._replace(tensors=tensors, options={"reduction": "token-mean"}).run()
+            total = call._replace(tensors=tensors, options={"reduction": "token-sum"}).run()
+            number = tensors["mask"].sum()
+            torch.testing.assert_close(total[0], mean[0] * number, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(total[-1], mean[-1] * number, rtol=1e-5, atol=1e-6)
+            assert all(torch.equal(a, b) for a, b in zip(total[1:-1], mean[1:-1], strict=True))  # statistics

@@ -338,13 +338,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(Tensor hidden, T
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_ppo_policy_loss(
     Tensor hidden, Tensor weight, Tensor index, Tensor old_logprobs, Tensor advantages, Tensor wanted,
     OptionalTensor bias, double temperature, std::optional<double> softcap, double clip_low, double clip_high,
-    std::optional<double> dual_clip, std::string reduction, bool needs_hidden, bool needs_weight) {
+    std::optional<double> dual_clip, std::string reduction, std::optional<double> denominator, bool needs_hidden,
+    bool needs_weight) {
   const Mask mask("mask", wanted);
   const LinearInputs in(hidden, weight, "index", index, mask, bias, temperature, softcap);
   const Tensor old = cast(old_logprobs, ScalarType::Float), dense_advantages = cast(advantages, ScalarType::Float);
   const int64_t length = wanted.dim() == 2 ? wanted.size(1) : std::max<int64_t>(1, wanted.numel());
   const int64_t count = wanted.dim() == 2 ? wanted.size(0) : 1;
-  const Weights weights(mask, count, length, wanted.numel(), reduction);
+  const Weights weights(mask, count, length, wanted.numel(), reduction, denominator);
   std::vector<double> row_weights;
   std::vector<float> row_old, row_advantages;
   for (const int64_t row : in.rows) {

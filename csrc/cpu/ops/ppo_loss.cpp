@@ -33,10 +33,10 @@ std::tuple<Tensor, Tensor> added_up(const std::vector<Sums>& rows, const Weights
 std::tuple<Tensor, Tensor, Tensor> ppo_policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages,
                                                    Tensor wanted, double clip_low, double clip_high,
                                                    std::optional<double> dual_clip, std::string reduction,
-                                                   bool with_gradient) {
+                                                   std::optional<double> denominator, bool with_gradient) {
   const Mask mask("mask", wanted);
   const TokenRows rows(logprobs, old_logprobs, advantages, reduction);
-  const Weights weights(mask, rows.count, rows.length, rows.positions, reduction);
+  const Weights weights(mask, rows.count, rows.length, rows.positions, reduction, denominator);
   Tensor gradient = with_gradient ? empty(sizes(logprobs), ScalarType::Float) : nothing();
   std::vector<PolicySums> sums(rows.count);
   const PolicyArguments in{rows.view(logprobs), rows.view(old_logprobs), rows.view(advantages),
@@ -51,10 +51,10 @@ std::tuple<Tensor, Tensor, Tensor> ppo_policy_loss(Tensor logprobs, Tensor old_l
 
 std::tuple<Tensor, Tensor, Tensor> ppo_value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor wanted,
                                                   std::optional<double> clip_range, std::string reduction,
-                                                  bool with_gradient) {
+                                                  std::optional<double> denominator, bool with_gradient) {
   const Mask mask("mask", wanted);
   const TokenRows rows(values, old_values, returns, reduction);
-  const Weights weights(mask, rows.count, rows.length, rows.positions, reduction);
+  const Weights weights(mask, rows.count, rows.length, rows.positions, reduction, denominator);
   Tensor gradient = with_gradient ? empty(sizes(values), ScalarType::Float) : nothing();
   std::vector<ValueSums> sums(rows.count);
   const ValueArguments in{rows.view(values), rows.view(old_values), rows.view(returns), mask.data(),

@@ -1,6 +1,7 @@
 // Tokens as the kernels of the small ops take them: in rows, which the reduction of a loss weighs.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -40,12 +41,15 @@ struct TokenRows {
   }
 };
 
-// How a reduction weighs the positions of each row, from the mask alone.
+// How a reduction weighs the positions of each row, from the mask alone. A denominator takes the place of what the
+// reduction counts: positions or rows.
 struct Weights {
   std::vector<double> rows;
   int64_t positions = 0;
 
-  Weights(const Mask& mask, int64_t count, int64_t length, int64_t all, const std::string& reduction) : rows(count) {
+  Weights(const Mask& mask, int64_t count, int64_t length, int64_t all, const std::string& reduction,
+          std::optional<double> denominator)
+      : rows(count) {
     std::vector<int64_t> counts(count);
     parallel(count, mask.work(length), [&](int64_t begin, int64_t end) {
       mask.read(begin * length, std::min(end * length, all));
@@ -60,13 +64,11 @@ struct Weights {
       positions += here;
       some += here > 0;
     }
+    const bool by_token = reduction == "token-mean";
+    const double number = denominator.value_or(static_cast<double>(by_token ? positions : some));
+    const double share = number > 0 ? 1.0 / number : 0.0;
     for (int64_t row = 0; row < count; ++row) {
-      if (reduction == "token-mean") {
-        rows[row] = positions ? 1.0 / static_cast<double>(positions) : 0.0;
-      } else {
-        const double share = some ? 1.0 / static_cast<double>(some) : 0.0;
-        rows[row] = reduction == "seq-mean-token-mean" && counts[row] ? share / static_cast<double>(counts[row]) : share;
-      }
+      rows[row] = reduction == "seq-mean-token-mean" && counts[row] ? share / static_cast<double>(counts[row]) : share;
     }
   }
 };

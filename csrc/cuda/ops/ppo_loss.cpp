@@ -23,13 +23,14 @@ cuda::Reduction reduction_of(const std::string& name) {
 template <class Run>
 std::tuple<Tensor, Tensor, Tensor> token_loss(const Launch& launch, const Tensor& first, const Tensor& second,
                                               const Tensor& third, const Tensor& wanted, const std::string& reduction,
-                                              bool with_gradient, int64_t statistics, Run&& run) {
+                                              std::optional<double> denominator, bool with_gradient,
+                                              int64_t statistics, Run&& run) {
   Tensor gradient = with_gradient ? launch.empty_like(first) : launch.nothing();
   if (first.numel() == 0) return {launch.zeros({}), launch.zeros({statistics}), gradient};
   const Tensor mask = dense(wanted);
   Tensor loss = launch.empty({}), values = launch.empty({statistics});
   cuda::TokenLoss in{{view_of(first), view_of(second), view_of(third)}, mask_of(mask), TokenRows(first).count,
-                     TokenRows(first).length, reduction_of(reduction),
+                     TokenRows(first).length, reduction_of(reduction), denominator.value_or(0.0),
                      with_gradient ? mutable_data<float>(gradient) : nullptr, mutable_data<float>(loss),
                      mutable_data<float>(values)};
   // With token-mean the rows do not matter: contiguous inputs are read as one row, so that short rows share a block.
@@ -47,9 +48,9 @@ std::tuple<Tensor, Tensor, Tensor> token_loss(const Launch& launch, const Tensor
 std::tuple<Tensor, Tensor, Tensor> ppo_policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages,
                                                    Tensor wanted, double clip_low, double clip_high,
                                                    std::optional<double> dual_clip, std::string reduction,
-                                                   bool with_gradient) {
+                                                   std::optional<double> denominator, bool with_gradient) {
   const Launch launch(logprobs);
-  return token_loss(launch, logprobs, old_logprobs, advantages, wanted, reduction, with_gradient,
+  return token_loss(launch, logprobs, old_logprobs, advantages, wanted, reduction, denominator, with_gradient,
                     PolicyStatistics<double>::kCount,
                     [&](const cuda::TokenLoss& in, void* workspace) {
                       cuda::ppo_policy_loss(in, PolicyClip::of(clip_low, clip_high, dual_clip), workspace, launch.stream);
@@ -58,9 +59,9 @@ std::tuple<Tensor, Tensor, Tensor> ppo_policy_loss(Tensor logprobs, Tensor old_l
 
 std::tuple<Tensor, Tensor, Tensor> ppo_value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor wanted,
                                                   std::optional<double> clip_range, std::string reduction,
-                                                  bool with_gradient) {
+                                                  std::optional<double> denominator, bool with_gradient) {
   const Launch launch(values);
-  return token_loss(launch, values, old_values, returns, wanted, reduction, with_gradient,
+  return token_loss(launch, values, old_values, returns, wanted, reduction, denominator, with_gradient,
                     ValueStatistics<double>::kCount,
                     [&](const cuda::TokenLoss& in, void* workspace) {
                       cuda::ppo_value_loss(in, static_cast<float>(clip_range.value_or(-1.0)), workspace, launch.stream);
