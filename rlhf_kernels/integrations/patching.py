@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -19,68 +20,112 @@ class ChangedFunctionError(RuntimeError):
     """A function of the other library is not the one that was replaced when this was written."""
 
 
-@dataclass
-class Replacement:
-    """One function of another library, and what runs in its place."""
+class Target(NamedTuple):
+    """A function of another library that one of ours can replace."""
 
+    place: Any
+    """The module that has it, or the class whose method it is."""
     name: str
-    """Where it is: ``trl.trainer.utils.selective_log_softmax``."""
     by: str
     """The op that does its work."""
-    original: Any
-    replacement: Any
-    owner: type | None = None
-    """The class whose method it is, if it is one."""
-    calls: int = 0
-    """How often ours ran. What ours doesn't serve goes to the original, and isn't counted."""
+    function: Callable[..., Any]
+    """What runs in its place, with the same arguments. For calls that it doesn't serve it returns NotImplemented."""
+    tried: dict[str, str]
+    """The releases it was tried in, by the digest of the source."""
+    source: Any = None
+    """Whose source that is, where it isn't the function's own: the class that a method belongs to."""
 
+    @property
+    def path(self) -> str:
+        """Where it is: ``trl.trainer.utils.selective_log_softmax``."""
+        where = self.place.__name__
+        return (
+            f"{self.place.__module__}.{where}.{self.name}" if isinstance(self.place, type) else f"{where}.{self.name}"
+        )
 
-@dataclass
-class Patch:
-    """What :func:`patch` replaced, and what it left alone. As a context manager it puts everything back at its end."""
+    def check(self, version: str) -> None:
+        """Checks that it is the function of a release tried; ``version`` is the one installed.
 
-    library: str
-    version: str
-    replaced: list[Replacement] = field(default_factory=list)
-    left_alone: dict[str, str] = field(default_factory=dict)
-    """Functions that are like ours but not the same, and how they differ."""
-
-    def __str__(self) -> str:
-        lines = [f"rlhf_kernels in {self.library} {self.version}:"]
-        lines += [f"  {r.name} -> {r.by}, {r.calls} calls" for r in self.replaced]
-        lines += [f"  {name}: left alone, {why}" for name, why in self.left_alone.items()]
-        return "\n".join(lines)
-
-    def replace(self, place: Any, name: str, by: str, make: Callable[[Replacement], Any]) -> None:
-        """Replaces a module's function or class, or a class's method.
-
-        A function is replaced wherever the library has it: where it was imported by name, and in registries.
+        Raises:
+            ChangedFunctionError: names the function, its digest and the releases tried.
         """
-        original = getattr(place, name)
-        is_method = isinstance(place, type)
-        path = f"{place.__module__}.{place.__qualname__}" if is_method else place.__name__
-        replacement = Replacement(f"{path}.{name}", by, original, None, place if is_method else None)
-        replacement.replacement = make(replacement)
-        self.replaced.append(replacement)
-        self._put(replacement, original, replacement.replacement)
+        function = self.source or getattr(self.place, self.name)
+        digest = hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
+        if digest not in self.tried:
+            raise ChangedFunctionError(
+                f"{function.__module__}.{function.__qualname__} (digest {digest}) in release {version} is not the "
+                f"function of the releases tried: {', '.join(sorted(set(self.tried.values())))}"
+            )
 
-    def unpatch(self) -> None:
-        """Puts everything back."""
-        while self.replaced:
-            replacement = self.replaced.pop()
-            self._put(replacement, replacement.replacement, replacement.original)
 
-    def _put(self, replacement: Replacement, old: Any, new: Any) -> None:
-        if replacement.owner is not None:
-            setattr(replacement.owner, replacement.name.rpartition(".")[2], new)
+class Replacement:
+    """A function of another library while ours is in its place."""
+
+    def __init__(self, target: Target):
+        self.target = target
+        self.calls = 0
+        self.original = getattr(target.place, target.name)
+        self.own = vars(target.place).get(target.name)  # None: it is inherited
+
+        @functools.wraps(self.original)
+        def run(*args: Any, **options: Any) -> Any:
+            result = target.function(*args, **options)
+            if result is NotImplemented:
+                return self.original(*args, **options)
+            self.calls += 1
+            return result
+
+        # A class method is called without an instance.
+        self.ours: Any = staticmethod(run) if inspect.ismethod(self.original) else run
+        self._put(self.original, self.ours)
+
+    def undo(self) -> None:
+        """Puts the function back."""
+        self._put(self.ours, self.own)
+
+    def _put(self, old: Any, new: Any) -> None:
+        """Puts a method into its class, or a function wherever the library has it: by another name, in a registry."""
+        target = self.target
+        if isinstance(target.place, type):
+            if new is None:
+                delattr(target.place, target.name)
+            else:
+                setattr(target.place, target.name, new)
             return
         for module_name, module in list(sys.modules.items()):
-            if module_name.partition(".")[0] == self.library:
+            if module_name.partition(".")[0] == target.place.__name__.partition(".")[0]:
                 for name, value in list(vars(module).items()):
                     if value is old:
                         setattr(module, name, new)
                     elif type(value) is dict and name.isupper():
                         value.update({key: new for key, entry in value.items() if entry is old})
+
+
+@dataclass
+class Patch:
+    """What was replaced, and what was left alone. As a context manager it puts everything back at its end."""
+
+    library: str
+    version: str
+    replaced: list[Replacement]
+    left_alone: dict[str, str]
+    """Functions that are like ours but not the same, and how they differ."""
+
+    def __str__(self) -> str:
+        lines = [f"rlhf_kernels in {self.library} {self.version}:"]
+        lines += [f"  {r.target.path} -> {r.target.by}, {r.calls} calls" for r in self.replaced]
+        lines += [f"  {name}: left alone, {why}" for name, why in self.left_alone.items()]
+        return "\n".join(lines)
+
+    @property
+    def calls(self) -> dict[str, int]:
+        """How often ours ran, by function. What ours doesn't serve goes to the library's own, and isn't counted."""
+        return {r.target.path: r.calls for r in self.replaced if r.calls}
+
+    def unpatch(self) -> None:
+        """Puts everything back."""
+        while self.replaced:
+            self.replaced.pop().undo()
 
     def __enter__(self) -> Self:
         return self
@@ -91,33 +136,33 @@ class Patch:
         self.unpatch()
 
 
-def counted(replacement: Replacement, function: Callable[..., Any], serves: Callable[..., bool]) -> Callable[..., Any]:
-    """The function for calls that it serves, and the original for the others."""
+class Integration:
+    """Our functions for those of a library. ``find`` looks up what to replace, and says what to leave alone and why."""
 
-    @functools.wraps(replacement.original)
-    def run(*args: Any, **options: Any) -> Any:
-        if not serves(*args, **options):
-            return replacement.original(*args, **options)
-        replacement.calls += 1
-        return function(*args, **options)
+    def __init__(self, library: str, find: Callable[[], tuple[list[Target], dict[str, str]]]):
+        self.library = library
+        self.find = find
+        self.in_force: Patch | None = None
 
-    return run
+    def patch(self) -> Patch:
+        """Replaces the library's functions in this process, until :meth:`unpatch` or the end of a ``with`` block of it.
 
+        Returns:
+            What was replaced and how often each ran, and what was left alone and why; ``print`` shows it.
 
-def check_source(function: Any, known: dict[str, str], version: str) -> None:
-    """Checks that a function is one that was replaced in a release tried.
+        Raises:
+            ImportError: the library is not installed.
+            ChangedFunctionError: a function is not that of a release tried; nothing was replaced then.
+        """
+        if self.in_force is None or not self.in_force.replaced:
+            targets, left_alone = self.find()
+            version = importlib.metadata.version(self.library)
+            for target in targets:
+                target.check(version)
+            self.in_force = Patch(self.library, version, [Replacement(target) for target in targets], left_alone)
+        return self.in_force
 
-    Args:
-        function: of the other library.
-        known: the releases tried, by the digest of the function's source in them.
-        version: the release that is installed.
-
-    Raises:
-        ChangedFunctionError: names the function, its digest and the releases tried.
-    """
-    digest = hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
-    if digest not in known:
-        raise ChangedFunctionError(
-            f"{function.__module__}.{function.__qualname__} (digest {digest}) in release {version} is not the function "
-            f"of the releases tried: {', '.join(sorted(set(known.values())))}"
-        )
+    def unpatch(self) -> None:
+        """Puts the library's own functions back."""
+        if self.in_force is not None:
+            self.in_force.unpatch()

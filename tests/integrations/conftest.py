@@ -1,6 +1,6 @@
-"""Lets the tests here import the tiny models of the trainer's tests."""
+"""Lets the tests here import ``ragged`` and the tiny models of the trainer's tests."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "rlhf"))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "rlhf")]

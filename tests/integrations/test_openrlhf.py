@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import importlib.abc
 import importlib.machinery
 import sys
@@ -10,6 +12,7 @@ from unittest import mock
 
 import pytest
 import torch
+from ragged import B, T, V, both, hold, masks, no_further_from_the_truth
 
 pytest.importorskip("openrlhf")
 pytest.importorskip("peft")
@@ -34,38 +37,19 @@ class Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
-sys.meta_path.append(Stubs())  # after the finders of what is installed
-loss = pytest.importorskip("openrlhf.models.loss", exc_type=ImportError)
-utils = pytest.importorskip("openrlhf.models.utils")
+stubs = Stubs()
+sys.meta_path.append(stubs)  # after the finders of what is installed
+try:
+    loss = pytest.importorskip("openrlhf.models.loss", exc_type=ImportError)
+    utils = pytest.importorskip("openrlhf.models.utils")
+    with contextlib.suppress(ImportError):
+        importlib.import_module("openrlhf.trainer.ppo_utils.experience_maker")
+finally:  # other libraries ask whether these are installed
+    sys.meta_path.remove(stubs)
+    for name in [name for name, module in sys.modules.items() if getattr(module, "__loader__", None) is stubs]:
+        del sys.modules[name]
 
 from rlhf_kernels.integrations.openrlhf import patch  # noqa: E402
-
-B, T, V = 5, 9, 33
-
-
-def masks():
-    """Padding on the right and on the left, holes, an empty row, and everything."""
-    right = torch.arange(T) < torch.tensor([9, 5, 1, 7, 3])[:, None]
-    holes = torch.rand(B, T, generator=torch.Generator().manual_seed(1)) < 0.6
-    empty = right.clone()
-    empty[2] = False
-    everything = torch.ones(B, T, dtype=torch.bool)
-    return {"right": right, "left": right.flip(1), "holes": holes, "empty row": empty, "all": everything}
-
-
-def both(function, where):
-    """What OpenRLHF gives, and what ours gives in its place."""
-    theirs = function()
-    with patch() as patched:
-        ours = function()
-        assert {r.name: r.calls for r in patched.replaced if r.calls} == {f"openrlhf.{where}": 1}
-    return ours, theirs
-
-
-def hold(ours, theirs, dtype=torch.float32):
-    tolerance = 1e-5 if dtype == torch.float32 else 0.02
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a.float(), b.float(), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -82,7 +66,7 @@ def test_value_loss(kind, dtype, by_token, clip, counts):
         result = loss.ValueLoss(clip, by_token)(values, old, returns, mask, **counts)
         return result, torch.autograd.grad(result, values)[0]
 
-    hold(*both(run, "models.loss.ValueLoss.forward"), dtype)
+    hold(*both(patch, run, "openrlhf.models.loss.ValueLoss.forward"), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -97,13 +81,13 @@ def test_losses_of_pairs(dtype):
         results = loss.DPOLoss(0.3)(a, b, c.detach(), d.detach())
         return *results, *torch.autograd.grad(results[0], (a, b))
 
-    hold(*both(reward, "models.loss.PairWiseLoss.forward"), dtype)
-    hold(*both(dpo, "models.loss.DPOLoss.forward"), dtype)
+    hold(*both(patch, reward, "openrlhf.models.loss.PairWiseLoss.forward"), dtype)
+    hold(*both(patch, dpo, "openrlhf.models.loss.DPOLoss.forward"), dtype)
     with patch() as patched:  # what ours has not
         loss.PairWiseLoss()(a, b, torch.ones(7))
         loss.DPOLoss(0.3, label_smoothing=0.1)(a, b, c, d)
         loss.DPOLoss(0.3, ipo=True)(a, b, c, d)
-        assert not any(r.calls for r in patched.replaced)
+        assert patched.calls == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -114,16 +98,7 @@ def test_log_probs_and_entropies(dtype):
         ("log_probs_from_logits", lambda x: utils.log_probs_from_logits(x * 1, labels, 0.7)),
         ("compute_entropy", lambda x: utils.compute_entropy(x)),
     ):
-
-        def run(function=function, x=logits):
-            result = function(x)
-            return result, torch.autograd.grad(result.float().sin().sum(), x)[0]
-
-        ours, theirs = both(run, f"models.utils.{name}")
-        exact = run(x=logits.detach().double().requires_grad_())
-        for a, b, truth in zip(ours, theirs, exact, strict=True):
-            assert a.dtype == b.dtype
-            assert (a - truth).norm() <= 1.1 * (b - truth).norm() + 1e-5 * truth.norm(), name
+        no_further_from_the_truth(patch, function, logits, f"openrlhf.models.utils.{name}")
 
 
 @pytest.mark.parametrize("kind", masks())
@@ -134,4 +109,5 @@ def test_gae(kind):
     def run():
         return maker.RemoteExperienceMaker.get_advantages_and_returns(None, values, rewards, masks()[kind], 0.99, 0.95)
 
-    hold(*both(run, "trainer.ppo_utils.experience_maker.RemoteExperienceMaker.get_advantages_and_returns"))
+    path = "openrlhf.trainer.ppo_utils.experience_maker.RemoteExperienceMaker.get_advantages_and_returns"
+    hold(*both(patch, run, path))

@@ -4,37 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ragged import B, T, V, both, hold, masks, no_further_from_the_truth
 
 core = pytest.importorskip("verl.trainer.ppo.core_algos", exc_type=ImportError)
 functional = pytest.importorskip("verl.utils.torch_functional")
 fused = pytest.importorskip("verl.utils.experimental.torch_functional")
 
 from rlhf_kernels.integrations.verl import patch  # noqa: E402
-
-B, T, V = 5, 9, 33
-
-
-def masks():
-    """Padding on the right and on the left, holes, an empty row, and everything."""
-    right = torch.arange(T) < torch.tensor([9, 5, 1, 7, 3])[:, None]
-    holes = torch.rand(B, T, generator=torch.Generator().manual_seed(1)) < 0.6
-    empty = right.clone()
-    empty[2] = False
-    everything = torch.ones(B, T, dtype=torch.bool)
-    return {"right": right, "left": right.flip(1), "holes": holes, "empty row": empty, "all": everything}
-
-
-def calls_of(patched):
-    return {r.name.rpartition(".")[2]: r.calls for r in patched.replaced if r.calls}
-
-
-def both(function, name, calls=1):
-    """What verl gives, and what ours gives in its place."""
-    theirs = function()
-    with patch() as patched:
-        ours = function()
-        assert calls_of(patched) == {name: calls}
-    return ours, theirs
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64, torch.bool])
@@ -46,7 +22,7 @@ def test_gae(kind, dtype):
     def run():
         return core.compute_gae_advantage_return(rewards, values, mask, torch.tensor(0.99), 0.95)
 
-    ours, theirs = both(run, "compute_gae_advantage_return")
+    ours, theirs = both(patch, run, "verl.trainer.ppo.core_algos.compute_gae_advantage_return")
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a * mask, b * mask, rtol=1e-4, atol=1e-5)
     found = core.get_adv_estimator_fn("gae")
@@ -68,16 +44,14 @@ def test_value_loss(kind, dtype, mode, counts):
         loss, clipped = core.compute_value_loss(values, returns, old, mask, 0.2, loss_agg_mode=mode, **counts)
         return loss, clipped, torch.autograd.grad(loss, values)[0]
 
-    for a, b in zip(*both(run, "compute_value_loss"), strict=True):
-        tolerance = 1e-5 if dtype == torch.float32 else 0.02
-        torch.testing.assert_close(a.float(), b.float(), rtol=tolerance, atol=tolerance)
+    hold(*both(patch, run, "verl.trainer.ppo.core_algos.compute_value_loss"), dtype)
 
 
 def test_modes_that_ours_has_not_go_to_verl():
     values, returns, old = torch.randn(3, B, T)
     with patch() as patched:
         core.compute_value_loss(values, returns, old, torch.ones(B, T), 0.2, loss_agg_mode="seq-mean-token-sum-norm")
-        assert calls_of(patched) == {}
+        assert patched.calls == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -89,16 +63,7 @@ def test_log_probs_and_entropies(dtype):
         ("entropy_from_logits", lambda x: functional.entropy_from_logits(x)),
         ("entropy_from_logits_with_chunking", lambda x: functional.entropy_from_logits_with_chunking(x)),
     ):
-
-        def run(function=function, x=logits):
-            result = function(x)
-            return result, torch.autograd.grad(result.float().sin().sum(), x)[0]
-
-        ours, theirs = both(run, name)
-        exact = run(x=logits.detach().double().requires_grad_())
-        for a, b, truth in zip(ours, theirs, exact, strict=True):
-            assert a.dtype == b.dtype
-            assert (a - truth).norm() <= 1.1 * (b - truth).norm() + 1e-5 * truth.norm(), name
+        no_further_from_the_truth(patch, function, logits, f"verl.utils.torch_functional.{name}")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -113,6 +78,7 @@ def test_log_probs_from_hidden_states(shape, dtype):
         gradients = torch.autograd.grad(logprobs.sin().sum() + entropy.float().sum(), (hidden, weight))
         return logprobs, entropy, *gradients
 
-    for a, b in zip(*both(run, "forward"), strict=True):
+    path = "verl.utils.experimental.torch_functional.FusedLinearForPPO.forward"
+    for a, b in zip(*both(patch, run, path), strict=True):
         assert (a.dtype, a.shape) == (b.dtype, b.shape)
         assert (a - b).norm() <= (1e-5 if dtype == torch.float32 else 0.03) * b.norm()

@@ -1,0 +1,28 @@
+"""What the functions of several libraries have in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_kernels import checks
+from rlhf_kernels.log_prob import selective_log_softmax_and_entropy
+
+
+def are_plain(logits: Any, index: Tensor | None = None) -> bool:
+    """Whether our ops take these logits, with one index a row."""
+    plain = type(logits) in (Tensor, torch.nn.Parameter) and logits.dtype in checks.FLOATS and logits.dim() > 0
+    return plain and (index is None or index.shape == logits.shape[:-1])
+
+
+def entropies(logits: Tensor) -> Tensor:
+    """(...) entropies of (..., V) logits, float32 (float64 for float64 logits)."""
+    index = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
+    return selective_log_softmax_and_entropy(logits, index)[1]
+
+
+def fold_scale(softcap: float | None, scale: float) -> tuple[float | None, float]:
+    """The softcap and the temperature that do what a factor s before a cap c does: c/s and 1/s."""
+    return (None if softcap is None else softcap / scale), 1.0 / scale
