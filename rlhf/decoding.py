@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from rlhf_kernels.integrations.transformers import in_place_of
+
 if TYPE_CHECKING:
     from rlhf.models import LanguageModel
 
@@ -52,13 +54,10 @@ def decoding_layers(module: nn.Module) -> Iterator[None]:
         for layer in module.modules()
         if type(layer) is nn.Linear and layer.weight.is_cpu and "forward" not in vars(layer)
     ]
-    for layer in layers:
-        vars(layer)["forward"] = partial(_forward, layer)
-    try:
-        yield
-    finally:
+    with contextlib.ExitStack() as stack:
         for layer in layers:
-            del vars(layer)["forward"]
+            stack.enter_context(in_place_of(layer, partial(_forward, layer)))
+        yield
 
 
 def _forward(layer: nn.Linear, states: Tensor) -> Tensor:

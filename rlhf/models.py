@@ -33,7 +33,7 @@ from rlhf.loading import (
     loading_lines,
     name_of,
 )
-from rlhf_kernels.integrations.transformers import logit_transform
+from rlhf_kernels.integrations.transformers import TOLERANCE, logit_transform, transformed
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -99,7 +99,7 @@ class Backbone(nn.Module):
     @property
     def tolerance(self) -> float:
         """The largest relative error between two ways to compute the same thing that probing accepts."""
-        return probe.TOLERANCE[torch.bfloat16 if self.flash else self.model.dtype]
+        return TOLERANCE[torch.bfloat16 if self.flash else self.model.dtype]
 
     def _find_layout(self) -> Layout:
         """The fastest layout in which sequences do not see each other."""
@@ -236,11 +236,8 @@ class LanguageModel(Backbone):
     def project(self, states: Tensor) -> Tensor:
         """(..., V) float32 logits of (..., D) last hidden states, as the model's own head makes them."""
         head: Any = self.model.get_output_embeddings()
-        bias = getattr(head, "bias", None)
-        logits = linear(states, head.weight, bias).float()
-        if self.softcap:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits if self.own_temperature == 1 else logits / self.own_temperature
+        product = linear(states, head.weight, getattr(head, "bias", None))
+        return transformed(product, self.softcap, self.own_temperature)
 
     @torch.no_grad()
     def next_logits(self, sequences: Sequence[Sequence[int]]) -> Tensor:

@@ -15,17 +15,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from rlhf.batch import Group, Layout, lay_out
 from rlhf.decoding import Decoder, Decoding
 from rlhf.loading import context_length
+from rlhf_kernels.integrations.transformers import relative_error
 
 if TYPE_CHECKING:
     from rlhf.models import Backbone, LanguageModel
-
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
-"""The largest error that rounding may cause, by the precision of activations."""
 
 LONGEST = 12
 """Tokens of the longest sequence tried, if the context has room for as many."""
@@ -41,12 +38,6 @@ def probe_sequences(model: Backbone, lengths: tuple[int, ...]) -> list[list[int]
     drawn = torch.randint(len(embeddings.weight), (8 * sum(lengths) + 64,), generator=generator).tolist()
     plain = iter([token for token in drawn if token not in special] or drawn)
     return [[next(plain) for _ in range(length)] for length in lengths]
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """|actual − expected| / |expected|; infinite where anything is not finite."""
-    error = ((actual - expected).norm() / expected.norm().clamp(min=1e-30)).item()
-    return error if error == error else float("inf")
 
 
 @torch.no_grad()

@@ -60,8 +60,7 @@ def linear_selective_log_softmax(
             something besides 0 and 1.
         IndexError: an index out of range (on the CPU; on a GPU its row gives NaN).
     """
-    temperature, softcap = _check_linear(hidden, weight, bias, temperature, softcap)
-    hidden, weight, bias = _autocast(hidden, weight, bias)
+    hidden, weight, bias, temperature, softcap = _check_linear(hidden, weight, bias, temperature, softcap)
     ignore_index = check_rows(index, hidden, hidden.shape[:-1], mask, ignore_index)
     return _run(hidden, weight, index, mask, ignore_index, bias, temperature, softcap, with_entropy=False)[0]
 
@@ -84,8 +83,7 @@ def linear_selective_log_softmax_and_entropy(
     Returns:
         Two (...) float32 (float64 for float64 inputs) tensors: log-probabilities and entropies, in nats.
     """
-    temperature, softcap = _check_linear(hidden, weight, bias, temperature, softcap)
-    hidden, weight, bias = _autocast(hidden, weight, bias)
+    hidden, weight, bias, temperature, softcap = _check_linear(hidden, weight, bias, temperature, softcap)
     ignore_index = check_rows(index, hidden, hidden.shape[:-1], mask, ignore_index)
     return _run(hidden, weight, index, mask, ignore_index, bias, temperature, softcap, with_entropy=True)
 
@@ -140,8 +138,7 @@ def linear_ppo_policy_loss(
             something besides 0 and 1.
         IndexError: an index out of range (on the CPU; on a GPU the loss is NaN).
     """
-    temperature, softcap = _check_linear(hidden, weight, bias, temperature, softcap)
-    hidden, weight, bias = _autocast(hidden, weight, bias)
+    hidden, weight, bias, temperature, softcap = _check_linear(hidden, weight, bias, temperature, softcap)
     rows = hidden.shape[:-1]
     for name, value in (("old_logprobs", old_logprobs), ("advantages", advantages)):
         checks.tensor(name, value, checks.FLOATS, hidden)
@@ -199,8 +196,7 @@ def linear_cross_entropy(
         ValueError: shapes or devices differ, or an option is out of range.
         IndexError: a label out of range (on the CPU; on a GPU the loss is NaN).
     """
-    temperature, softcap = _check_linear(hidden, weight, bias, temperature, softcap)
-    hidden, weight, bias = _autocast(hidden, weight, bias)
+    hidden, weight, bias, temperature, softcap = _check_linear(hidden, weight, bias, temperature, softcap)
     checks.choice("reduction", reduction, ("mean", "sum"))
     checks.tensor("labels", labels, checks.INDICES, hidden)
     checks.shape("labels", labels, hidden.shape[:-1], "one entry per row of hidden")
@@ -219,8 +215,8 @@ def linear_cross_entropy(
 
 def _check_linear(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, softcap: float | None
-) -> tuple[float, float | None]:
-    """Returns the temperature and the softcap."""
+) -> tuple[Tensor, Tensor, Tensor | None, float, float | None]:
+    """The arguments as they are taken, the operands in autocast's dtype where it is on (it leaves float64 alone)."""
     checks.tensor("hidden", hidden, checks.FLOATS)
     if hidden.dim() == 0:
         raise ValueError("hidden: has shape (), must be (..., D)")
@@ -234,7 +230,11 @@ def _check_linear(
     temperature = checks.number("temperature", temperature, 0.0, exclusive_low=True)
     if softcap is not None:
         softcap = checks.number("softcap", softcap, 0.0, exclusive_low=True)
-    return temperature, softcap
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and torch.float64 not in (hidden.dtype, weight.dtype):
+        dtype = torch.get_autocast_dtype(device)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return hidden, weight, bias, temperature, softcap
 
 
 def _run(
@@ -261,15 +261,6 @@ def _operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
     if len(dtypes) > 1:
         hidden, weight, bias = hidden.float(), weight.float(), None if bias is None else bias.float()
     return hidden, weight, bias
-
-
-def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The operands in autocast's dtype where it is on, as for ``F.linear``; it leaves float64 alone."""
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device) or torch.float64 in (hidden.dtype, weight.dtype):
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(device)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
 
 
 def _gradients_like(

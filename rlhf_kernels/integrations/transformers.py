@@ -1,7 +1,7 @@
 """Log-probs of a Hugging Face causal language model's tokens, without its (tokens, V) logits.
 
-The model's own ``forward`` runs, with all its wrappers (DDP, FSDP, DeepSpeed, PEFT, gradient checkpointing). Only its
-output projection is replaced while it does, by the ``linear_`` op: that is where the logits would have been made.
+The model's own ``forward`` runs, with all its wrappers (DDP, FSDP2, PEFT, gradient checkpointing). Only its output
+projection is replaced while it does, by the ``linear_`` op: that is where the logits would have been made.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_kernels import checks
+from rlhf_kernels.integrations.common import fold_scale
 from rlhf_kernels.linear_log_prob import linear_selective_log_softmax, linear_selective_log_softmax_and_entropy
 
 # The names under which configurations keep the cap on the logits and the factors that the head's product is multiplied
@@ -27,7 +28,7 @@ DIVISOR_IS_FACTOR = ("hyperclovax",)
 """Types that multiply by what others divide by."""
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
-"""How far logits may be from the model's own, relative to their size, by the dtype of its weights."""
+"""The largest relative error that rounding may cause, by the precision of activations."""
 
 
 class UnsupportedModelError(ValueError):
@@ -71,8 +72,9 @@ def log_probs(
         TypeError: an argument is not a tensor of a dtype above.
         ValueError: shapes or devices differ, or an option is out of range.
     """
-    run = _Run(linear_selective_log_softmax, input_ids, attention_mask, position_ids, mask, logits_to_keep, temperature)
-    return run(model, inputs)[0]
+    where = {"attention_mask": attention_mask, "position_ids": position_ids}
+    op = linear_selective_log_softmax
+    return _run(op, model, input_ids, where, mask, logits_to_keep, temperature, inputs)[0]
 
 
 def log_probs_and_entropy(
@@ -93,9 +95,9 @@ def log_probs_and_entropy(
     Returns:
         Two tensors of the shape that :func:`log_probs` gives: log-probs and entropies, in nats.
     """
+    where = {"attention_mask": attention_mask, "position_ids": position_ids}
     op = linear_selective_log_softmax_and_entropy
-    run = _Run(op, input_ids, attention_mask, position_ids, mask, logits_to_keep, temperature)
-    logprobs, entropies = run(model, inputs)
+    logprobs, entropies = _run(op, model, input_ids, where, mask, logits_to_keep, temperature, inputs)
     return logprobs, entropies
 
 
@@ -147,10 +149,7 @@ class Head:
 
 
 def logit_transform(config: Any) -> tuple[float | None, float]:
-    """The softcap and the temperature that a configuration gives the product of hidden states and output embeddings.
-
-    A factor s before a cap c is what a cap of c/s and a temperature of 1/s are.
-    """
+    """The softcap and the temperature that a configuration gives the product of hidden states and output embeddings."""
     config = config.get_text_config()
     scale = next((s for s in (getattr(config, name, None) for name in FACTORS) if s is not None), 1.0)
     divisor = next((s for s in (getattr(config, name, None) for name in DIVISORS) if s is not None), 1.0)
@@ -158,7 +157,21 @@ def logit_transform(config: Any) -> tuple[float | None, float]:
     if not scale > 0:
         raise UnsupportedModelError(f"{config.model_type} models multiply their logits by {scale}; it must be above 0")
     softcap = next((c for c in (getattr(config, name, None) for name in SOFTCAPS) if c), None)
-    return (None if softcap is None else softcap / scale), 1.0 / scale
+    return fold_scale(softcap, scale)
+
+
+def transformed(product: Tensor, softcap: float | None, temperature: float) -> Tensor:
+    """(..., V) float32 logits, from the product of hidden states and output embeddings."""
+    logits = product.float()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return logits if temperature == 1 else logits / temperature
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """|actual − expected| / |expected|; infinite where anything is not finite."""
+    error = ((actual - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+    return error if error == error else float("inf")
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
@@ -211,56 +224,56 @@ def _whole(weight: Any) -> Tensor:
     return weight
 
 
-class _Run:
+def _run(
+    op: Callable[..., Any], model: nn.Module, input_ids: Tensor, where: dict[str, Tensor | None], mask: Tensor | None,
+    logits_to_keep: int | None, temperature: float, inputs: dict[str, Any],
+) -> tuple[Tensor, ...]:  # fmt: skip
     """One pass through a model, with the op in the place of its head."""
+    checks.tensor("input_ids", input_ids, checks.INDICES)
+    if input_ids.dim() != 2 or input_ids.shape[1] < 2:
+        raise ValueError(f"input_ids: has shape {tuple(input_ids.shape)}, must be (B, T) with T at least 2")
+    length = input_ids.shape[1]
+    keep = length - 1 if logits_to_keep is None else checks.integer("logits_to_keep", logits_to_keep)
+    if not 0 < keep < length:
+        raise ValueError(f"logits_to_keep: is {keep}, must be in [1, {length - 1}]")
+    temperature = checks.number("temperature", temperature, 0.0, exclusive_low=True)
+    wanted = _wanted(input_ids, mask, **where)[:, -keep:]
+    head = Head.of(model)
+    _check_once(model, head, input_ids)
+    found: list[tuple[Tensor, ...]] = []
 
-    def __init__(
-        self, op: Callable[..., Any], input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None,
-        mask: Tensor | None, logits_to_keep: int | None, temperature: float,
-    ):  # fmt: skip
-        checks.tensor("input_ids", input_ids, checks.INDICES)
-        if input_ids.dim() != 2 or input_ids.shape[1] < 2:
-            raise ValueError(f"input_ids: has shape {tuple(input_ids.shape)}, must be (B, T) with T at least 2")
-        length = input_ids.shape[1]
-        self.keep = length - 1 if logits_to_keep is None else checks.integer("logits_to_keep", logits_to_keep)
-        if not 0 < self.keep < length:
-            raise ValueError(f"logits_to_keep: is {logits_to_keep}, must be in [1, {length - 1}]")
-        self.op, self.input_ids, self.temperature = op, input_ids, checks.number("temperature", temperature)
-        where = {"attention_mask": attention_mask, "position_ids": position_ids}
-        self.where = {name: x for name, x in where.items() if x is not None}
-        wanted = torch.ones_like(input_ids, dtype=torch.bool)
-        if mask is not None:
-            wanted = checks.mask("mask", mask, input_ids, input_ids.shape) != 0
-        if attention_mask is not None and attention_mask.shape == input_ids.shape:
-            seen = attention_mask != 0
-            wanted = wanted & seen & seen.roll(1, 1)  # the first column, which rolls over, predicts nothing
-        if position_ids is not None and position_ids.shape[-2:] == input_ids.shape[-2:]:
-            wanted = wanted & (position_ids != 0)
-        self.wanted = wanted[:, -self.keep :]
+    def project(hidden: Tensor) -> Tensor:
+        states = hidden[:, -keep - 1 : -1]  # PEFT's virtual tokens come before all others
+        results = op(
+            states, head.weight, input_ids[:, -keep:], bias=head.bias, mask=wanted, softcap=head.softcap,
+            temperature=temperature * head.temperature,
+        )  # fmt: skip
+        found.append(results if isinstance(results, tuple) else (results,))
+        return found[-1][0][..., None]
 
-    def __call__(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
-        head = Head.of(model)
-        _check_once(model, head, self.input_ids)
-        found: list[tuple[Tensor, ...]] = []
+    given = {name: x for name, x in where.items() if x is not None}
+    with in_place_of(head.module, project):
+        output = model(input_ids=input_ids, use_cache=False, **given, **inputs)
+    if len(found) != 1:
+        raise UnsupportedModelError(f"{type(model).__name__}: its forward called its head {len(found)} times")
+    return tuple(_Tied.apply(x, output.logits) for x in found[0])
 
-        def project(hidden: Tensor) -> Tensor:
-            states = hidden[:, -self.keep - 1 : -1]  # PEFT's virtual tokens come before all others
-            results = self.op(
-                states, head.weight, self.input_ids[:, -self.keep :], bias=head.bias, mask=self.wanted,
-                softcap=head.softcap, temperature=self.temperature * head.temperature,
-            )  # fmt: skip
-            found.append(results if isinstance(results, tuple) else (results,))
-            return found[-1][0][..., None]
 
-        with _in_place_of(head.module, project):
-            output = model(input_ids=self.input_ids, use_cache=False, **self.where, **inputs)
-        if len(found) != 1:
-            raise UnsupportedModelError(f"{type(model).__name__}: its forward called its head {len(found)} times")
-        return tuple(_Tied.apply(x, output.logits) for x in found[0])
+def _wanted(
+    input_ids: Tensor, mask: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor | None
+) -> Tensor:
+    """(B, T) bool: the tokens that count, but for the first of each row, which nothing predicts."""
+    wanted = checks.mask("mask", mask, input_ids, input_ids.shape) != 0
+    if attention_mask is not None and attention_mask.shape == input_ids.shape:
+        seen = attention_mask != 0
+        wanted = wanted & seen & seen.roll(1, 1)
+    if position_ids is not None and position_ids.shape[-2:] == input_ids.shape[-2:]:
+        wanted = wanted & (position_ids != 0)
+    return wanted
 
 
 @contextlib.contextmanager
-def _in_place_of(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def in_place_of(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Has a module run another function as its ``forward``; its hooks, which gather what is sharded, still run."""
     before = vars(module).get("forward")
     vars(module)["forward"] = forward
@@ -296,29 +309,27 @@ def _check_once(model: nn.Module, head: Head, input_ids: Tensor) -> None:
     if causal in _checked or torch.compiler.is_compiling():
         return
     few = input_ids[:1, :4]
-    states: list[Tensor] = []
-    dtypes: list[torch.dtype] = []
+    found: list[tuple[Tensor, torch.dtype]] = []
+
+    def project(hidden: Tensor) -> Tensor:
+        product = torch.nn.functional.linear(hidden, head.weight, head.bias)
+        found.append((transformed(product, head.softcap, head.temperature), hidden.dtype))
+        return hidden[..., :1]
+
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad():
-
-            def project(hidden: Tensor) -> Tensor:
-                logits = torch.nn.functional.linear(hidden, head.weight, head.bias).float()
-                if head.softcap is not None:
-                    logits = head.softcap * torch.tanh(logits / head.softcap)
-                states.append(logits / head.temperature)
-                dtypes.append(hidden.dtype)
-                return hidden[..., :1]
-
-            with _in_place_of(head.module, project):
+            with in_place_of(head.module, project):
                 model(input_ids=few, use_cache=False)
             expected = model(input_ids=few, use_cache=False).logits.float()
     finally:
         for module, mode in modes.items():
             module.training = mode
-    error = ((states[0] - expected).norm() / expected.norm().clamp(min=1e-30)).item() if states else float("inf")
-    if not states or not error <= TOLERANCE[dtypes[0]]:
+    if not found:
+        raise UnsupportedModelError(f"{type(causal).__name__}: its forward did not call its head")
+    logits, dtype = found[0]
+    if not (error := relative_error(logits, expected)) <= TOLERANCE[dtype]:
         raise UnsupportedModelError(
             f"{type(causal).__name__}: its logits are not its last hidden states times its output embeddings "
             f"(they differ by {error:.2g} of their size)"

@@ -267,7 +267,7 @@ def clip_ends(clip_low: float, clip_high: float) -> dict[str, float]:
 
 
 def row_weights(wanted: Tensor, reduction: str, denominator: float | None) -> Tensor:
-    """The weight of each position under a reduction, float64 and of the mask's shape. It depends on the mask alone."""
+    """The weight of each position under a reduction, float64 and of the mask's shape."""
     if denominator is not None:
         weights = torch.full((), 1.0 / denominator, dtype=torch.float64, device=wanted.device)
     else:
