@@ -49,6 +49,11 @@ FULL = Effort(seconds=10.0, fewest=5, most=200, modes=MODES)
 QUICK = Effort(seconds=0.2, fewest=3, most=20, modes=MODES[:1])
 
 
+def title(op: str, size: str, dtype: str, step: str) -> str:
+    """A group's name while it is measured, and by which a run that goes on knows it again."""
+    return f"{op} {size} {dtype} {step}"
+
+
 @dataclass(frozen=True)
 class Task:
     """What to measure next."""
@@ -65,7 +70,7 @@ class Task:
         return str(self.dtype).removeprefix("torch.")
 
     def __str__(self) -> str:
-        return f"{self.case.op} {self.case.size} {self.dtype_name} {self.step}"
+        return title(self.case.op, self.case.size, self.dtype_name, self.step)
 
 
 @dataclass
@@ -91,6 +96,9 @@ class Group:
     step: str
     bound_s: float
     rows: list[Row] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return title(self.op, self.size, self.dtype, self.step)
 
 
 Measurement = Callable[[bounds.Rates, Callable[[Group], None], Console], None]

@@ -64,11 +64,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--trl", metavar="PYTHON", help="for step: a Python that has TRL 1.9.2")
     parser.add_argument("--quick", action="store_true", help="small sizes, few runs: shows that it works, not how fast")
     parser.add_argument("--json", type=writable, metavar="FILE", help="write everything that was measured")
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with the run that left --json its file",
-    )
+    parser.add_argument("--resume", action="store_true", help="go on with the run that left --json its file")
     parser.add_argument("--plot", type=writable, metavar="FILE", help="draw a figure; needs matplotlib")
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -115,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         console.begin("bandwidth")
         rates = bounds.measure_rates(device)
-    there = {f"{group.op} {group.size} {group.dtype} {group.step}" for group in groups}
+    there = set(map(str, groups))
     planned = [(title, measurement) for title, measurement in plan(options) if title not in there]
 
     def save(*, complete: bool) -> None:

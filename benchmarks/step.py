@@ -20,7 +20,7 @@ import torch
 from bounds import Work
 from cases import OURS
 from console import Console
-from measure import Group, Measurement, Row
+from measure import Group, Measurement, Row, title
 
 WORKER = Path(__file__).with_name("step_worker.py")
 
@@ -41,7 +41,8 @@ def plan(scale: str, trl: str | None) -> Iterator[tuple[str, Measurement]]:
     for stage, shapes in SHAPES[scale].items():
         for sizes in shapes:
             shape = sizes | {"steps": STEPS[scale], "minibatches": MINIBATCHES}
-            yield f"{stage} iteration {described(shape)}", partial(measure, stage, shape, trl)
+            name = title(f"{stage} iteration", described(shape), "float32", "iteration")
+            yield name, partial(measure, stage, shape, trl)
 
 
 def measure(

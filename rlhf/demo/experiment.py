@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from rlhf import ppo, reward, sft
 from rlhf.config import Adam, LengthConfig, PPOConfig, RewardConfig, SFTConfig
@@ -99,14 +100,15 @@ def run(config: DemoConfig, *, resume: bool = False) -> dict:
         with clock.timing(name):
             policies[name] = train_ppo(config, name, sft_model, reward_model, **options)
     with clock.timing("evaluation"):
+        chunks = tokenize_texts(data.held_out_documents, tokenizer, length=CHUNK)
         models = {"base": small, "sft": sft_model, **policies}
-        measured = {name: measure(config, data, name, path) for name, path in models.items()}
+        measured = {name: measure(config, data, chunks, name, path) for name, path in models.items()}
         few_shot = few_shot_answers(config, data, small)
         courses = {name: course(output / name, data) for name in policies}
     with clock.timing("waiting for the large base"):
         large.wait(output / "large_base/metrics.jsonl", config.large_steps)
     with clock.timing("evaluation"):
-        measured["large_base"] = measure(config, data, "large_base", output / "large_base/model")
+        measured["large_base"] = measure(config, data, chunks, "large_base", output / "large_base/model")
         figures = evaluate(config, data, measured, few_shot, reward_model) | {"course": courses}
     figures["seconds"] = clock.total()
     figures["seconds_by_step"] = clock.seconds
@@ -281,11 +283,10 @@ class Measured:
     """Nats per token of held-out documents."""
 
 
-def measure(config: DemoConfig, data: Data, name: str, path: Path) -> Measured:
-    """Measures a model."""
+def measure(config: DemoConfig, data: Data, chunks: Tensor, name: str, path: Path) -> Measured:
+    """Measures a model; ``chunks`` are the held-out documents."""
     answers = sample_texts(path, [instruction.prompt for instruction in data.evaluation], f"{name} {config.seed}")
     model = LanguageModel.load(str(path)).eval()
-    chunks = tokenize_texts(data.held_out_documents, load_tokenizer(str(path)), length=CHUNK)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Measured(answers, parameters, pretraining_loss(model, chunks, 8192))
 
