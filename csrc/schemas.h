@@ -28,9 +28,10 @@ inline void define_ops(torch::stable::detail::StableLibrary& library) {
       "Tensor? grad_entropies, bool needs_hidden, bool needs_weight) -> "
       "(Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
   library.def(
-      "linear_ppo_policy_loss(Tensor hidden, Tensor weight, Tensor index, Tensor old_logprobs, Tensor advantages, "
-      "Tensor wanted, Tensor? bias, float temperature, float? softcap, float clip_low, float clip_high, "
-      "float? dual_clip, str reduction, float? denominator, bool needs_hidden, bool needs_weight) -> "
+      "linear_ppo_policy_loss(Tensor hidden, Tensor weight, Tensor index, Tensor? old_logprobs, Tensor advantages, "
+      "Tensor wanted, Tensor? bias, float temperature, float? softcap, Tensor? ref_logprobs, float beta, "
+      "float clip_low, float clip_high, float? dual_clip, float? log_ratio_clamp, bool cispo, "
+      "float entropy_coefficient, str reduction, float? denominator, bool needs_hidden, bool needs_weight) -> "
       "(Tensor loss, Tensor statistics, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
   library.def(
       "linear_cross_entropy(Tensor hidden, Tensor weight, Tensor labels, Tensor wanted, Tensor? bias, "
@@ -53,8 +54,9 @@ inline void define_ops(torch::stable::detail::StableLibrary& library) {
       "float gamma, float lam, bool whiten, Tensor? bootstrap, str estimator, float? score_clip, "
       "Tensor? cu_seqlens) -> (Tensor advantages, Tensor returns, Tensor rewards, Tensor kl)");
   library.def(
-      "ppo_policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor wanted, float clip_low, "
-      "float clip_high, float? dual_clip, str reduction, float? denominator, bool with_gradient) -> "
+      "ppo_policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor wanted, Tensor? ref_logprobs, "
+      "float beta, float clip_low, float clip_high, float? dual_clip, float? log_ratio_clamp, bool cispo, "
+      "bool by_sequence, str reduction, float? denominator, bool with_gradient) -> "
       "(Tensor loss, Tensor statistics, Tensor gradient)");
   library.def(
       "ppo_value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor wanted, float? clip_range, "

@@ -7,6 +7,7 @@ arXiv 2408.00118, section 2), then division by the temperature. On the CPU, numb
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from rlhf_kernels import checks
 from rlhf_kernels.backends import choose
 from rlhf_kernels.log_prob import check_rows, read_rows
 from rlhf_kernels.ops import OPS
-from rlhf_kernels.ppo_loss import check_clipping, check_reduction
+from rlhf_kernels.ppo_loss import check_reduction, check_reference, check_surrogate, policy_statistics, spread
 from rlhf_kernels.reference import linear_log_prob as reference
 from rlhf_kernels.registration import autograd, call, fake, needs_gradient, run_kernel, scaled
 
@@ -92,23 +93,29 @@ def linear_ppo_policy_loss(
     hidden: Tensor,
     weight: Tensor,
     index: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     advantages: Tensor,
     mask: Tensor | None,
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
+    surrogate: str = "clipped",
     clip_range: float = 0.2,
     clip_range_high: float | None = None,
     dual_clip: float | None = None,
+    log_ratio_clamp: float | None = None,
+    ref_logprobs: Tensor | None = None,
+    beta: float = 0.0,
+    entropy_coefficient: float = 0.0,
     reduction: str = "token-mean",
     denominator: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """:func:`~rlhf_kernels.ppo_policy_loss` of the log-probs of :func:`linear_selective_log_softmax`.
 
     A row's loss is known as soon as its logits are, so the kernels turn the logits into their gradient at once. That
-    takes three matmuls in all, and never more logits than a fixed workspace holds.
+    takes three matmuls in all, and never more logits than a fixed workspace holds. (One ratio for a sequence needs all
+    of its log-probs first: ``ppo_policy_loss(linear_selective_log_softmax(…), …, ratio_level="sequence")``.)
 
     Differentiable in ``hidden``, ``weight`` and ``bias``.
 
@@ -116,15 +123,21 @@ def linear_ppo_policy_loss(
         hidden: (..., D), as for :func:`linear_selective_log_softmax`.
         weight: (V, D).
         index: (...) int64 or int32: the sampled tokens, in [0, V) where ``mask`` is not 0.
-        old_logprobs: (...) floating point: log-probs under the policy that sampled the tokens.
-        advantages: (...) floating point.
+        old_logprobs: (...) floating point: log-probs under the policy that sampled the tokens. None: under this one.
+        advantages: (...) floating point; or (B,) for hidden of (B, T, D).
         mask: (...) bool or {0, 1}: which positions are response tokens. None: all of them.
         bias: (V,).
         temperature: τ > 0, the one the tokens were sampled at.
         softcap: > 0, or None.
-        clip_range: as for :func:`~rlhf_kernels.ppo_policy_loss`.
+        surrogate: as for :func:`~rlhf_kernels.ppo_policy_loss`.
+        clip_range: likewise.
         clip_range_high: likewise.
         dual_clip: likewise.
+        log_ratio_clamp: likewise.
+        ref_logprobs: (...), likewise.
+        beta: likewise.
+        entropy_coefficient: c; c·H of every position is taken off its loss, and differentiated, where H is the entropy
+            in nats: a bonus (Schulman et al. 2017, equation 9).
         reduction: likewise.
         denominator: likewise.
 
@@ -134,32 +147,39 @@ def linear_ppo_policy_loss(
 
     Raises:
         TypeError: an argument is not a tensor, or has a dtype not listed above.
-        ValueError: shapes or devices differ, an option is out of range, or (looked at on the CPU only) a mask holds
-            something besides 0 and 1.
+        ValueError: shapes or devices differ, an option is out of range or does not fit another, or (looked at on the
+            CPU only) a mask holds something besides 0 and 1.
         IndexError: an index out of range (on the CPU; on a GPU the loss is NaN).
     """
     hidden, weight, bias, temperature, softcap = _check_linear(hidden, weight, bias, temperature, softcap)
     rows = hidden.shape[:-1]
+    advantages = spread("advantages", advantages, hidden, rows)
     for name, value in (("old_logprobs", old_logprobs), ("advantages", advantages)):
-        checks.tensor(name, value, checks.FLOATS, hidden)
-        checks.shape(name, value, rows, "one entry per row of hidden")
+        if value is not None:
+            checks.tensor(name, value, checks.FLOATS, hidden)
+            checks.shape(name, value, rows, "one entry per row of hidden")
     mask = checks.mask("mask", mask, hidden, rows)
     checks.tensor("index", index, checks.INDICES, hidden)
     checks.shape("index", index, rows, "one entry per row of hidden")
-    clip = check_clipping(clip_range, clip_range_high, dual_clip) + check_reduction(reduction, denominator, len(rows))
+    options = (
+        *check_reference(ref_logprobs, beta, hidden, rows),
+        *check_surrogate(surrogate, clip_range, clip_range_high, dual_clip, log_ratio_clamp),
+        checks.number("entropy_coefficient", entropy_coefficient, -math.inf),
+        *check_reduction(reduction, denominator, len(rows)),
+    )
     backend = choose("linear_ppo_policy_loss", hidden, weight, bias)
     wanted = checks.read_row_mask(backend, "mask", mask)
     index = checks.read_index(backend, "index", index, wanted, weight.shape[0])
     if backend == "reference":
         return reference.linear_ppo_policy_loss(
-            hidden, weight, index, old_logprobs, advantages, wanted, bias, temperature, softcap, *clip
+            hidden, weight, index, old_logprobs, advantages, wanted, bias, temperature, softcap, *options
         )
     hidden, weight, bias = _operands(hidden, weight, bias)
     loss, statistics, *_ = call(
         backend, "linear_ppo_policy_loss", hidden, weight, index, old_logprobs, advantages, wanted, bias, temperature,
-        softcap, *clip, needs_gradient(hidden), needs_gradient(weight, bias),
+        softcap, *options, needs_gradient(hidden), needs_gradient(weight, bias),
     )  # fmt: skip
-    return loss, OPS["linear_ppo_policy_loss"].named(statistics)
+    return loss, policy_statistics("linear_ppo_policy_loss", statistics, ref_logprobs)
 
 
 def linear_cross_entropy(
@@ -297,9 +317,10 @@ def _(
 
 @fake("linear_ppo_policy_loss")
 def _(
-    hidden: Tensor, weight: Tensor, index: Tensor, old_logprobs: Tensor, advantages: Tensor, wanted: Tensor,
-    bias: Tensor | None, temperature: float, softcap: float | None, clip_low: float, clip_high: float,
-    dual_clip: float | None, reduction: str, denominator: float | None, needs_hidden: bool, needs_weight: bool,
+    hidden: Tensor, weight: Tensor, index: Tensor, old_logprobs: Tensor | None, advantages: Tensor, wanted: Tensor,
+    bias: Tensor | None, temperature: float, softcap: float | None, ref_logprobs: Tensor | None, beta: float,
+    clip_low: float, clip_high: float, dual_clip: float | None, log_ratio_clamp: float | None, cispo: bool,
+    entropy_coefficient: float, reduction: str, denominator: float | None, needs_hidden: bool, needs_weight: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     loss = hidden.new_empty((), dtype=torch.float32)
     statistics = loss.new_empty(len(OPS["linear_ppo_policy_loss"].statistics))

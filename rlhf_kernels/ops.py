@@ -28,7 +28,7 @@ class Op:
 # On an H100 the CUDA kernels were faster than Triton's for log-probs and the ranking loss; the other small ops take
 # less time than their launch, which is cheaper from C++. The linear family is in Triton only.
 BOTH = ("cuda", "triton")
-POLICY_STATISTICS = ("ratio_mean", "ratio_max_deviation", "approx_kl", "clip_fraction")
+POLICY_STATISTICS = ("ratio_mean", "ratio_max_deviation", "approx_kl", "clip_fraction", "ref_kl")
 
 OPS = {
     "selective_log_softmax": Op(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,34 +13,54 @@ from rlhf_kernels.ops import OPS
 from rlhf_kernels.reference import ppo_loss as reference
 from rlhf_kernels.registration import autograd_of_loss, call, fake, needs_gradient
 
+SURROGATES = ("clipped", "cispo")
+RATIO_LEVELS = ("token", "sequence")
 REDUCTIONS = ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum")
 
 
 def ppo_policy_loss(
     logprobs: Tensor,
-    old_logprobs: Tensor,
+    old_logprobs: Tensor | None,
     advantages: Tensor,
     mask: Tensor | None,
     *,
+    surrogate: str = "clipped",
+    ratio_level: str = "token",
     clip_range: float = 0.2,
     clip_range_high: float | None = None,
     dual_clip: float | None = None,
+    log_ratio_clamp: float | None = None,
+    ref_logprobs: Tensor | None = None,
+    beta: float = 0.0,
     reduction: str = "token-mean",
     denominator: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """−min(ρ·A, clip(ρ, 1−ε, 1+ε_high)·A) with ρ = π/π_old, reduced over unmasked positions.
 
     Schulman et al. 2017, equation 7. Differentiable in ``logprobs`` alone. At masked positions any value, NaN
-    included, leaves loss and gradient untouched.
+    included, leaves loss and gradient untouched. docs/algorithms.md has the options that make the losses of GRPO, DAPO,
+    Dr. GRPO, GSPO, CISPO and RLOO of it.
 
     Args:
         logprobs: (B, T) or (N,) floating point: log-probs of the sampled tokens under the policy.
-        old_logprobs: the same shape: under the policy that sampled them.
-        advantages: the same shape.
-        mask: the same shape, bool or {0, 1}: which positions are response tokens. None: all of them.
+        old_logprobs: the same shape: under the policy that sampled them. None: under this very policy, so that every ρ
+            is 1, and the gradient that of −A·log π.
+        advantages: the same shape; or (B,), one for all positions of a row.
+        mask: the same shape as logprobs, bool or {0, 1}: which positions are response tokens. None: all of them.
+        surrogate: "clipped", the loss above; or "cispo": −clip(ρ)·A·log π with a constant ρ, so that every position
+            keeps a gradient (MiniMax 2025, arXiv 2506.13585, equation 4).
+        ratio_level: "token"; or "sequence": every position of a row has the ratio exp(mean over the row of log ρ)
+            (GSPO, Zheng et al. 2025, arXiv 2507.18071, equation 7), with its own token's gradient (equation 14). Not
+            for (N,).
         clip_range: ε in (0, 1].
-        clip_range_high: ε_high in (0, 1], when it differs from ε (Yu et al. 2025, arXiv 2503.14476, "clip-higher").
-        dual_clip: c > 1: where A < 0 the loss is at most −c·A (Ye et al. 2020, arXiv 1912.09729, eq. 5).
+        clip_range_high: ε_high, when it differs from ε (Yu et al. 2025, arXiv 2503.14476, "clip-higher"): in (0, 1],
+            and any number above 0 for "cispo".
+        dual_clip: c > 1: where A < 0 the loss is at most −c·A (Ye et al. 2020, arXiv 1912.09729, eq. 5). Not for
+            "cispo".
+        log_ratio_clamp: c > 0 limits log ρ to [−c, c], without a gradient beyond. None: ρ is kept finite, no more.
+        ref_logprobs: as logprobs: under a reference policy, towards which ``beta`` pulls.
+        beta: β ≥ 0, the weight of a penalty β·k3 on every position (:func:`~rlhf_kernels.kl_penalty`; Shao et al.
+            2024, arXiv 2402.03300, equation 4), which is differentiated too.
         reduction: "token-mean": over all unmasked positions; "token-sum": their sum; "seq-mean-token-mean" and
             "seq-mean-token-sum": mean or sum within each row, then the mean over rows that have an unmasked position.
             The last two are not for (N,).
@@ -50,23 +72,37 @@ def ppo_policy_loss(
         ``ratio_mean``; ``ratio_max_deviation``, the largest |ρ − 1|; ``approx_kl``, the mean of (ρ − 1) − log ρ, an
         estimate of KL(π_old ‖ π) in nats; ``clip_fraction``, the share of positions where −clip(ρ)·A is the larger
         loss, and so the one chosen. A ρ outside the range is not counted where clipping does not change the loss, and
-        ``dual_clip`` is not counted either. TRL and verl count in the same way.
+        ``dual_clip`` is not counted either. TRL and verl count in the same way. For "cispo" it is the share of ρ
+        outside the range. With ``ref_logprobs`` also ``ref_kl``, the mean of k3, in nats.
 
     Raises:
         TypeError: an argument is not a tensor of a dtype above.
-        ValueError: shapes or devices differ, an option is out of range, or (looked at on the CPU only) a mask holds
-            something besides 0 and 1.
+        ValueError: shapes or devices differ, an option is out of range or does not fit another, or (looked at on the
+            CPU only) a mask holds something besides 0 and 1.
     """
+    checks.tensor("logprobs", logprobs, checks.FLOATS)
+    if old_logprobs is None:
+        old_logprobs = logprobs.detach()
+    advantages = spread("advantages", advantages, logprobs, logprobs.shape)
     mask = _check_tokens(("logprobs", logprobs), ("old_logprobs", old_logprobs), ("advantages", advantages), mask)
-    clipping = check_clipping(clip_range, clip_range_high, dual_clip)
+    checks.choice("ratio_level", ratio_level, RATIO_LEVELS)
+    if ratio_level == "sequence" and logprobs.dim() != 2:
+        raise ValueError(
+            f"ratio_level: is 'sequence', which needs (B, T) inputs; these have {logprobs.dim()} dimension(s)"
+        )
+    reference_options = check_reference(ref_logprobs, beta, logprobs, logprobs.shape)
+    options = check_surrogate(surrogate, clip_range, clip_range_high, dual_clip, log_ratio_clamp)
     reduction, denominator = check_reduction(reduction, denominator, logprobs.dim())
-    backend = choose("ppo_policy_loss", logprobs, old_logprobs, advantages)
+    backend = choose("ppo_policy_loss", logprobs, old_logprobs, advantages, ref_logprobs)
     wanted = checks.read_mask(backend, "mask", mask)
-    arguments = (logprobs, old_logprobs, advantages, wanted, *clipping, reduction, denominator)
+    arguments = (
+        logprobs, old_logprobs, advantages, wanted, *reference_options, *options, ratio_level == "sequence", reduction,
+        denominator,
+    )  # fmt: skip
     if backend == "reference":
         return reference.ppo_policy_loss(*arguments)
     loss, statistics, _ = call(backend, "ppo_policy_loss", *arguments, needs_gradient(logprobs))
-    return loss, OPS["ppo_policy_loss"].named(statistics)
+    return loss, policy_statistics("ppo_policy_loss", statistics, ref_logprobs)
 
 
 def ppo_value_loss(
@@ -127,16 +163,54 @@ def _check_tokens(
     return checks.mask("mask", mask, like, like.shape)
 
 
-def check_clipping(
-    clip_range: float, clip_range_high: float | None, dual_clip: float | None
-) -> tuple[float, float, float | None]:
-    """The clipping options of the policy loss as its kernels take them: ε, ε_high and c."""
+def spread(name: str, value: Tensor, like: Tensor, shape: torch.Size) -> Tensor:
+    """A value per row (B,), if that is what there is, as one per position (B, T)."""
+    checks.tensor(name, value, checks.FLOATS, like)
+    if value.dim() == 1 and len(shape) == 2 and value.shape[0] == shape[0]:
+        return value[:, None].expand(shape)
+    return value
+
+
+def check_reference(
+    ref_logprobs: Tensor | None, beta: float, like: Tensor, shape: tuple[int, ...]
+) -> tuple[Tensor | None, float]:
+    """The reference policy's log-probs and the weight of the penalty as the kernels take them."""
+    beta = checks.number("beta", beta, 0.0)
+    if ref_logprobs is None:
+        if beta:
+            raise ValueError(f"beta: is {beta} without ref_logprobs, the log-probs under the reference policy")
+        return None, 0.0
+    checks.tensor("ref_logprobs", ref_logprobs, checks.FLOATS, like)
+    checks.shape("ref_logprobs", ref_logprobs, shape, "one entry per position")
+    return ref_logprobs, beta
+
+
+def check_surrogate(
+    surrogate: str, clip_range: float, clip_range_high: float | None, dual_clip: float | None,
+    log_ratio_clamp: float | None,
+) -> tuple[float, float, float | None, float | None, bool]:  # fmt: skip
+    """The options of a token's loss as the kernels take them: ε, ε_high, c, the clamp, and whether it is CISPO's."""
+    checks.choice("surrogate", surrogate, SURROGATES)
+    cispo = surrogate == "cispo"
     low = high = checks.number("clip_range", clip_range, 0.0, 1.0, exclusive_low=True)
     if clip_range_high is not None:
-        high = checks.number("clip_range_high", clip_range_high, 0.0, 1.0, exclusive_low=True)
+        most = math.inf if cispo else 1.0
+        high = checks.number("clip_range_high", clip_range_high, 0.0, most, exclusive_low=True)
     if dual_clip is not None:
         dual_clip = checks.number("dual_clip", dual_clip, 1.0, exclusive_low=True)
-    return low, high, dual_clip
+        if cispo:
+            raise ValueError(f"dual_clip: is {dual_clip} with surrogate 'cispo', whose ratio is clipped for every sign")
+    if log_ratio_clamp is not None:
+        log_ratio_clamp = checks.number("log_ratio_clamp", log_ratio_clamp, 0.0, exclusive_low=True)
+    return low, high, dual_clip, log_ratio_clamp, cispo
+
+
+def policy_statistics(name: str, statistics: Tensor, ref_logprobs: Tensor | None) -> dict[str, Tensor]:
+    """The statistics by name; the one of the reference policy where there is one."""
+    named = OPS[name].named(statistics)
+    if ref_logprobs is None:
+        del named["ref_kl"]
+    return named
 
 
 def check_reduction(reduction: str, denominator: float | None, dims: int) -> tuple[str, float | None]:
@@ -161,8 +235,9 @@ def _results(name: str, like: Tensor, with_gradient: bool) -> tuple[Tensor, Tens
 
 @fake("ppo_policy_loss")
 def _(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, wanted: Tensor, clip_low: float, clip_high: float,
-    dual_clip: float | None, reduction: str, denominator: float | None, with_gradient: bool,
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, wanted: Tensor, ref_logprobs: Tensor | None,
+    beta: float, clip_low: float, clip_high: float, dual_clip: float | None, log_ratio_clamp: float | None,
+    cispo: bool, by_sequence: bool, reduction: str, denominator: float | None, with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _results("ppo_policy_loss", logprobs, with_gradient)
 

@@ -29,10 +29,12 @@ struct Projection {
 // What a row's loss needs besides its logits. The loss is weight·ℓ(log p); the weight comes from the reduction.
 struct RowLoss {
   const int64_t* index;
-  const double* weights;       // per row
-  const float* old_logprobs;   // null: cross-entropy, −w·log p
-  const float* advantages;
-  PolicyClip clip;
+  const double* weights;      // per row
+  const float* advantages;    // null: cross-entropy, −w·log p
+  const float* old_logprobs;  // null: those of the policy itself
+  const float* ref_logprobs;  // null: no penalty
+  PolicyOptions options;
+  double entropy_coefficient;  // of the entropy that is taken off the loss
 };
 
 struct RowLossResults {
@@ -54,11 +56,12 @@ struct ValueSums {
 
 struct PolicyArguments {
   View logprobs, old_logprobs, advantages;
+  View ref_logprobs;  // data null: no penalty
   const uint8_t* wanted;
   int64_t length;         // of a row; the last one ends where the positions do
   int64_t positions;
   const double* weights;  // per row
-  PolicyClip clip;
+  PolicyOptions options;
   float* gradient;  // may be null
   PolicySums* sums;
 };

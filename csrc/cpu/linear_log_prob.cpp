@@ -219,26 +219,39 @@ void linear_loss(const Projection& p, const RowLoss& in, const RowLossResults& o
     const OnlineSoftmax sums = out.statistics ? reduce_row<float, true>(line, p.vocabulary, inverse_temperature)
                                               : reduce_row<float, false>(line, p.vocabulary, inverse_temperature);
     const double log_p = log_prob(sums, line[index], inverse_temperature);
-    float coefficient = static_cast<float>(-in.weights[row]), h = 0;
+    const double weight = in.weights[row];
+    float coefficient = static_cast<float>(-weight), of_entropy = 0, h = 0;
     if (out.statistics) {
-      const double log_ratio = log_p - in.old_logprobs[row];
-      const auto ratio = policy_ratio(log_ratio);
-      const auto term = policy_term<double>(log_ratio, ratio.value, ratio.lost, in.advantages[row], in.clip,
-                                            in.weights[row], 0);
-      out.loss[row] = term.loss * in.weights[row];
-      coefficient = static_cast<float>(term.gradient);
-      h = static_cast<float>(entropy(sums));
+      const double log_ratio = log_p - (in.old_logprobs ? in.old_logprobs[row] : log_p);
+      const auto ratio = policy_ratio(log_ratio, in.options);
+      const auto term = policy_term<double>(log_p, log_ratio, ratio.value, ratio.lost, in.advantages[row], in.options,
+                                            weight, 0);
+      double loss = term.loss, gradient = term.gradient;
       auto& statistics = out.statistics[row];
+      if (in.ref_logprobs) {
+        const double reference = in.ref_logprobs[row], kl = k3_penalty(log_p, reference);
+        loss += in.options.beta * kl;
+        gradient += in.options.beta * k3_gradient(log_p, reference) * weight;
+        statistics.ref_kl = static_cast<float>(kl);
+      }
+      h = static_cast<float>(entropy(sums));
+      if (in.entropy_coefficient != 0) {
+        loss -= in.entropy_coefficient * entropy(sums);
+        of_entropy = static_cast<float>(-in.entropy_coefficient * weight);
+      }
+      out.loss[row] = loss * weight;
+      coefficient = static_cast<float>(gradient);
       statistics.ratio = static_cast<float>(ratio.value);
       statistics.deviation = static_cast<float>(ratio.deviation);
       statistics.kl = static_cast<float>(ratio.kl);
       statistics.clipped = static_cast<float>(term.clipped);
       statistics.entropy = h;
     } else {
-      out.loss[row] = -log_p * in.weights[row];
+      out.loss[row] = -log_p * weight;
     }
     if (!with_gradient) continue;
-    gradient_over_logits(p, line, index, sums.maximum, static_cast<float>(std::log(sums.sum)), h, coefficient, 0);
+    gradient_over_logits(p, line, index, sums.maximum, static_cast<float>(std::log(sums.sum)), h, coefficient,
+                         of_entropy);
   }
 }
 

@@ -27,15 +27,52 @@ struct LossSum {
   }
 };
 
+// The mean of a row's log-ratios, for the one ratio of a sequence (Zheng et al. 2025, arXiv 2507.18071, equation 7).
+template <class T>
+double mean_log_ratio(const PolicyArguments& in, int64_t row, int64_t length) {
+  Scratch scratch[2];
+  WideVec total;
+  for (int64_t t = 0; t < length; t += kRowBlock) {
+    const int64_t count = length - t < kRowBlock ? length - t : kRowBlock;
+    const T* logprobs = read_as<T>(in.logprobs, row, t, count, scratch[0]);
+    const T* old = read_as<T>(in.old_logprobs, row, t, count, scratch[1]);
+    for_lanes(count, [&](int64_t i, int64_t lanes) {
+      const Lanes keep = lanes_of(in.wanted + row * in.length + t + i, lanes);
+      total += widened(kept(keep, load_lanes(logprobs + i, lanes) - load_lanes(old + i, lanes)));
+    });
+  }
+  const int64_t number = count_wanted(in.wanted + row * in.length, length);
+  return number ? sum(total) / static_cast<double>(number) : 0.0;
+}
+
+// Adds the penalty on the way from the reference policy to the loss of a block of a row, and to its gradient.
+template <class T>
+void add_reference(const PolicyArguments& in, const T* logprobs, const T* references, int64_t flat, int64_t count,
+                   double weight, LossSum& loss, WideVec& kl_total) {
+  const Vec beta(static_cast<float>(in.options.beta)), beta_lost = lost_by_conversion<Vec>(in.options.beta);
+  const Vec slope(static_cast<float>(in.options.beta * weight));
+  for_lanes(count, [&](int64_t i, int64_t lanes) {
+    const Lanes keep = lanes_of(in.wanted + flat + i, lanes);
+    const Vec x = kept(keep, load_lanes(logprobs + i, lanes)), y = kept(keep, load_lanes(references + i, lanes));
+    const Vec kl = k3_penalty(x, y), term = beta * kl;
+    loss.add(term, multiply_add(beta_lost, kl, lost_by_product(beta, kl, term)));
+    kl_total += widened(kl);
+    if (!in.gradient) return;
+    const Vec gradient = load_lanes(in.gradient + flat + i, lanes);
+    store_lanes(in.gradient + flat + i, multiply_add(k3_gradient(x, y), slope, gradient), lanes);
+  });
+}
+
 template <class T, bool kGradient>
 void policy_rows(const PolicyArguments& in, int64_t begin, int64_t end) {
-  Scratch scratch[3], log_ratios, ratios, lost;
+  Scratch scratch[4], log_ratios, ratios, lost;
   for (int64_t row = begin; row < end; ++row) {
     LossSum loss;
-    WideVec ratio_total, kl_total, clipped_total;
+    WideVec ratio_total, kl_total, clipped_total, ref_kl_total;
     Vec deviation(0.0f);
     const Vec weight(static_cast<float>(in.weights[row])), weight_lost = lost_by_conversion<Vec>(in.weights[row]);
     const int64_t left = in.positions - row * in.length, length = left < in.length ? left : in.length;
+    const Vec of_sequence(in.options.by_sequence ? static_cast<float>(mean_log_ratio<T>(in, row, length)) : 0.0f);
     for (int64_t t = 0; t < length; t += kRowBlock) {
       const int64_t count = length - t < kRowBlock ? length - t : kRowBlock, flat = row * in.length + t;
       const T* logprobs = read_as<T>(in.logprobs, row, t, count, scratch[0]);
@@ -46,8 +83,9 @@ void policy_rows(const PolicyArguments& in, int64_t begin, int64_t end) {
       // wait for them than a processor can hold.
       for_lanes(count, [&](int64_t i, int64_t lanes) {
         const Lanes keep = lanes_of(in.wanted + flat + i, lanes);
-        const Vec log_ratio = kept(keep, load_lanes(logprobs + i, lanes) - load_lanes(old + i, lanes));
-        const auto here = policy_ratio(log_ratio);
+        const Vec of_token = load_lanes(logprobs + i, lanes) - load_lanes(old + i, lanes);
+        const Vec log_ratio = kept(keep, in.options.by_sequence ? of_sequence : of_token);
+        const auto here = policy_ratio(log_ratio, in.options);
         here.value.store(ratios.values + i);
         here.lost.store(lost.values + i);
         if constexpr (kGradient) log_ratio.store(log_ratios.values + i);
@@ -61,11 +99,17 @@ void policy_rows(const PolicyArguments& in, int64_t begin, int64_t end) {
         const auto at = [&](const Scratch& from) { return load_lanes(from.values + i); };
         const Vec log_ratio = kGradient ? at(log_ratios) : Vec(0.0f);  // only the gradient needs it
         const Vec advantage = kept(keep, load_lanes(advantages + i, lanes));
-        const auto term = policy_term(log_ratio, at(ratios), at(lost), advantage, in.clip, weight, weight_lost);
+        const Vec logprob = in.options.cispo ? kept(keep, load_lanes(logprobs + i, lanes)) : Vec(0.0f);
+        const auto term =
+            policy_term(logprob, log_ratio, at(ratios), at(lost), advantage, in.options, weight, weight_lost);
         loss.add(term.loss, term.loss_lost);
         clipped = clipped + term.clipped;
         if constexpr (kGradient) store_lanes(in.gradient + flat + i, term.gradient, lanes);
       });
+      if (in.ref_logprobs.data) {
+        const T* references = read_as<T>(in.ref_logprobs, row, t, count, scratch[3]);
+        add_reference(in, logprobs, references, flat, count, in.weights[row], loss, ref_kl_total);
+      }
       ratio_total += widened(ratio);
       kl_total += widened(kl);
       clipped_total += widened(clipped);
@@ -78,6 +122,7 @@ void policy_rows(const PolicyArguments& in, int64_t begin, int64_t end) {
     sums.statistics.deviation = std::isnan(ratios_of_row) ? NAN : static_cast<double>(largest(deviation));
     sums.statistics.kl = sum(kl_total);
     sums.statistics.clipped = sum(clipped_total);
+    sums.statistics.ref_kl = sum(ref_kl_total);
   }
 }
 
@@ -122,7 +167,7 @@ void ppo_policy(const PolicyArguments& in, int64_t begin, int64_t end) {
         using T = std::remove_pointer_t<decltype(type)>;
         in.gradient ? policy_rows<T, true>(in, begin, end) : policy_rows<T, false>(in, begin, end);
       },
-      in.logprobs, in.old_logprobs, in.advantages);
+      in.logprobs, in.old_logprobs, in.advantages, in.ref_logprobs.data ? in.ref_logprobs : in.logprobs);
 }
 
 void ppo_value(const ValueArguments& in, int64_t begin, int64_t end) {

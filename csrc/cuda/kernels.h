@@ -58,7 +58,7 @@ enum class Reduction { token_mean, seq_mean_token_mean, seq_mean_token_sum };
 
 // Inputs as rows of `length`. With token_mean the rows carry no meaning, and may be cut in any way.
 struct TokenLoss {
-  View inputs[3];
+  View inputs[4];  // the fourth is the reference policy's log-probs, whose data may be null
   Mask mask;
   int64_t rows;
   int64_t length;
@@ -71,7 +71,7 @@ struct TokenLoss {
 
 // Bytes of the workspace that a loss needs for so many rows. It may hold anything before.
 int64_t token_loss_workspace(int64_t rows, int64_t length);
-void ppo_policy_loss(const TokenLoss&, const PolicyClip&, void* workspace, Stream);
+void ppo_policy_loss(const TokenLoss&, const PolicyOptions&, void* workspace, Stream);
 // clip_range below 0: none.
 void ppo_value_loss(const TokenLoss&, float clip_range, void* workspace, Stream);
 

@@ -1,5 +1,5 @@
 // PPO's losses in two launches. The weights of a reduction need the whole mask, so the first launch counts it, reading one
-// byte per position. The second reads the three inputs once, for loss, statistics and gradient; the last of its blocks to
+// byte per position, and adds up the log-ratios of each row where a row has one ratio. The second reads the inputs once, for loss, statistics and gradient; the last of its blocks to
 // finish adds up the others' sums.
 
 #include "cuda/device.h"
@@ -32,41 +32,62 @@ static_assert(kSumsBytes >= sizeof(Sums<ValueStatistics<double>>));
 struct Workspace {
   unsigned* ticket;
   Counts* counts;       // kMostBlocks
-  int64_t* row_counts;  // where rows have weights of their own
+  int64_t* row_counts;  // where rows have weights or ratios of their own
+  double* row_sums;     // of the log-ratios, where rows have ratios of their own
   void* sums;           // Sums of each block of the second launch
 
   Workspace(void* memory, int64_t rows) {
     ticket = static_cast<unsigned*>(memory);
     counts = reinterpret_cast<Counts*>(static_cast<char*>(memory) + 16);
     row_counts = reinterpret_cast<int64_t*>(counts + kMostBlocks);
-    sums = row_counts + rows;
+    row_sums = reinterpret_cast<double*>(row_counts + rows);
+    sums = row_sums + rows;
   }
 };
 
 int64_t chunks_of(int64_t length) { return divide_up(length, kChunk); }
 
-int64_t counting_blocks(const TokenLoss& in) {
+int64_t counting_blocks(const TokenLoss& in, bool by_row) {
   // A warp per row, or eight positions per thread.
-  const int64_t all = in.reduction == Reduction::token_mean ? divide_up(in.rows * in.length, kChunk) : divide_up(in.rows, kWarps);
+  const int64_t all = by_row ? divide_up(in.rows, kWarps) : divide_up(in.rows * in.length, kChunk);
   return all < kMostBlocks ? all : kMostBlocks;
 }
 
-__global__ void __launch_bounds__(kThreads) count_kernel(Mask mask, int64_t rows, int64_t length, bool by_row,
-                                                         unsigned* ticket, Counts* counts,
-                                                         int64_t* row_counts) {
+// The sum of a warp's values, for every lane of it.
+template <class T>
+__device__ __forceinline__ T warp_sum(T value) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) value += shuffle_xor(value, distance);
+  return value;
+}
+
+template <bool kRatios>
+__global__ void __launch_bounds__(kThreads) count_kernel(TokenLoss in, bool by_row, Workspace to) {
   __shared__ Counts between[kWarps];
+  const int64_t rows = in.rows, length = in.length;
   Counts own;
   if (by_row) {
     const unsigned lane = threadIdx.x % kWarp;
     for (int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp; row < rows; row += int64_t{gridDim.x} * kWarps) {
       int64_t here = 0;
+      double log_ratios = 0;
       for (int64_t t = int64_t{lane} * kVector; t < length; t += kWarp * kVector) {
-        here += __popc(load_mask(mask, row * length + t, length - t));
-      }
+        const unsigned counts = load_mask(in.mask, row * length + t, length - t);
+        here += __popc(counts);
+        if constexpr (kRatios) {
+          const Packed logprobs = fetch(in.inputs[0], row, t, length - t), old = fetch(in.inputs[1], row, t, length - t);
 #pragma unroll
-      for (int distance = kWarp / 2; distance > 0; distance /= 2) here += shuffle_xor(here, distance);
+          for (int i = 0; i < kVector; ++i) {
+            const float log_ratio = logprobs.of(i, in.inputs[0].dtype) - old.of(i, in.inputs[1].dtype);
+            log_ratios += counts >> i & 1 ? log_ratio : 0.0f;
+          }
+        }
+      }
+      here = warp_sum(here);
+      if constexpr (kRatios) log_ratios = warp_sum(log_ratios);
       if (lane == 0) {
-        row_counts[row] = here;
+        to.row_counts[row] = here;
+        if constexpr (kRatios) to.row_sums[row] = log_ratios;
         own.positions += here;
         own.rows += here > 0;
       }
@@ -74,62 +95,77 @@ __global__ void __launch_bounds__(kThreads) count_kernel(Mask mask, int64_t rows
   } else {
     const int64_t size = rows * length, stride = int64_t{gridDim.x} * kChunk;
     for (int64_t at = int64_t{blockIdx.x} * kChunk + threadIdx.x * kVector; at < size; at += stride) {
-      own.positions += __popc(load_mask(mask, at, size - at));
+      own.positions += __popc(load_mask(in.mask, at, size - at));
     }
   }
   own = block_merge(own, between, [](Counts& a, const Counts& b) {
     a.positions += b.positions;
     a.rows += b.rows;
   });
-  if (threadIdx.x == 0) counts[blockIdx.x] = own;
-  if (blockIdx.x == 0 && threadIdx.x == 0) *ticket = 0;
+  if (threadIdx.x == 0) to.counts[blockIdx.x] = own;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *to.ticket = 0;
 }
 
-// Each adds its loss at one position to a thread's sums, and returns the weighted gradient. At masked positions the inputs
-// are 0.
+// What a position's share of the loss is, and the mean of its row's log-ratios.
+struct Place {
+  bool counts;
+  float weight, weight_lost, log_ratio;
+};
+
+// Each adds its loss at one position, from the inputs x, to a thread's sums, and returns the weighted gradient. At masked
+// positions the inputs are 0.
+template <bool kReference>
 struct Policy {
   using Statistics = PolicyStatistics<double>;
-  PolicyClip clip;
+  static constexpr int kInputs = kReference ? 4 : 3;
+  PolicyOptions options;
 
-  __device__ __forceinline__ float term(float logprob, float old, float advantage, bool counts, float weight,
-                                        float weight_lost, Sums<Statistics>& sums) const {
-    const float log_ratio = logprob - old;
-    const auto ratio = policy_ratio(log_ratio);
-    const auto term = policy_term(log_ratio, ratio.value, ratio.lost, advantage, clip, weight, weight_lost);
+  __device__ __forceinline__ float term(const float* x, const Place& at, Sums<Statistics>& sums) const {
+    const float logprob = x[0], advantage = x[2];
+    const float log_ratio = options.by_sequence ? (at.counts ? at.log_ratio : 0.0f) : logprob - x[1];
+    const auto ratio = policy_ratio(log_ratio, options);
+    const auto term = policy_term(logprob, log_ratio, ratio.value, ratio.lost, advantage, options, at.weight, at.weight_lost);
     const double exact = static_cast<double>(term.loss) + term.loss_lost;
     sums.loss += isfinite(term.loss) ? exact : static_cast<double>(term.loss);
     PolicyStatistics<float> here;
-    here.ratio = counts ? ratio.value : 0.0f;
+    here.ratio = at.counts ? ratio.value : 0.0f;
     here.deviation = ratio.deviation;
     here.kl = ratio.kl;
     here.clipped = term.clipped;
+    float gradient = term.gradient;
+    if constexpr (kReference) {
+      here.ref_kl = k3_penalty(logprob, x[3]);
+      sums.loss += options.beta * here.ref_kl;
+      gradient = fmaf(k3_gradient(logprob, x[3]), static_cast<float>(options.beta) * at.weight, gradient);
+    }
     sums.statistics.add(here);
-    return term.gradient;
+    return gradient;
   }
 };
 
 struct Value {
   using Statistics = ValueStatistics<double>;
+  static constexpr int kInputs = 3;
   float clip_range;
 
-  __device__ __forceinline__ float term(float value, float old, float target, bool, float weight, float,
-                                        Sums<Statistics>& sums) const {
-    const auto term = value_term(value, old, target, clip_range);
+  __device__ __forceinline__ float term(const float* x, const Place& at, Sums<Statistics>& sums) const {
+    const auto term = value_term(x[0], x[1], x[2], clip_range);
     sums.loss += term.loss;
-    sums.statistics.add(ValueStatistics<float>{value, target, term.clipped});
-    return term.gradient * weight;
+    sums.statistics.add(ValueStatistics<float>{x[0], x[2], term.clipped});
+    return term.gradient * at.weight;
   }
 };
 
 // One block per chunk of a row.
 template <class Loss>
 __global__ void __launch_bounds__(kThreads) loss_kernel(TokenLoss in, Loss loss, Workspace workspace, unsigned per_row,
-                                                        int64_t counters) {
+                                                        int64_t counters, bool by_sequence) {
   using LossSums = Sums<typename Loss::Statistics>;
   __shared__ Counts count_between[kWarps];
   __shared__ LossSums between[kWarps];
   auto* const of_blocks = static_cast<LossSums*>(workspace.sums);
   __shared__ double row_weight, position_share;
+  __shared__ float row_log_ratio;
   const int64_t row = blockIdx.x / per_row, t = int64_t{blockIdx.x % per_row} * kChunk + threadIdx.x * kVector;
   Counts all;
   for (int64_t i = threadIdx.x; i < counters; i += kThreads) {
@@ -145,9 +181,13 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(TokenLoss in, Loss loss,
     const int64_t number = in.reduction == Reduction::token_mean ? all.positions : all.rows;
     const double denominator = in.denominator > 0 ? in.denominator : static_cast<double>(number);
     row_weight = denominator > 0 ? inverse(denominator) : 0;
-    if (in.reduction != Reduction::token_mean) {
+    if (in.reduction == Reduction::seq_mean_token_mean) {
       const int64_t own = workspace.row_counts[row];
-      if (in.reduction == Reduction::seq_mean_token_mean && own) row_weight *= inverse(static_cast<double>(own));
+      if (own) row_weight *= inverse(static_cast<double>(own));
+    }
+    if (by_sequence) {
+      const int64_t own = workspace.row_counts[row];
+      row_log_ratio = own ? static_cast<float>(workspace.row_sums[row] * inverse(static_cast<double>(own))) : 0.0f;
     }
   }
   __syncthreads();
@@ -155,18 +195,20 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(TokenLoss in, Loss loss,
   LossSums sums;
   if (count > 0) {
     const unsigned counts = load_mask(in.mask, flat, count);
-    Packed packed[3];
+    Packed packed[Loss::kInputs];
 #pragma unroll
-    for (int input = 0; input < 3; ++input) packed[input] = fetch(in.inputs[input], row, t, count);
-    const float weight = static_cast<float>(row_weight), weight_lost = lost_by_conversion<float>(row_weight);
+    for (int input = 0; input < Loss::kInputs; ++input) packed[input] = fetch(in.inputs[input], row, t, count);
+    Place at{false, static_cast<float>(row_weight), lost_by_conversion<float>(row_weight), by_sequence ? row_log_ratio : 0.0f};
     float gradient[kVector];
 #pragma unroll
     for (int i = 0; i < kVector; ++i) {
-      const bool here = counts >> i & 1;
-      float x[3];
+      at.counts = counts >> i & 1;
+      float x[Loss::kInputs];
 #pragma unroll
-      for (int input = 0; input < 3; ++input) x[input] = here ? packed[input].of(i, in.inputs[input].dtype) : 0.0f;
-      gradient[i] = loss.term(x[0], x[1], x[2], here, weight, weight_lost, sums);
+      for (int input = 0; input < Loss::kInputs; ++input) {
+        x[input] = at.counts ? packed[input].of(i, in.inputs[input].dtype) : 0.0f;
+      }
+      gradient[i] = loss.term(x, at, sums);
     }
     if (in.gradient) store_vector(in.gradient, Dtype::float32, flat, count, gradient);
   }
@@ -189,27 +231,31 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(TokenLoss in, Loss loss,
 }
 
 template <class Loss>
-void run(const TokenLoss& in, const Loss& loss, void* memory, Stream stream) {
+void run(const TokenLoss& in, const Loss& loss, bool by_sequence, void* memory, Stream stream) {
   const Workspace workspace(memory, in.rows);
-  const int64_t counters = counting_blocks(in), per_row = chunks_of(in.length);
-  launch(count_kernel, counters, kThreads, stream, in.mask, in.rows, in.length, in.reduction != Reduction::token_mean,
-         workspace.ticket, workspace.counts, workspace.row_counts);
-  launch(loss_kernel<Loss>, in.rows * per_row, kThreads, stream, in, loss, workspace, per_row, counters);
+  const bool by_row = by_sequence || in.reduction != Reduction::token_mean;
+  const int64_t counters = counting_blocks(in, by_row), per_row = chunks_of(in.length);
+  launch(by_sequence ? count_kernel<true> : count_kernel<false>, counters, kThreads, stream, in, by_row, workspace);
+  launch(loss_kernel<Loss>, in.rows * per_row, kThreads, stream, in, loss, workspace, per_row, counters, by_sequence);
 }
 
 }  // namespace
 
 int64_t token_loss_workspace(int64_t rows, int64_t length) {
-  return 16 + static_cast<int64_t>(sizeof(Counts)) * kMostBlocks + 8 * rows +
+  return 16 + static_cast<int64_t>(sizeof(Counts)) * kMostBlocks + 16 * rows +
          kSumsBytes * rows * chunks_of(length);
 }
 
-void ppo_policy_loss(const TokenLoss& in, const PolicyClip& clip, void* workspace, Stream stream) {
-  run(in, Policy{clip}, workspace, stream);
+void ppo_policy_loss(const TokenLoss& in, const PolicyOptions& options, void* workspace, Stream stream) {
+  if (in.inputs[3].data) {
+    run(in, Policy<true>{options}, options.by_sequence, workspace, stream);
+  } else {
+    run(in, Policy<false>{options}, options.by_sequence, workspace, stream);
+  }
 }
 
 void ppo_value_loss(const TokenLoss& in, float clip_range, void* workspace, Stream stream) {
-  run(in, Value{clip_range}, workspace, stream);
+  run(in, Value{clip_range}, false, workspace, stream);
 }
 
 }  // namespace rlhf_kernels::cuda

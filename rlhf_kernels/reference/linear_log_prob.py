@@ -21,18 +21,23 @@ def linear_selective_log_softmax_and_entropy(
 
 
 def linear_ppo_policy_loss(
-    hidden: Tensor, weight: Tensor, index: Tensor, old_logprobs: Tensor, advantages: Tensor, wanted: Tensor,
-    bias: Tensor | None, temperature: float, softcap: float | None, clip_low: float, clip_high: float,
-    dual_clip: float | None, reduction: str, denominator: float | None,
+    hidden: Tensor, weight: Tensor, index: Tensor, old_logprobs: Tensor | None, advantages: Tensor, wanted: Tensor,
+    bias: Tensor | None, temperature: float, softcap: float | None, ref_logprobs: Tensor | None, beta: float,
+    clip_low: float, clip_high: float, dual_clip: float | None, log_ratio_clamp: float | None, cispo: bool,
+    entropy_coefficient: float, reduction: str, denominator: float | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """The clipped loss of the log-probs, with the mean entropy among its statistics."""
+    """The policy loss of the log-probs less the entropy bonus, with the mean entropy among its statistics."""
     logprobs, entropy = linear_selective_log_softmax_and_entropy(
         hidden, weight, index, wanted, bias, temperature, softcap, with_entropy=True
     )
+    old_logprobs = logprobs if old_logprobs is None else old_logprobs
     loss, stats = ppo_loss.ppo_policy_loss(
-        logprobs, old_logprobs, advantages, wanted, clip_low, clip_high, dual_clip, reduction, denominator
-    )
+        logprobs, old_logprobs, advantages, wanted, ref_logprobs, beta, clip_low, clip_high, dual_clip, log_ratio_clamp,
+        cispo, False, reduction, denominator,
+    )  # fmt: skip
     assert entropy is not None
+    if entropy_coefficient:
+        loss = loss - entropy_coefficient * ppo_loss.reduced(entropy, wanted, reduction, denominator)
     return loss, stats | {"entropy": ppo_loss.masked_mean(entropy.detach(), wanted)}
 
 

@@ -8,32 +8,51 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels.reference.common import upcast
+from rlhf_kernels.reference.kl_reward import kl_penalty
 
 
 def ppo_policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, wanted: Tensor, clip_low: float, clip_high: float,
-    dual_clip: float | None, reduction: str, denominator: float | None,
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, wanted: Tensor, ref_logprobs: Tensor | None,
+    beta: float, clip_low: float, clip_high: float, dual_clip: float | None, log_ratio_clamp: float | None,
+    cispo: bool, by_sequence: bool, reduction: str, denominator: float | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """The clipped surrogate loss and its statistics."""
-    log_ratio = torch.where(wanted, upcast(logprobs) - upcast(old_logprobs).detach(), 0.0)
+    """The clipped surrogate loss, or that of CISPO, with the penalty to a reference, and the statistics."""
+    logprobs = torch.where(wanted, upcast(logprobs), 0.0)
+    log_ratio = torch.where(wanted, logprobs - upcast(old_logprobs).detach(), 0.0)
     advantages = torch.where(wanted, upcast(advantages), 0.0).detach()
+    if by_sequence:
+        mean = log_ratio.detach().sum(1, keepdim=True) / wanted.sum(1, keepdim=True).clamp(min=1)
+        own = torch.where(logprobs.isinf(), 0.0, logprobs - logprobs.detach())  # 0, with each token's own gradient
+        log_ratio = torch.where(wanted, mean + own, 0.0)
     # The log-ratio is bounded, so that its exponential stays finite: where the ratio is clipped, the gradient is
     # multiplied by 0, and 0 · inf is NaN. clamp would not do, since its gradient is 0 at NaN, which must show.
-    largest = math.floor(math.log(torch.finfo(log_ratio.dtype).max))
+    largest = float(math.floor(math.log(torch.finfo(log_ratio.dtype).max)))
+    if log_ratio_clamp is not None:
+        largest = min(largest, log_ratio_clamp)
+        log_ratio = torch.where(log_ratio < -log_ratio_clamp, -log_ratio_clamp, log_ratio)
     log_ratio = torch.where(log_ratio > largest, largest, log_ratio)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
-    unclipped_loss, clipped_loss = -advantages * ratio, -advantages * clipped
-    loss = torch.maximum(unclipped_loss, clipped_loss)
-    if dual_clip is not None:
-        loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+    if cispo:
+        loss = -advantages * clipped.detach() * logprobs
+        is_clipped = clipped != ratio
+    else:
+        unclipped_loss, clipped_loss = -advantages * ratio, -advantages * clipped
+        loss = torch.maximum(unclipped_loss, clipped_loss)
+        is_clipped = clipped_loss > unclipped_loss
+        if dual_clip is not None:
+            loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
     with torch.no_grad():
         stats = {
             "ratio_mean": masked_mean(ratio, wanted),
             "ratio_max_deviation": _largest(torch.where(wanted, (ratio - 1).abs(), 0.0)),
             "approx_kl": masked_mean(torch.expm1(log_ratio) - log_ratio, wanted),
-            "clip_fraction": masked_mean((clipped_loss > unclipped_loss).to(ratio.dtype), wanted),
+            "clip_fraction": masked_mean((is_clipped & ~ratio.isnan()).to(ratio.dtype), wanted),
         }
+    if ref_logprobs is not None:
+        kl = kl_penalty(logprobs, torch.where(wanted, upcast(ref_logprobs), 0.0).detach(), "k3")
+        loss = loss + beta * kl
+        stats["ref_kl"] = masked_mean(kl.detach(), wanted)
     return reduced(loss, wanted, reduction, denominator), stats
 
 

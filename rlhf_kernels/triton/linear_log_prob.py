@@ -11,6 +11,8 @@ gradient can be computed only when all of its logits are known.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -24,9 +26,11 @@ from rlhf_kernels.triton.ppo_loss import (
     CLIP_FRACTION,
     RATIO_MAX_DEVIATION,
     RATIO_MEAN,
-    clip_ends,
+    REF_KL,
+    policy_options,
     policy_results,
     policy_term,
+    reference_term,
     row_weights,
 )
 
@@ -213,9 +217,11 @@ class Gradients:
 
 @triton.jit
 def _row_losses(
-    logits, slopes, index, wanted, weights, old_logprobs, advantages, losses, statistics, stride, slope_stride,
-    vocabulary, scale, inverse_temperature, softcap, low, low_lost, high, high_lost, dual, BLOCK: tl.constexpr,
-    POLICY: tl.constexpr, DUAL: tl.constexpr, SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr,
+    logits, slopes, index, wanted, weights, advantages, old_logprobs, ref_logprobs, losses, statistics, stride,
+    slope_stride, vocabulary, scale, inverse_temperature, softcap, low, low_lost, high, high_lost, dual, least,
+    largest, beta, beta_lost, entropy_coefficient, BLOCK: tl.constexpr, POLICY: tl.constexpr, DUAL: tl.constexpr,
+    CISPO: tl.constexpr, OLD: tl.constexpr, REFERENCE: tl.constexpr, ENTROPY_BONUS: tl.constexpr,
+    SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
     """A row's loss from its logits, then the gradient of those: over the logits, or beside them in half precision.
 
@@ -240,14 +246,28 @@ def _row_losses(
     logprob = tl.where(valid, logprob, tl.where(counts, float("nan"), 0.0))
     coefficient = (-weight).to(tl.float32)
     loss = -logprob
+    entropy = 0.0
+    of_entropy = 0.0
     if POLICY:
-        old = tl.load(old_logprobs + row).to(tl.float64)
+        exact = logprob - logprob  # NaN where the log-prob is not finite
+        if OLD:
+            exact = logprob - tl.load(old_logprobs + row).to(tl.float64)
         loss, slope, ratio, deviation, kl, clipped = policy_term(
-            logprob, old, tl.load(advantages + row), low, low_lost, high, high_lost, dual, DUAL
+            logprob, exact, tl.load(advantages + row), low, low_lost, high, high_lost, dual, least, largest, DUAL, CISPO
         )
+        to = statistics + row * STATISTICS
+        ref_kl = 0.0
+        if REFERENCE:
+            ref_kl, ref_slope = reference_term(logprob, tl.load(ref_logprobs + row))
+            factor = tl.cast(beta, tl.float64) + beta_lost
+            loss += factor * ref_kl
+            slope += factor * ref_slope
         coefficient = (slope * weight).to(tl.float32)
         entropy = (log_sum - weighted.to(tl.float64) * LN_2 / total).to(tl.float32)
-        to = statistics + row * STATISTICS
+        if ENTROPY_BONUS:
+            loss -= tl.cast(entropy_coefficient, tl.float64) * entropy
+            of_entropy = (-entropy_coefficient * weight).to(tl.float32)
+        tl.store(to + REF_KL, tl.where(counts, ref_kl, 0.0))
         tl.store(to + RATIO_MEAN, tl.where(counts, ratio, 0.0))
         tl.store(to + RATIO_MAX_DEVIATION, tl.where(counts, deviation, 0.0))
         tl.store(to + APPROX_KL, tl.where(counts, kl, 0.0))
@@ -256,13 +276,15 @@ def _row_losses(
     tl.store(losses + row, tl.where(counts, loss * weight, 0.0))
     if GRADIENT:
         coefficient = tl.where(valid & counts, coefficient, 0.0)
+        of_entropy = tl.where(valid & counts, of_entropy, 0.0)
         for start in range(0, vocabulary, BLOCK):
             at = start + tl.arange(0, BLOCK)
             here = at < vocabulary
             x = tl.load(line + at, mask=here, other=float("-inf"))
             g = gradient_block(
-                x, start, token, top, log_sum.to(tl.float32), 0.0, coefficient, 0.0, inverse_temperature, BLOCK, False
-            )
+                x, start, token, top, log_sum.to(tl.float32), entropy, coefficient, of_entropy, inverse_temperature,
+                BLOCK, ENTROPY_BONUS,
+            )  # fmt: skip
             if SOFTCAP:
                 y = x / softcap
                 g = g * (1.0 - y * y)
@@ -270,7 +292,7 @@ def _row_losses(
 
 
 def _losses(
-    rows: Rows, weights: Tensor, policy: tuple[Tensor, Tensor, dict[str, float], float | None] | None,
+    rows: Rows, weights: Tensor, policy: tuple[Tensor, Tensor | None, Tensor | None] | None, options: dict[str, Any],
     needs_hidden: bool, needs_weight: bool,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:  # fmt: skip
     """The losses and statistics of the rows, and the gradients of the losses' sum, for a chunk of rows at a time."""
@@ -278,7 +300,9 @@ def _losses(
     device = rows.hidden.device
     losses = torch.empty(count, dtype=torch.float64, device=device)
     statistics = torch.empty(count, STATISTICS.value if policy else 0, device=device)
-    old, advantages, ends, dual = policy or (losses, losses, clip_ends(0.0, 0.0), None)
+    advantages, old, reference = policy or (losses, None, None)
+    options = options | {"POLICY": policy is not None, "OLD": old is not None, "REFERENCE": reference is not None}
+    advantages, old, reference = (losses if x is None else x for x in (advantages, old, reference))
     gradients = Gradients(rows, needs_hidden, needs_weight)
     with_gradient = needs_hidden or needs_weight
     size = max(TILE, WORKSPACE_BYTES // (6 * vocabulary) // TILE * TILE)
@@ -289,11 +313,10 @@ def _losses(
         if with_gradient and rows.hidden.dtype != torch.float32:
             slopes = torch.empty_like(logits, dtype=rows.hidden.dtype)
         _row_losses[(logits.shape[0],)](
-            logits, slopes, rows.index[part], rows.wanted[part], weights[part], old[part], advantages[part],
-            losses[part], statistics[part], logits.stride(0), slopes.stride(0), vocabulary,
-            LOG2_E.value / rows.temperature, 1.0 / rows.temperature, rows.softcap or 1.0, **ends, dual=dual or 0.0,
-            BLOCK=blocks(vocabulary, 4096), POLICY=policy is not None, DUAL=dual is not None,
-            SOFTCAP=rows.softcap is not None, GRADIENT=with_gradient, num_warps=8,
+            logits, slopes, rows.index[part], rows.wanted[part], weights[part], advantages[part], old[part],
+            reference[part], losses[part], statistics[part], logits.stride(0), slopes.stride(0), vocabulary,
+            LOG2_E.value / rows.temperature, 1.0 / rows.temperature, rows.softcap or 1.0, **options,
+            BLOCK=blocks(vocabulary, 4096), SOFTCAP=rows.softcap is not None, GRADIENT=with_gradient, num_warps=8,
         )  # fmt: skip
         if with_gradient:
             gradients.add(slopes, part, slice(None))
@@ -308,21 +331,24 @@ def linear_cross_entropy(
     rows = Rows(hidden, weight, labels, wanted, bias, temperature, softcap)
     share = rows.share() if mean else torch.ones((), dtype=torch.float64, device=hidden.device)
     weights = share.repeat(len(rows))
-    losses, _, gradients = _losses(rows, weights, None, needs_hidden, needs_weight)
+    options = policy_options(0.0, 0.0, None, None, False, 0.0) | {"entropy_coefficient": 0.0, "ENTROPY_BONUS": False}
+    losses, _, gradients = _losses(rows, weights, None, options, needs_hidden, needs_weight)
     return losses.sum().float(), *gradients
 
 
 def linear_ppo_policy_loss(
-    hidden: Tensor, weight: Tensor, index: Tensor, old_logprobs: Tensor, advantages: Tensor, wanted: Tensor,
-    bias: Tensor | None, temperature: float, softcap: float | None, clip_low: float, clip_high: float,
-    dual_clip: float | None, reduction: str, denominator: float | None, needs_hidden: bool, needs_weight: bool,
+    hidden: Tensor, weight: Tensor, index: Tensor, old_logprobs: Tensor | None, advantages: Tensor, wanted: Tensor,
+    bias: Tensor | None, temperature: float, softcap: float | None, ref_logprobs: Tensor | None, beta: float,
+    clip_low: float, clip_high: float, dual_clip: float | None, log_ratio_clamp: float | None, cispo: bool,
+    entropy_coefficient: float, reduction: str, denominator: float | None, needs_hidden: bool, needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss, its statistics and the mean entropy, and the gradients of hidden, weight and bias."""
     rows = Rows(hidden, weight, index, wanted, bias, temperature, softcap)
     weights = rows.take(row_weights(wanted, reduction, denominator))
-    policy = (
-        rows.take(old_logprobs).float(), rows.take(advantages).float(), clip_ends(clip_low, clip_high), dual_clip
-    )  # fmt: skip
-    losses, statistics, gradients = _losses(rows, weights, policy, needs_hidden, needs_weight)
+    old, reference = (None if x is None else rows.take(x).float() for x in (old_logprobs, ref_logprobs))
+    options = policy_options(clip_low, clip_high, dual_clip, log_ratio_clamp, cispo, beta)
+    options |= {"entropy_coefficient": entropy_coefficient, "ENTROPY_BONUS": entropy_coefficient != 0}
+    policy = (rows.take(advantages).float(), old, reference)
+    losses, statistics, gradients = _losses(rows, weights, policy, options, needs_hidden, needs_weight)
     loss, values = policy_results(losses, statistics, rows.share())
     return loss, values, *gradients

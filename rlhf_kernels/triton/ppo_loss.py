@@ -1,10 +1,13 @@
-"""PPO's losses, in two launches.
+"""PPO's losses, in two launches, or three where a sequence has one ratio: the first then averages its log-ratios.
 
-The first reads the three inputs once. It stores the sums of every block, and the gradient without a factor that depends
-on the whole mask. The second adds up the sums, always in the same order, and multiplies the gradient by that factor.
+The next reads the inputs once. It stores the sums of every block, and the gradient without a factor that depends
+on the whole mask. The last adds up the sums, always in the same order, and multiplies the gradient by that factor.
 """
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import torch
 import triton
@@ -13,10 +16,11 @@ from torch import Tensor
 
 from rlhf_kernels.ops import OPS
 from rlhf_kernels.triton.common import LARGEST_WHOLE_EXPONENT, blocks, exponential, load_mask, places, two_floats
+from rlhf_kernels.triton.kl_reward import kl_estimate, kl_slope
 
 BLOCK = 1024
-RATIO_MEAN, RATIO_MAX_DEVIATION, APPROX_KL, CLIP_FRACTION = places(
-    "ppo_policy_loss", "ratio_mean", "ratio_max_deviation", "approx_kl", "clip_fraction"
+RATIO_MEAN, RATIO_MAX_DEVIATION, APPROX_KL, CLIP_FRACTION, REF_KL = places(
+    "ppo_policy_loss", "ratio_mean", "ratio_max_deviation", "approx_kl", "clip_fraction", "ref_kl"
 )
 VALUE_MEAN, RETURN_MEAN, VALUE_CLIP_FRACTION = places("ppo_value_loss", "value_mean", "return_mean", "clip_fraction")
 # What a block stores: how many positions count, its loss, and then a sum for each statistic, or the maximum for the
@@ -26,27 +30,37 @@ SUMS = tl.constexpr(FIRST.value + max(len(OPS[name].statistics) for name in ("pp
 
 
 @triton.jit
-def policy_term(logprob, old_logprob, advantage, low, low_lost, high, high_lost, dual, DUAL: tl.constexpr):
+def policy_term(
+    logprob, exact, advantage, low, low_lost, high, high_lost, dual, least, largest, DUAL: tl.constexpr,
+    CISPO: tl.constexpr,
+):  # fmt: skip
     """Loss, its derivative in ``logprob``, ratio, |ratio − 1|, (ratio − 1) − log ratio, and 1 if the loss is clipped.
 
-    ``logprob`` and ``old_logprob`` are float64, and so are the first two results. These are few operations, and the
-    reads take longer. The exponential is in float32, together with what its rounding lost.
+    ``logprob`` and the log-ratio ``exact`` are float64, and so are the first two results. These are few operations, and
+    the reads take longer. The exponential is in float32, together with what its rounding lost.
     """
-    exact = logprob - old_logprob
     raw = exact.to(tl.float32)
-    log_ratio = tl.where(raw > LARGEST_WHOLE_EXPONENT, LARGEST_WHOLE_EXPONENT, raw)
+    outside = (raw > largest) | (raw < least)
+    log_ratio = tl.where(raw > largest, largest, tl.where(raw < least, least, raw))
     ratio, lost, kl = exponential(log_ratio)
-    raw_lost = tl.where(tl.abs(raw) < LARGEST_WHOLE_EXPONENT, (exact - raw).to(tl.float32), 0.0)
+    raw_lost = tl.where(outside | (tl.abs(raw) >= LARGEST_WHOLE_EXPONENT), 0.0, (exact - raw).to(tl.float32))
     precise = ratio.to(tl.float64) + (lost + ratio * raw_lost)
     kl += raw_lost * (ratio - 1.0)
     gain = -advantage.to(tl.float64)
+    if CISPO:
+        bottom = tl.cast(low, tl.float64) + low_lost
+        top = tl.cast(high, tl.float64) + high_lost
+        cut = (precise > top) | (precise < bottom)
+        factor = tl.where(precise > top, top, tl.where(precise < bottom, bottom, precise))
+        slope = gain * factor
+        return slope * logprob, slope, ratio, tl.abs(ratio - 1.0), kl, cut.to(tl.float32)
     # Only one end of the clip range can raise the loss: the low one if the gain is above 0, else the high one.
     end = tl.where(gain > 0, tl.cast(low, tl.float64) + low_lost, tl.cast(high, tl.float64) + high_lost)
     unclipped = gain * precise
     clipped = gain * end
     cut = clipped > unclipped
     loss = tl.where(cut, clipped, unclipped)
-    gradient = tl.where(cut | (raw > LARGEST_WHOLE_EXPONENT), 0.0, unclipped)
+    gradient = tl.where(cut | outside, 0.0, unclipped)
     if DUAL:
         limit = dual * gain
         over = (gain > 0) & (loss > limit)
@@ -75,9 +89,38 @@ def value_term(value, old_value, target, clip_range, CLIP: tl.constexpr):
 
 
 @triton.jit
+def reference_term(logprob, reference):
+    """The k3 penalty and its derivative in ``logprob``, which is float64."""
+    near = logprob.to(tl.float32)
+    lost = (logprob - near).to(tl.float32)
+    slope = kl_slope(near, reference, "k3")
+    correction = slope * lost
+    return kl_estimate(near, reference, "k3") + tl.where(correction == correction, correction, 0.0), slope
+
+
+@triton.jit
+def _log_ratios(logprobs, old_logprobs, wanted, log_ratios, length, BLOCK: tl.constexpr):
+    """The mean of a row's log-ratios: one ratio for the whole sequence."""
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.cast(0.0, tl.float64)
+    number = tl.cast(0.0, tl.float64)
+    for start in range(0, length, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        at = row * length + t
+        counts = load_mask(wanted + at, t < length)
+        x = tl.load(logprobs + at, mask=counts, other=0.0).to(tl.float64)
+        y = tl.load(old_logprobs + at, mask=counts, other=0.0).to(tl.float64)
+        total += tl.sum(x - y, 0)
+        number += tl.sum(counts.to(tl.float64), 0)
+    tl.store(log_ratios + row, total * _reciprocal(number))
+
+
+@triton.jit
 def _terms(
-    first, second, third, wanted, gradient, sums, size, length, per_row, low, low_lost, high, high_lost,
-    dual_clip, clip_range, POLICY: tl.constexpr, OPTION: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+    first, second, third, fourth, wanted, log_ratios, gradient, sums, size, length, per_row, low, low_lost, high,
+    high_lost, dual, least, largest, beta, beta_lost, clip_range, DUAL: tl.constexpr, CISPO: tl.constexpr,
+    POLICY: tl.constexpr, REFERENCE: tl.constexpr, BY_SEQUENCE: tl.constexpr, CLIP: tl.constexpr,
+    GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
@@ -91,15 +134,27 @@ def _terms(
     to = sums + (row * per_row + block) * SUMS
     if POLICY:
         # A masked position has advantage 0 and ratio 1: only the ratio must be kept out of the sums.
+        exact = x.to(tl.float64) - y.to(tl.float64)
+        if BY_SEQUENCE:
+            exact = tl.where(counts, tl.load(log_ratios + row), 0.0)
         loss, slope, ratio, deviation, kl, clipped = policy_term(
-            x.to(tl.float64), y.to(tl.float64), z, low, low_lost, high, high_lost, dual_clip, OPTION
+            x.to(tl.float64), exact, z, low, low_lost, high, high_lost, dual, least, largest, DUAL, CISPO
         )
+        ref_kl = tl.zeros_like(x)
+        if REFERENCE:
+            ref_kl, ref_slope = reference_term(
+                x.to(tl.float64), tl.load(fourth + at, mask=counts, other=0.0).to(tl.float32)
+            )
+            factor = tl.cast(beta, tl.float64) + beta_lost
+            loss += factor * ref_kl
+            slope += factor * ref_slope
+        tl.store(to + FIRST + REF_KL, tl.sum(ref_kl, 0))
         tl.store(to + FIRST + RATIO_MEAN, tl.sum(tl.where(counts, ratio, 0.0), 0))
         tl.store(to + FIRST + RATIO_MAX_DEVIATION, tl.max(deviation, 0))
         tl.store(to + FIRST + APPROX_KL, tl.sum(kl, 0))
         tl.store(to + FIRST + CLIP_FRACTION, tl.sum(clipped, 0))
     else:
-        loss, slope, clipped = value_term(x, y, z, clip_range, OPTION)
+        loss, slope, clipped = value_term(x, y, z, clip_range, CLIP)
         tl.store(to + FIRST + VALUE_MEAN, tl.sum(x, 0))
         tl.store(to + FIRST + RETURN_MEAN, tl.sum(z, 0))
         tl.store(to + FIRST + VALUE_CLIP_FRACTION, tl.sum(clipped, 0))
@@ -144,6 +199,7 @@ def _finish(
     ratio = tl.cast(0.0, tl.float64)
     deviation = tl.cast(0.0, tl.float64)
     kl = tl.cast(0.0, tl.float64)
+    ref_kl = tl.cast(0.0, tl.float64)
     value = tl.cast(0.0, tl.float64)
     target = tl.cast(0.0, tl.float64)
     clipped = tl.cast(0.0, tl.float64)
@@ -165,6 +221,7 @@ def _finish(
             deviation = tl.maximum(deviation, largest)
             kl += _sum(entry, FIRST + APPROX_KL, inside)
             clipped += _sum(entry, FIRST + CLIP_FRACTION, inside)
+            ref_kl += _sum(entry, FIRST + REF_KL, inside)
         else:
             value += _sum(entry, FIRST + VALUE_MEAN, inside)
             target += _sum(entry, FIRST + RETURN_MEAN, inside)
@@ -185,6 +242,7 @@ def _finish(
             tl.store(statistics + RATIO_MAX_DEVIATION, deviation.to(tl.float32))
             tl.store(statistics + APPROX_KL, (kl * share).to(tl.float32))
             tl.store(statistics + CLIP_FRACTION, (clipped * share).to(tl.float32))
+            tl.store(statistics + REF_KL, (ref_kl * share).to(tl.float32))
         else:
             tl.store(statistics + VALUE_MEAN, (value * share).to(tl.float32))
             tl.store(statistics + RETURN_MEAN, (target * share).to(tl.float32))
@@ -205,13 +263,25 @@ def _finish(
 
 
 def ppo_policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, wanted: Tensor, clip_low: float, clip_high: float,
-    dual_clip: float | None, reduction: str, denominator: float | None, with_gradient: bool,
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, wanted: Tensor, ref_logprobs: Tensor | None,
+    beta: float, clip_low: float, clip_high: float, dual_clip: float | None, log_ratio_clamp: float | None,
+    cispo: bool, by_sequence: bool, reduction: str, denominator: float | None, with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, statistics, and the gradient of ``logprobs`` (empty if not asked for)."""
-    inputs = (logprobs, old_logprobs, advantages, wanted)
-    options = clip_ends(clip_low, clip_high) | {"dual_clip": dual_clip or 0.0, "clip_range": 0.0}
-    return _run(inputs, options, dual_clip is not None, reduction, denominator, with_gradient, policy=True)
+    inputs = [x.contiguous() for x in (logprobs, old_logprobs, advantages)]
+    reference = inputs[0] if ref_logprobs is None else ref_logprobs.contiguous()
+    wanted = wanted.contiguous()
+    log_ratios = inputs[0]
+    if by_sequence and logprobs.numel():
+        rows, length = logprobs.shape
+        log_ratios = torch.empty(rows, dtype=torch.float64, device=logprobs.device)
+        _log_ratios[(rows,)](inputs[0], inputs[1], wanted, log_ratios, length, BLOCK=blocks(length, BLOCK), num_warps=8)
+    options = policy_options(clip_low, clip_high, dual_clip, log_ratio_clamp, cispo, beta)
+    options |= {"clip_range": 0.0, "CLIP": False, "POLICY": True}
+    options |= {"REFERENCE": ref_logprobs is not None, "BY_SEQUENCE": by_sequence}
+    return _run(
+        "ppo_policy_loss", (*inputs, reference, wanted, log_ratios), options, reduction, denominator, with_gradient
+    )
 
 
 def ppo_value_loss(
@@ -219,25 +289,27 @@ def ppo_value_loss(
     denominator: float | None, with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, statistics, and the gradient of ``values`` (empty if not asked for)."""
-    inputs = (values, old_values, returns, wanted)
-    options = clip_ends(0.0, 0.0) | {"dual_clip": 0.0, "clip_range": clip_range or 0.0}
-    return _run(inputs, options, clip_range is not None, reduction, denominator, with_gradient, policy=False)
+    first, *others = (x.contiguous() for x in (values, old_values, returns))
+    options = policy_options(0.0, 0.0, None, None, False, 0.0)
+    options |= {"clip_range": clip_range or 0.0, "CLIP": clip_range is not None, "POLICY": False}
+    options |= {"REFERENCE": False, "BY_SEQUENCE": False}
+    inputs = (first, *others, first, wanted.contiguous(), first)
+    return _run("ppo_value_loss", inputs, options, reduction, denominator, with_gradient)
 
 
 def _run(
-    inputs: tuple[Tensor, ...], options: dict[str, float], option: bool, reduction: str, denominator: float | None,
-    with_gradient: bool, *, policy: bool,
+    name: str, inputs: tuple[Tensor, ...], options: dict[str, Any], reduction: str, denominator: float | None,
+    with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     first = inputs[0]
     device = first.device
     gradient = torch.empty(first.shape if with_gradient else 0, device=device)
-    op = OPS["ppo_policy_loss" if policy else "ppo_value_loss"]
-    statistics = torch.empty(len(op.statistics), device=device)
+    statistics = torch.empty(len(OPS[name].statistics), device=device)
     if first.numel() == 0:
         return torch.zeros((), device=device), statistics.zero_(), gradient
     loss = torch.empty((), device=device)
     size = first.numel()
-    if reduction == "token-mean":  # rows do not matter, so each block is taken for a row
+    if reduction == "token-mean" and not options["BY_SEQUENCE"]:  # rows do not matter, so each block is taken for a row
         length = block = blocks(size, BLOCK)
         rows, per_row = triton.cdiv(size, block), 1
     else:
@@ -246,24 +318,32 @@ def _run(
         per_row = triton.cdiv(length, block)
     sums = torch.empty(rows * per_row * SUMS.value, dtype=torch.float64, device=device)
     _terms[(rows, per_row)](
-        *(x.contiguous() for x in inputs), gradient, sums, size, length, per_row, **options,
-        POLICY=policy, OPTION=option, GRADIENT=with_gradient, BLOCK=block, num_warps=8,
+        *inputs, gradient, sums, size, length, per_row, **options, GRADIENT=with_gradient, BLOCK=block, num_warps=8
     )  # fmt: skip
     width = triton.next_power_of_2(per_row)
     _finish[(rows, per_row) if with_gradient else (1, 1)](
         gradient, sums, loss, statistics, size, length, per_row, rows,
-        *two_floats(0.0 if denominator is None else 1.0 / denominator), POLICY=policy, REDUCTION=reduction,
+        *two_floats(0.0 if denominator is None else 1.0 / denominator), POLICY=options["POLICY"], REDUCTION=reduction,
         DENOMINATOR=denominator is not None, GRADIENT=with_gradient, BLOCK=block,
         ROWS=blocks(rows, max(1, 1024 // width)), PER_ROW=width,
     )  # fmt: skip
     return loss, statistics, gradient
 
 
-def clip_ends(clip_low: float, clip_high: float) -> dict[str, float]:
-    """1 − ε and 1 + ε_high, each as two floats (:func:`two_floats`), under the names that the kernels have for them."""
+def policy_options(
+    clip_low: float, clip_high: float, dual_clip: float | None, log_ratio_clamp: float | None, cispo: bool, beta: float
+) -> dict[str, Any]:
+    """The options of a policy loss under the names that the kernels have for them; some numbers as two floats."""
     low, low_lost = two_floats(1.0 - clip_low)
     high, high_lost = two_floats(1.0 + clip_high)
-    return {"low": low, "low_lost": low_lost, "high": high, "high_lost": high_lost}
+    beta, beta_lost = two_floats(beta)
+    largest = LARGEST_WHOLE_EXPONENT.value
+    return {
+        "low": low, "low_lost": low_lost, "high": high, "high_lost": high_lost, "dual": dual_clip or 0.0,
+        "least": -math.inf if log_ratio_clamp is None else -log_ratio_clamp,
+        "largest": largest if log_ratio_clamp is None else min(largest, log_ratio_clamp),
+        "beta": beta, "beta_lost": beta_lost, "DUAL": dual_clip is not None, "CISPO": cispo,
+    }  # fmt: skip
 
 
 def row_weights(wanted: Tensor, reduction: str, denominator: float | None) -> Tensor:

@@ -75,6 +75,7 @@ def calls(rows: int = 6, length: int = 9, dtype: torch.dtype = torch.float32) ->
     ranks = randint(4, rows, length)
     softcap = {"softcap": 5.0, "temperature": 0.7}
     old = {"old_logprobs": randn(rows, length) - 5, "advantages": randn(rows, length)}
+    ref = {"ref_logprobs": kl["ref_logprobs"] - 1}
     return {
         "selective_log_softmax": Call(
             k.selective_log_softmax, logits | index | {"mask": mask}, ("logits",), {"temperature": 0.7}
@@ -90,8 +91,8 @@ def calls(rows: int = 6, length: int = 9, dtype: torch.dtype = torch.float32) ->
             ("hidden", "weight", "bias"), softcap,
         ),
         "linear_ppo_policy_loss": Call(
-            k.linear_ppo_policy_loss, linear | index | bias | old | {"mask": mask}, ("hidden", "weight", "bias"),
-            {"reduction": "seq-mean-token-mean", "dual_clip": 2.0},
+            k.linear_ppo_policy_loss, linear | index | bias | old | ref | {"mask": mask}, ("hidden", "weight", "bias"),
+            {"reduction": "seq-mean-token-mean", "dual_clip": 2.0, "beta": 0.1, "entropy_coefficient": 0.1},
         ),
         "linear_cross_entropy": Call(
             k.linear_cross_entropy, linear | bias | {"labels": torch.where(mask, index["index"], -100)},
@@ -112,8 +113,8 @@ def calls(rows: int = 6, length: int = 9, dtype: torch.dtype = torch.float32) ->
             {"beta": 0.1, "estimator": "k2", "score_clip": 1.0},
         ),
         "ppo_policy_loss": Call(
-            k.ppo_policy_loss, tokens | {"mask": mask}, ("logprobs",),
-            {"reduction": "seq-mean-token-sum", "dual_clip": 2.0},
+            k.ppo_policy_loss, tokens | ref | {"mask": mask}, ("logprobs",),
+            {"reduction": "seq-mean-token-sum", "dual_clip": 2.0, "beta": 0.1},
         ),
         "ppo_value_loss": Call(
             k.ppo_value_loss, {"values": values, "old_values": randn(rows, length), "returns": randn(rows, length)}

@@ -72,7 +72,9 @@ def test_linear_log_prob(dtype, scale):
     tensors = {"hidden": hidden, "weight": weight, "index": torch.randint(0, 5003, (64,))}
     # On a GPU the matmul is the vendor's: in float32 as exact as the formula's, which has another shape and so another
     # order; in half precision on tensor cores, which cut off what a sum of 16 products loses against the sum so far.
-    slack = 1 if not hidden.is_cuda else 3 if dtype == torch.float32 else 8
+    # AMD's instruction for pairs of bfloat16 rounds more than two float32 ones: 0.9 of the formula's error on average.
+    on_cpu = 2 if dtype == torch.bfloat16 else 1
+    slack = on_cpu if not hidden.is_cuda else 3 if dtype == torch.float32 else 8
     hold(Call(k.linear_selective_log_softmax_and_entropy, tensors), 2, slack)
 
 

@@ -199,7 +199,7 @@ void ranking() {
 }
 
 void ppo_terms() {
-  const PolicyClip clip{0.8, 1.2, 3.0, true};
+  const auto options = PolicyOptions::of(0.2, 0.2, 3.0, {}, false, false, 0);
   for (int trial = 0; trial < 5000; ++trial) {
     const float logprob = static_cast<float>(normal()), old = static_cast<float>(logprob + 0.3 * normal());
     const float advantage = static_cast<float>(normal()), weight = 0.01f;
@@ -207,8 +207,8 @@ void ppo_terms() {
     double loss = std::fmax(-advantage * ratio, -advantage * kept), slope = -advantage * kept > -advantage * ratio ? 0 : -advantage * ratio;
     if (advantage < 0 && loss > -3.0 * advantage) loss = -3.0 * advantage, slope = 0;
     const float log_ratio = logprob - old;
-    const auto power = policy_ratio(log_ratio);
-    const auto term = policy_term(log_ratio, power.value, power.lost, advantage, clip, weight, 0.0f);
+    const auto power = policy_ratio(log_ratio, options);
+    const auto term = policy_term(logprob, log_ratio, power.value, power.lost, advantage, options, weight, 0.0f);
     expect_close(double{term.loss} + term.loss_lost, loss, 2e-8, "policy loss");
     expect_close(term.gradient, weight * slope, 2e-7, "policy gradient");
     expect_close(power.kl, ratio - 1 - d, 4e-7, "KL of the ratio", 1.2e-7);

@@ -306,8 +306,9 @@ std::tuple<double, std::tuple<Tensor, Tensor, Tensor>> linear_losses(const Linea
     RowLoss here = loss;
     here.index += first;
     here.weights += first;
-    if (here.old_logprobs) here.old_logprobs += first;
-    if (here.advantages) here.advantages += first;
+    for (const float** values : {&here.advantages, &here.old_logprobs, &here.ref_logprobs}) {
+      if (*values) *values += first;
+    }
     const RowLossResults out{losses.data() + first, statistics ? statistics + first : nullptr};
     parallel(count, part.vocabulary, [&](int64_t begin, int64_t end) {
       k.linear_loss(part, here, out, logits, with_gradient, begin, end);
@@ -330,34 +331,39 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(Tensor hidden, T
   const double scale = mean && in.count() ? 1.0 / static_cast<double>(in.count()) : 1.0;
   const std::vector<double> weights(in.count(), scale);
   const auto [loss, gradients] =
-      linear_losses(in, hidden, weight, {in.index.data(), weights.data(), nullptr, nullptr, {}}, nullptr,
+      linear_losses(in, hidden, weight, {in.index.data(), weights.data(), nullptr, nullptr, nullptr, {}, 0}, nullptr,
                     {needs_hidden, needs_weight});
   return {scalar(loss), std::get<0>(gradients), std::get<1>(gradients), std::get<2>(gradients)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_ppo_policy_loss(
-    Tensor hidden, Tensor weight, Tensor index, Tensor old_logprobs, Tensor advantages, Tensor wanted,
-    OptionalTensor bias, double temperature, std::optional<double> softcap, double clip_low, double clip_high,
-    std::optional<double> dual_clip, std::string reduction, std::optional<double> denominator, bool needs_hidden,
-    bool needs_weight) {
+    Tensor hidden, Tensor weight, Tensor index, OptionalTensor old_logprobs, Tensor advantages, Tensor wanted,
+    OptionalTensor bias, double temperature, std::optional<double> softcap, OptionalTensor ref_logprobs, double beta,
+    double clip_low, double clip_high, std::optional<double> dual_clip, std::optional<double> log_ratio_clamp,
+    bool cispo, double entropy_coefficient, std::string reduction, std::optional<double> denominator,
+    bool needs_hidden, bool needs_weight) {
   const Mask mask("mask", wanted);
   const LinearInputs in(hidden, weight, "index", index, mask, bias, temperature, softcap);
-  const Tensor old = cast(old_logprobs, ScalarType::Float), dense_advantages = cast(advantages, ScalarType::Float);
   const int64_t length = wanted.dim() == 2 ? wanted.size(1) : std::max<int64_t>(1, wanted.numel());
   const int64_t count = wanted.dim() == 2 ? wanted.size(0) : 1;
   const Weights weights(mask, count, length, wanted.numel(), reduction, denominator);
   std::vector<double> row_weights;
-  std::vector<float> row_old, row_advantages;
-  for (const int64_t row : in.rows) {
-    row_weights.push_back(weights.rows[row / length]);
-    row_old.push_back(data<float>(old)[row]);
-    row_advantages.push_back(data<float>(dense_advantages)[row]);
-  }
+  for (const int64_t row : in.rows) row_weights.push_back(weights.rows[row / length]);
+  const auto of_rows = [&](const OptionalTensor& tensor) {
+    std::vector<float> values;
+    if (!tensor) return values;
+    const Tensor dense = cast(*tensor, ScalarType::Float);
+    for (const int64_t row : in.rows) values.push_back(data<float>(dense)[row]);
+    return values;
+  };
+  const auto row_advantages = of_rows(advantages), row_old = of_rows(old_logprobs), row_ref = of_rows(ref_logprobs);
   std::vector<LinearPolicyStatistics<float>> statistics(in.count());
   const auto [loss, gradients] =
       linear_losses(in, hidden, weight,
-                    {in.index.data(), row_weights.data(), row_old.data(), row_advantages.data(),
-                     PolicyClip::of(clip_low, clip_high, dual_clip)},
+                    {in.index.data(), row_weights.data(), row_advantages.data(), old_logprobs ? row_old.data() : nullptr,
+                     ref_logprobs ? row_ref.data() : nullptr,
+                     PolicyOptions::of(clip_low, clip_high, dual_clip, log_ratio_clamp, cispo, false, beta),
+                     entropy_coefficient},
                     statistics.data(), {needs_hidden, needs_weight});
   LinearPolicyStatistics<double> all;
   for (const auto& row : statistics) all.add(row);

@@ -31,19 +31,23 @@ std::tuple<Tensor, Tensor> added_up(const std::vector<Sums>& rows, const Weights
 }
 
 std::tuple<Tensor, Tensor, Tensor> ppo_policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages,
-                                                   Tensor wanted, double clip_low, double clip_high,
-                                                   std::optional<double> dual_clip, std::string reduction,
-                                                   std::optional<double> denominator, bool with_gradient) {
+                                                   Tensor wanted, OptionalTensor ref_logprobs, double beta,
+                                                   double clip_low, double clip_high, std::optional<double> dual_clip,
+                                                   std::optional<double> log_ratio_clamp, bool cispo, bool by_sequence,
+                                                   std::string reduction, std::optional<double> denominator,
+                                                   bool with_gradient) {
   const Mask mask("mask", wanted);
-  const TokenRows rows(logprobs, old_logprobs, advantages, reduction);
+  const bool dense = (!ref_logprobs || ref_logprobs->is_contiguous()) && !by_sequence;
+  const auto rows = dense ? TokenRows(logprobs, old_logprobs, advantages, reduction) : TokenRows(logprobs);
   const Weights weights(mask, rows.count, rows.length, rows.positions, reduction, denominator);
   Tensor gradient = with_gradient ? empty(sizes(logprobs), ScalarType::Float) : nothing();
   std::vector<PolicySums> sums(rows.count);
   const PolicyArguments in{rows.view(logprobs), rows.view(old_logprobs), rows.view(advantages),
+                           ref_logprobs ? rows.view(*ref_logprobs) : View{},
                            mask.data(), rows.length, rows.positions, weights.rows.data(),
-                           PolicyClip::of(clip_low, clip_high, dual_clip),
+                           PolicyOptions::of(clip_low, clip_high, dual_clip, log_ratio_clamp, cispo, by_sequence, beta),
                            with_gradient ? mutable_data<float>(gradient) : nullptr, sums.data()};
-  parallel(rows.count, rows.length * 4,
+  parallel(rows.count, rows.length * (ref_logprobs ? 8 : 4),
            [&](int64_t begin, int64_t end) { kernels().ppo_policy(in, begin, end); });
   const auto [loss, statistics] = added_up(sums, weights);
   return {loss, statistics, gradient};

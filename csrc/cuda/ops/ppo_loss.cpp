@@ -22,20 +22,21 @@ cuda::Reduction reduction_of(const std::string& name) {
 // What both losses have in common. run(arguments, workspace) launches the kernels.
 template <class Run>
 std::tuple<Tensor, Tensor, Tensor> token_loss(const Launch& launch, const Tensor& first, const Tensor& second,
-                                              const Tensor& third, const Tensor& wanted, const std::string& reduction,
+                                              const Tensor& third, const OptionalTensor& fourth, const Tensor& wanted,
+                                              bool by_sequence, const std::string& reduction,
                                               std::optional<double> denominator, bool with_gradient,
                                               int64_t statistics, Run&& run) {
   Tensor gradient = with_gradient ? launch.empty_like(first) : launch.nothing();
   if (first.numel() == 0) return {launch.zeros({}), launch.zeros({statistics}), gradient};
   const Tensor mask = dense(wanted);
   Tensor loss = launch.empty({}), values = launch.empty({statistics});
-  cuda::TokenLoss in{{view_of(first), view_of(second), view_of(third)}, mask_of(mask), TokenRows(first).count,
+  cuda::TokenLoss in{{view_of(first), view_of(second), view_of(third), fourth ? view_of(*fourth) : View{}}, mask_of(mask), TokenRows(first).count,
                      TokenRows(first).length, reduction_of(reduction), denominator.value_or(0.0),
                      with_gradient ? mutable_data<float>(gradient) : nullptr, mutable_data<float>(loss),
                      mutable_data<float>(values)};
   // With token-mean the rows do not matter: contiguous inputs are read as one row, so that short rows share a block.
-  if (in.reduction == cuda::Reduction::token_mean && first.is_contiguous() && second.is_contiguous() &&
-      third.is_contiguous()) {
+  if (in.reduction == cuda::Reduction::token_mean && !by_sequence && first.is_contiguous() && second.is_contiguous() &&
+      third.is_contiguous() && (!fourth || fourth->is_contiguous())) {
     in.length = first.numel();
     in.rows = 1;
     for (auto& view : in.inputs) view.stride = 1;
@@ -46,14 +47,16 @@ std::tuple<Tensor, Tensor, Tensor> token_loss(const Launch& launch, const Tensor
 }
 
 std::tuple<Tensor, Tensor, Tensor> ppo_policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages,
-                                                   Tensor wanted, double clip_low, double clip_high,
-                                                   std::optional<double> dual_clip, std::string reduction,
-                                                   std::optional<double> denominator, bool with_gradient) {
+                                                   Tensor wanted, OptionalTensor ref_logprobs, double beta,
+                                                   double clip_low, double clip_high, std::optional<double> dual_clip,
+                                                   std::optional<double> log_ratio_clamp, bool cispo, bool by_sequence,
+                                                   std::string reduction, std::optional<double> denominator,
+                                                   bool with_gradient) {
   const Launch launch(logprobs);
-  return token_loss(launch, logprobs, old_logprobs, advantages, wanted, reduction, denominator, with_gradient,
-                    PolicyStatistics<double>::kCount,
-                    [&](const cuda::TokenLoss& in, void* workspace) {
-                      cuda::ppo_policy_loss(in, PolicyClip::of(clip_low, clip_high, dual_clip), workspace, launch.stream);
+  const auto options = PolicyOptions::of(clip_low, clip_high, dual_clip, log_ratio_clamp, cispo, by_sequence, beta);
+  return token_loss(launch, logprobs, old_logprobs, advantages, ref_logprobs, wanted, by_sequence, reduction, denominator,
+                    with_gradient, PolicyStatistics<double>::kCount, [&](const cuda::TokenLoss& in, void* workspace) {
+                      cuda::ppo_policy_loss(in, options, workspace, launch.stream);
                     });
 }
 
@@ -61,9 +64,8 @@ std::tuple<Tensor, Tensor, Tensor> ppo_value_loss(Tensor values, Tensor old_valu
                                                   std::optional<double> clip_range, std::string reduction,
                                                   std::optional<double> denominator, bool with_gradient) {
   const Launch launch(values);
-  return token_loss(launch, values, old_values, returns, wanted, reduction, denominator, with_gradient,
-                    ValueStatistics<double>::kCount,
-                    [&](const cuda::TokenLoss& in, void* workspace) {
+  return token_loss(launch, values, old_values, returns, std::nullopt, wanted, false, reduction, denominator,
+                    with_gradient, ValueStatistics<double>::kCount, [&](const cuda::TokenLoss& in, void* workspace) {
                       cuda::ppo_value_loss(in, static_cast<float>(clip_range.value_or(-1.0)), workspace, launch.stream);
                     });
 }

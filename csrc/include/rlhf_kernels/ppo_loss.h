@@ -1,8 +1,9 @@
-// PPO's clipped losses at one position (Schulman et al. 2017, equation 7), with gradient and statistics.
+// The losses of PPO (Schulman et al. 2017, equation 7) and its relatives at one position, with gradient and statistics.
 #pragma once
 
 #include <optional>
 
+#include "rlhf_kernels/kl_reward.h"
 #include "rlhf_kernels/math.h"
 
 namespace rlhf_kernels {
@@ -11,11 +12,12 @@ namespace rlhf_kernels {
 // T is float or double.
 template <class T>
 struct PolicyStatistics {
-  static constexpr int kCount = 4;
+  static constexpr int kCount = 5;
   T ratio = 0;      // ρ
   T deviation = 0;  // |ρ − 1|; of several positions the largest, and NaN if one is
   T kl = 0;         // (ρ − 1) − log ρ
   T clipped = 0;    // 1 where the clipped loss is the one chosen
+  T ref_kl = 0;     // k3 to the reference policy, where there is one
 
   template <class U>
   RLHF_HOST_DEVICE void add(const PolicyStatistics<U>& other) {
@@ -23,6 +25,7 @@ struct PolicyStatistics {
     deviation = other.deviation > deviation || other.deviation != other.deviation ? other.deviation : deviation;
     kl += other.kl;
     clipped += other.clipped;
+    ref_kl += other.ref_kl;
   }
 
   // Averages from sums, where `share` is 1 over the number of unmasked positions.
@@ -31,6 +34,7 @@ struct PolicyStatistics {
     to[1] = static_cast<float>(deviation);
     to[2] = static_cast<float>(kl * share);
     to[3] = static_cast<float>(clipped * share);
+    to[4] = static_cast<float>(ref_kl * share);
   }
 };
 
@@ -73,15 +77,27 @@ struct ValueStatistics {
   }
 };
 
-struct PolicyClip {
+// Larger log-ratios are clamped to this, without a gradient: the ratio stays finite.
+constexpr float kLargestLogRatio = kLargestWholeExponent;
+constexpr float kLargestFloat = 3.4028234e38f;
+
+struct PolicyOptions {
   double low;   // 1 − ε
   double high;  // 1 + ε_high
   double dual;  // c, where has_dual
   bool has_dual;
+  bool cispo;             // −clip(ρ)·A·log π, in which ρ is a constant
+  float least, largest;   // what the log-ratio is clamped to, without a gradient
+  bool by_sequence;       // the log-ratio of a position is the mean of its row's
+  double beta;            // of the k3 penalty, where there is a reference policy
 
   // From the op's own options.
-  static PolicyClip of(double clip_low, double clip_high, std::optional<double> dual_clip) {
-    return {1 - clip_low, 1 + clip_high, dual_clip.value_or(0), dual_clip.has_value()};
+  static PolicyOptions of(double clip_low, double clip_high, std::optional<double> dual_clip,
+                          std::optional<double> log_ratio_clamp, bool cispo, bool by_sequence, double beta) {
+    const float largest = at_most(static_cast<float>(log_ratio_clamp.value_or(kLargestLogRatio)), kLargestLogRatio);
+    const float least = log_ratio_clamp ? -static_cast<float>(*log_ratio_clamp) : -INFINITY;
+    return {1 - clip_low, 1 + clip_high, dual_clip.value_or(0), dual_clip.has_value(), cispo, least, largest,
+            by_sequence, beta};
   }
 };
 
@@ -101,26 +117,41 @@ struct PolicyTerm {
   T clipped;    // 1 where the clipped loss is the one chosen
 };
 
-// Larger log-ratios are clamped to this, without a gradient: the ratio stays finite.
-constexpr float kLargestLogRatio = kLargestWholeExponent;
-constexpr float kLargestFloat = 3.4028234e38f;
-
 template <class T>
-RLHF_HOST_DEVICE PolicyRatio<T> policy_ratio(T log_ratio) {
-  const auto power = bounded_exponential(at_most(log_ratio, T(kLargestLogRatio)));
+RLHF_HOST_DEVICE PolicyRatio<T> policy_ratio(T log_ratio, const PolicyOptions& options) {
+  const auto power = bounded_exponential(at_least(at_most(log_ratio, T(options.largest)), T(options.least)));
   return {power.value, power.lost, absolute(power.value - T(1.0f)), power.less_line};
 }
 
-// ratio and ratio_lost are of policy_ratio(log_ratio); weight, of which weight_lost is what its rounding lost, is the
-// position's share of the reduced loss.
+// −clip(ρ)·A·log π with a constant ρ (MiniMax 2025, arXiv 2506.13585, equation 4).
 template <class T>
-RLHF_HOST_DEVICE PolicyTerm<T> policy_term(T log_ratio, T ratio, T ratio_lost, T advantage, const PolicyClip& clip,
-                                           T weight, T weight_lost) {
+RLHF_HOST_DEVICE PolicyTerm<T> cispo_term(T logprob, T ratio, T ratio_lost, T gain, const PolicyOptions& options,
+                                          T weight, T weight_lost) {
+  const T zero(0.0f), one(1.0f), low(options.low), high(options.high);
+  const T factor = at_least(at_most(ratio, high), low);
+  const T factor_lost = where_greater(ratio, high, lost_by_conversion<T>(options.high),
+                                      where_greater(low, ratio, lost_by_conversion<T>(options.low), ratio_lost));
+  const T scaled = gain * factor, scaled_lost = multiply_add(gain, factor_lost, lost_by_product(gain, factor, scaled));
+  PolicyTerm<T> term;
+  term.loss = scaled * logprob;
+  term.loss_lost = multiply_add(scaled_lost, logprob, lost_by_product(scaled, logprob, term.loss));
+  const T rest = multiply_add(scaled, weight_lost, scaled_lost * weight);
+  term.gradient = multiply_add(scaled, weight, where_greater(T(kLargestFloat), absolute(scaled), rest, zero));
+  term.clipped = where_greater(ratio, high, one, where_greater(low, ratio, one, zero));
+  return term;
+}
+
+// ratio and ratio_lost are of policy_ratio(log_ratio); weight, of which weight_lost is what its rounding lost, is the
+// position's share of the reduced loss. Only CISPO reads logprob, which is 0 at masked positions.
+template <class T>
+RLHF_HOST_DEVICE PolicyTerm<T> policy_term(T logprob, T log_ratio, T ratio, T ratio_lost, T advantage,
+                                           const PolicyOptions& options, T weight, T weight_lost) {
   const T zero(0.0f), one(1.0f), gain = zero - advantage;
+  if (options.cispo) return cispo_term(logprob, ratio, ratio_lost, gain, options, weight, weight_lost);
   // Only one end of the clip range can raise the loss: the low end for a gain above 0, else the high end. What rounding
   // the end to T loses is kept too.
-  const T end = where_greater(gain, zero, T(clip.low), T(clip.high));
-  const T end_lost = where_greater(gain, zero, lost_by_conversion<T>(clip.low), lost_by_conversion<T>(clip.high));
+  const T end = where_greater(gain, zero, T(options.low), T(options.high));
+  const T end_lost = where_greater(gain, zero, lost_by_conversion<T>(options.low), lost_by_conversion<T>(options.high));
   const T unclipped = gain * ratio, clipped = gain * end;
   const T factor = where_greater(clipped, unclipped, end, ratio);
   const T factor_lost = where_greater(clipped, unclipped, end_lost, ratio_lost);
@@ -133,12 +164,13 @@ RLHF_HOST_DEVICE PolicyTerm<T> policy_term(T log_ratio, T ratio, T ratio_lost, T
   const T slope_lost = where_greater(T(kLargestFloat), absolute(share),
                                      multiply_add(share, ratio_lost, share_lost * ratio), zero);  // an infinite gain
   const T slope = multiply_add(share, ratio, slope_lost);
-  term.gradient = where_greater(clipped, unclipped, zero, where_greater(log_ratio, T(kLargestLogRatio), zero, slope));
-  if (clip.has_dual) {
-    const T limit = T(clip.dual) * gain;
+  const T inside = where_greater(log_ratio, T(options.largest), zero, where_greater(T(options.least), log_ratio, zero, slope));
+  term.gradient = where_greater(clipped, unclipped, zero, inside);
+  if (options.has_dual) {
+    const T limit = T(options.dual) * gain;
     const T cut = where_greater(gain, zero, where_greater(term.loss, limit, one, zero), zero);
     term.loss = where_greater(cut, zero, limit, term.loss);
-    term.loss_lost = where_greater(cut, zero, lost_by_product(T(clip.dual), gain, limit), term.loss_lost);
+    term.loss_lost = where_greater(cut, zero, lost_by_product(T(options.dual), gain, limit), term.loss_lost);
     term.gradient = where_greater(cut, zero, zero, term.gradient);
   }
   term.clipped = where_greater(clipped, unclipped, one, zero);
