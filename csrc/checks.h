@@ -52,11 +52,12 @@ template <class T>
                               position(dense, at) + ", must be 0 or 1");
 }
 
-// index dense and int64.
-inline void check_index(const char* name, const Tensor& index, const uint8_t* wanted, int64_t size) {
+// index dense and int64. In a backward, `least` may be −1: then the logits are a part of a vocabulary, and that token is in
+// another part.
+inline void check_index(const char* name, const Tensor& index, const uint8_t* wanted, int64_t size, int64_t least = 0) {
   const auto* values = tensors::data<int64_t>(index);
   for (int64_t at = 0; at < index.numel(); ++at) {
-    if (wanted[at] && (values[at] < 0 || values[at] >= size)) {
+    if (wanted[at] && (values[at] < least || values[at] >= size)) {
       throw std::out_of_range(std::string(name) + ": is " + written(values[at]) + " at position " +
                               position(index, at) + ", must be in [0, " + std::to_string(size) + ")");
     }

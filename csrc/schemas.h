@@ -40,18 +40,19 @@ inline void define_ops(torch::stable::detail::StableLibrary& library) {
   library.def(
       "sample_tokens(Tensor logits, Tensor stream, Tensor step, int seed, float temperature) -> "
       "(Tensor tokens, Tensor logprobs)");
-  library.def("kl_penalty(Tensor logprobs, Tensor ref_logprobs, str estimator) -> Tensor");
+  library.def("kl_penalty(Tensor logprobs, Tensor ref_logprobs, Tensor? wanted, str estimator) -> Tensor");
   library.def(
-      "kl_penalty_backward(Tensor logprobs, Tensor ref_logprobs, str estimator, Tensor gradient) -> Tensor");
+      "kl_penalty_backward(Tensor logprobs, Tensor ref_logprobs, Tensor? wanted, str estimator, Tensor gradient) -> "
+      "Tensor");
   library.def(
       "kl_shaped_rewards(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor wanted, float beta, "
       "str estimator, float? score_clip) -> (Tensor rewards, Tensor kl)");
   library.def(
       "masked_gae(Tensor rewards, Tensor values, Tensor wanted, float gamma, float lam, Tensor? bootstrap, "
-      "bool whiten, Tensor? cu_seqlens) -> (Tensor advantages, Tensor returns)");
+      "str? whiten, Tensor? cu_seqlens) -> (Tensor advantages, Tensor returns)");
   library.def(
       "ppo_advantages(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor values, Tensor wanted, float beta, "
-      "float gamma, float lam, bool whiten, Tensor? bootstrap, str estimator, float? score_clip, "
+      "float gamma, float lam, str? whiten, Tensor? bootstrap, str estimator, float? score_clip, "
       "Tensor? cu_seqlens) -> (Tensor advantages, Tensor returns, Tensor rewards, Tensor kl)");
   library.def(
       "ppo_policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages, Tensor wanted, Tensor? ref_logprobs, "

@@ -20,11 +20,16 @@ def tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], like: Tensor 
     """Checks that a value is a tensor of one of ``dtypes``, on the device of ``like``. ``hint`` ends a dtype's error.
 
     Raises:
-        TypeError: not a tensor, or another dtype.
+        TypeError: not a tensor, a DTensor, or another dtype.
         ValueError: another device.
     """
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: is {type(value).__name__}, must be a tensor")
+    if type(value).__name__ == "DTensor":  # by name: importing its module takes a second
+        raise TypeError(
+            f"{name}: is a DTensor, of which this process holds a part; pass {name}.full_tensor(), or under FSDP call "
+            "the op inside the forward of the module that owns it, where it is whole"
+        )
     if value.dtype not in dtypes:
         raise TypeError(f"{name}: has dtype {value.dtype}, must be one of {', '.join(str(d) for d in dtypes)}{hint}")
     if like is not None and value.device != like.device:

@@ -22,7 +22,7 @@ def masked_gae(
     gamma: float = 1.0,
     lam: float = 0.95,
     bootstrap: Tensor | None = None,
-    whiten: bool = False,
+    whiten: bool | str = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A_t = δ_t + γλ·A_{t+1} with δ_t = r_t + γ·V_{t+1} − V_t, over the unmasked positions.
@@ -38,7 +38,8 @@ def masked_gae(
         gamma: γ in [0, 1].
         lam: λ in [0, 1].
         bootstrap: (B,) values after the last position, for completions that were cut off; 0 by default.
-        whiten: bring the unmasked advantages to mean 0 and (population) variance 1, with 1e-8 added to the variance.
+        whiten: bring the unmasked advantages to mean 0 and variance 1, with 1e-8 added to the variance: True by that of
+            the population, Σ(A − Ā)²/n; "unbiased" by Σ(A − Ā)²/(n − 1), as TRL and verl do (one position gives 0).
         cu_seqlens: (B+1,) int32 or int64: where each of B packed sequences begins and ends.
 
     Returns:
@@ -50,11 +51,11 @@ def masked_gae(
         ValueError: shapes or devices differ, an option is out of range, or (looked at on the CPU only) a mask holds
             something besides 0 and 1, or ``cu_seqlens`` don't rise from 0 to N.
     """
-    mask, _, gamma, lam = _check(rewards, values, mask, gamma, lam, bootstrap, whiten, cu_seqlens, "rewards")
+    mask, _, gamma, lam, whitening = _check(rewards, values, mask, gamma, lam, bootstrap, whiten, cu_seqlens, "rewards")
     backend = choose("masked_gae", rewards, values, bootstrap)
     wanted = checks.read_mask(backend, "mask", mask)
     cu_seqlens = checks.read_boundaries(backend, "cu_seqlens", cu_seqlens, rewards.shape[0])
-    arguments = (rewards, values, wanted, gamma, lam, bootstrap, whiten, cu_seqlens)
+    arguments = (rewards, values, wanted, gamma, lam, bootstrap, whitening, cu_seqlens)
     if backend == "reference":
         return reference.masked_gae(*arguments)
     return call(backend, "masked_gae", *arguments)
@@ -70,7 +71,7 @@ def ppo_advantages(
     beta: float,
     gamma: float = 1.0,
     lam: float = 0.95,
-    whiten: bool = True,
+    whiten: bool | str = True,
     bootstrap: Tensor | None = None,
     estimator: str = "k1",
     score_clip: float | None = None,
@@ -103,7 +104,9 @@ def ppo_advantages(
             something besides 0 and 1, or ``cu_seqlens`` don't rise from 0 to N.
     """
     checks.choice("estimator", estimator, ESTIMATORS)
-    mask, count, gamma, lam = _check(logprobs, values, mask, gamma, lam, bootstrap, whiten, cu_seqlens, "logprobs")
+    mask, count, gamma, lam, whitening = _check(
+        logprobs, values, mask, gamma, lam, bootstrap, whiten, cu_seqlens, "logprobs"
+    )
     checks.tensor("ref_logprobs", ref_logprobs, checks.FLOATS, logprobs)
     checks.shape("ref_logprobs", ref_logprobs, logprobs.shape, "the shape of logprobs")
     beta, score_clip = check_shaping(scores, logprobs, count, beta, score_clip)
@@ -111,7 +114,7 @@ def ppo_advantages(
     wanted = checks.read_mask(backend, "mask", mask)
     cu_seqlens = checks.read_boundaries(backend, "cu_seqlens", cu_seqlens, logprobs.shape[0])
     arguments = (
-        scores, logprobs, ref_logprobs, values, wanted, beta, gamma, lam, whiten, bootstrap, estimator, score_clip,
+        scores, logprobs, ref_logprobs, values, wanted, beta, gamma, lam, whitening, bootstrap, estimator, score_clip,
         cu_seqlens,
     )  # fmt: skip
     if backend == "reference":
@@ -121,9 +124,9 @@ def ppo_advantages(
 
 def _check(
     first: Tensor, values: Tensor, mask: Tensor | None, gamma: float, lam: float, bootstrap: Tensor | None,
-    whiten: bool, cu_seqlens: Tensor | None, name: str,
-) -> tuple[Tensor, int, float, float]:  # fmt: skip
-    """Checks what both functions share; returns the mask, the number of sequences, γ and λ."""
+    whiten: bool | str, cu_seqlens: Tensor | None, name: str,
+) -> tuple[Tensor, int, float, float, str | None]:  # fmt: skip
+    """Checks what both functions share; returns the mask, the number of sequences, γ, λ, and what to whiten by."""
     checks.tensor(name, first, checks.FLOATS)
     dims, form = (2, "(B, T)") if cu_seqlens is None else (1, "(N,), since cu_seqlens is given")
     if first.dim() != dims:
@@ -138,11 +141,13 @@ def _check(
         count = first.shape[0]
     mask = checks.mask("mask", mask, first, first.shape)
     gamma, lam = checks.number("gamma", gamma, 0.0, 1.0), checks.number("lam", lam, 0.0, 1.0)
-    checks.boolean("whiten", whiten)
+    if not isinstance(whiten, bool) and whiten != "unbiased":
+        raise ValueError(f"whiten: is {whiten!r}, must be True, False or 'unbiased'")
     if bootstrap is not None:
         checks.tensor("bootstrap", bootstrap, checks.FLOATS, first)
         checks.shape("bootstrap", bootstrap, (count,), "one per sequence")
-    return mask, count, gamma, lam
+    whitening = "unbiased" if whiten == "unbiased" else "population" if whiten else None
+    return mask, count, gamma, lam, whitening
 
 
 @fake("masked_gae")

@@ -15,7 +15,7 @@ from rlhf_kernels.registration import autograd, call, fake, run_kernel
 ESTIMATORS = ("k1", "k2", "k3", "abs")
 
 
-def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1") -> Tensor:
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None = None, *, estimator: str = "k1") -> Tensor:
     """A per-token estimate of KL(π ‖ π_ref) from samples of π (Schulman 2020, "Approximating KL divergence").
 
     With d = log π − log π_ref: k1 = d, unbiased, and the penalty of Ouyang et al. 2022, equation 2; k2 = d²/2, low
@@ -24,6 +24,8 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1")
     Args:
         logprobs: (...) floating point: log-probs of the sampled tokens under π, in nats.
         ref_logprobs: (...) the same under π_ref.
+        mask: (...) bool or {0, 1}: masked positions give 0 and zero gradient, whatever is there: padding is −100 from
+            some trainers and 0 from others, and e^100 is infinite. None: every position counts.
         estimator: "k1", "k2", "k3" or "abs".
 
     Returns:
@@ -31,15 +33,20 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str = "k1")
 
     Raises:
         TypeError: an argument is not a floating-point tensor.
-        ValueError: shapes or devices differ, or the estimator is unknown.
+        ValueError: shapes or devices differ, the estimator is unknown, or (looked at on the CPU only) a mask holds
+            something besides 0 and 1.
     """
     _check(logprobs, ref_logprobs, estimator)
     backend = choose("kl_penalty", logprobs, ref_logprobs)
+    wanted = None
+    if mask is not None:
+        wanted = checks.read_mask(backend, "mask", checks.mask("mask", mask, logprobs, logprobs.shape))
     if backend == "reference":
-        return reference.kl_penalty(logprobs, ref_logprobs, estimator)
+        return reference.kl_penalty(logprobs, ref_logprobs, wanted, estimator)
     if logprobs.dim() in (1, 2):
-        return call(backend, "kl_penalty", logprobs, ref_logprobs, estimator)
-    flat = call(backend, "kl_penalty", logprobs.reshape(-1), ref_logprobs.reshape(-1), estimator)
+        return call(backend, "kl_penalty", logprobs, ref_logprobs, wanted, estimator)
+    wanted = None if wanted is None else wanted.reshape(-1)
+    flat = call(backend, "kl_penalty", logprobs.reshape(-1), ref_logprobs.reshape(-1), wanted, estimator)
     return flat.view(logprobs.shape)
 
 
@@ -110,7 +117,7 @@ def check_shaping(
 
 
 @fake("kl_penalty")
-def _(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
+def _(logprobs: Tensor, ref_logprobs: Tensor, wanted: Tensor | None, estimator: str) -> Tensor:
     return logprobs.new_empty(logprobs.shape, dtype=torch.float32)
 
 
@@ -126,11 +133,11 @@ def _(scores: Tensor, logprobs: Tensor, *_: Any) -> tuple[Tensor, ...]:
 
 def _save(ctx: Any, inputs: Any, output: Tensor) -> None:
     ctx.estimator = inputs.estimator
-    ctx.save_for_backward(inputs.logprobs, inputs.ref_logprobs)
+    ctx.save_for_backward(inputs.logprobs, inputs.ref_logprobs, inputs.wanted)
 
 
 @autograd("kl_penalty", _save, variables=("logprobs", "ref_logprobs"))
-def _backward(ctx: Any, saved: tuple[Tensor, ...], gradient: Tensor) -> dict[str, Tensor]:
-    logprobs, ref_logprobs = saved
-    slope = run_kernel(ctx.backend, "kl_penalty_backward", logprobs, ref_logprobs, ctx.estimator, gradient)
+def _backward(ctx: Any, saved: tuple[Any, ...], gradient: Tensor) -> dict[str, Tensor]:
+    logprobs, ref_logprobs, wanted = saved
+    slope = run_kernel(ctx.backend, "kl_penalty_backward", logprobs, ref_logprobs, wanted, ctx.estimator, gradient)
     return {"logprobs": slope.to(logprobs.dtype), "ref_logprobs": -slope.to(ref_logprobs.dtype)}

@@ -34,6 +34,7 @@ def linear_selective_log_softmax(
     softcap: float | None = None,
     mask: Tensor | None = None,
     ignore_index: int = -100,
+    group: Any = None,
 ) -> Tensor:
     """:func:`~rlhf_kernels.selective_log_softmax` of ``hidden @ weight.T + bias``.
 
@@ -41,7 +42,8 @@ def linear_selective_log_softmax(
 
     Args:
         hidden: (..., D) float32, bfloat16, float16 (or float64): the states that predict the tokens.
-        weight: (V, D), one of these dtypes too: the output embeddings. Where operands differ in dtype, all are brought
+        weight: (V, D), one of these dtypes too: the output embeddings; or, with ``group``, a DTensor of them that
+            is split over the vocabulary, evenly or not. Where operands differ in dtype, all are brought
             to float32 first (to float64, if one of them is). Under ``torch.autocast`` all are brought to its dtype, as
             for ``F.linear``; logits, sums and results stay float32.
         index: (...) int64 or int32, in [0, V) where the row counts.
@@ -51,6 +53,8 @@ def linear_selective_log_softmax(
         mask: (...) bool or {0, 1}; rows of 0 are dropped before the matmul, give 0 and zero gradient. None: every
             row counts.
         ignore_index: rows with this index are treated as masked.
+        group: as for :func:`~rlhf_kernels.selective_log_softmax`. ``weight`` is then (V/processes, D), and so is
+            ``bias``; ``hidden`` and ``index`` are the same in all, and the gradient of ``hidden`` is summed over them.
 
     Returns:
         (...) float32 (float64 for float64 inputs) log-probabilities, in nats.
@@ -61,9 +65,7 @@ def linear_selective_log_softmax(
             something besides 0 and 1.
         IndexError: an index out of range (on the CPU; on a GPU its row gives NaN).
     """
-    hidden, weight, bias, temperature, softcap = _check_linear(hidden, weight, bias, temperature, softcap)
-    ignore_index = check_rows(index, hidden, hidden.shape[:-1], mask, ignore_index)
-    return _run(hidden, weight, index, mask, ignore_index, bias, temperature, softcap, with_entropy=False)[0]
+    return _run(hidden, weight, index, mask, ignore_index, bias, temperature, softcap, group, with_entropy=False)[0]
 
 
 def linear_selective_log_softmax_and_entropy(
@@ -76,6 +78,7 @@ def linear_selective_log_softmax_and_entropy(
     softcap: float | None = None,
     mask: Tensor | None = None,
     ignore_index: int = -100,
+    group: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`linear_selective_log_softmax`, and the entropy of each row from the same pass.
 
@@ -84,9 +87,24 @@ def linear_selective_log_softmax_and_entropy(
     Returns:
         Two (...) float32 (float64 for float64 inputs) tensors: log-probabilities and entropies, in nats.
     """
-    hidden, weight, bias, temperature, softcap = _check_linear(hidden, weight, bias, temperature, softcap)
-    ignore_index = check_rows(index, hidden, hidden.shape[:-1], mask, ignore_index)
-    return _run(hidden, weight, index, mask, ignore_index, bias, temperature, softcap, with_entropy=True)
+    return _run(hidden, weight, index, mask, ignore_index, bias, temperature, softcap, group, with_entropy=True)[:2]
+
+
+def linear_selective_log_softmax_and_rank(
+    hidden: Tensor, weight: Tensor, index: Tensor, *, bias: Tensor | None, temperature: float, softcap: float | None,
+    with_entropy: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    """For integrations: log-probs, entropies (if asked for), and whether each token is a likeliest one.
+
+    The kernels return log Σ e^((l − max)/τ) as well, which the log-prob of a likeliest token is the negative of. (One
+    that is a float32 rounding less likely passes for one too.) The reference does not: its last result is None.
+    """
+    ignore_index = -100
+    logprobs, entropies, log_sums = _run(
+        hidden, weight, index, None, ignore_index, bias, temperature, softcap, None, with_entropy=with_entropy
+    )
+    is_likeliest = None if log_sums is None else (logprobs == -log_sums) & (index != ignore_index)
+    return logprobs, entropies if with_entropy else None, is_likeliest
 
 
 def linear_ppo_policy_loss(
@@ -179,7 +197,7 @@ def linear_ppo_policy_loss(
         backend, "linear_ppo_policy_loss", hidden, weight, index, old_logprobs, advantages, wanted, bias, temperature,
         softcap, *options, needs_gradient(hidden), needs_gradient(weight, bias),
     )  # fmt: skip
-    return loss, policy_statistics("linear_ppo_policy_loss", statistics, ref_logprobs)
+    return loss, policy_statistics("linear_ppo_policy_loss", statistics, dual_clip, ref_logprobs)
 
 
 def linear_cross_entropy(
@@ -258,20 +276,40 @@ def _check_linear(
 
 
 def _run(
-    hidden: Tensor, weight: Tensor, index: Tensor, mask: Tensor | None, ignore_index: int, bias: Tensor | None,
-    temperature: float, softcap: float | None, *, with_entropy: bool,
-) -> tuple[Tensor, Any]:  # fmt: skip
+    hidden: Tensor, weight: Any, index: Tensor, mask: Tensor | None, ignore_index: int, bias: Any,
+    temperature: float, softcap: float | None, group: Any, *, with_entropy: bool,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Log-probs, entropies and log Σ e^((l − max)/τ), which the kernels alone give, and for a whole vocabulary."""
+    part = None
+    if group is not None:
+        from rlhf_kernels import vocabulary_parallel as parallel
+
+        if type(weight).__name__ == "DTensor":
+            part, weight, bias = parallel.part_of_dtensor(group, weight, bias)
+    hidden, weight, bias, temperature, softcap = _check_linear(hidden, weight, bias, temperature, softcap)
+    ignore_index = check_rows(index, hidden, hidden.shape[:-1], mask, ignore_index)
     backend = choose("linear_selective_log_softmax", hidden, weight, bias)
+    if group is not None:
+        parallel.check_backend(backend)
+        part = part or parallel.part_of(group, weight.shape[0], index)
+        hidden, weight, bias = _operands(hidden, weight, bias)
+        results = parallel.linear_log_probs(
+            hidden, weight, index, mask, ignore_index, bias, part, backend, temperature, softcap,
+            with_entropy=with_entropy,
+        )  # fmt: skip
+        return *results, None
     index, wanted = read_rows(backend, index, mask, ignore_index, weight.shape[0])
     if backend == "reference":
-        return reference.linear_selective_log_softmax_and_entropy(
+        results = reference.linear_selective_log_softmax_and_entropy(
             hidden, weight, index, wanted, bias, temperature, softcap, with_entropy=with_entropy
         )
+        return *results, None
     hidden, weight, bias = _operands(hidden, weight, bias)
-    logprobs, entropies, _, _ = call(
+    logprobs, entropies, _, log_sums = call(
         backend, "linear_selective_log_softmax", hidden, weight, index, wanted, bias, temperature, softcap, with_entropy
     )
-    return logprobs.view(index.shape), entropies.view(index.shape) if with_entropy else entropies
+    entropies = entropies.view(index.shape) if with_entropy else entropies
+    return logprobs.view(index.shape), entropies, log_sums.view(index.shape)
 
 
 def _operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -21,6 +21,7 @@ def selective_log_softmax(
     mask: Tensor | None = None,
     ignore_index: int = -100,
     inplace_backward: bool = False,
+    group: Any = None,
 ) -> Tensor:
     """log p(index) under softmax(logits / temperature), without holding the log-softmax.
 
@@ -36,6 +37,9 @@ def selective_log_softmax(
         inplace_backward: write the gradient over the storage of ``logits``, which must not be used again; a second
             backward pass raises RuntimeError. Meant for logits that no other op keeps for its own backward, such as the
             output of a matmul.
+        group: a ``torch.distributed`` group whose processes each hold an equal part of the vocabulary, in the order of
+            their ranks: ``logits`` is (..., V/processes), while ``index``, the same in all, is in [0, V). Results are
+            those of the whole vocabulary. None: all of it is here.
 
     Returns:
         (...) float32 (float64 for float64 logits) log-probabilities, in nats.
@@ -43,12 +47,12 @@ def selective_log_softmax(
     Raises:
         TypeError: an argument is not a tensor, or has a dtype not listed above.
         ValueError: shapes or devices differ, ``temperature`` is not above 0, ``mask`` holds something besides 0 and
-            1 (looked at on the CPU only), or ``inplace_backward`` has no storage it may write to: ``logits`` is a leaf
-            that requires a gradient, or expanded, so that rows share memory.
+            1 or the processes of ``group`` differ (looked at on the CPU only), or ``inplace_backward`` has no storage
+            that it may write to: ``logits`` is a leaf that requires a gradient, or expanded, so that rows share memory.
         IndexError: an index out of range (on the CPU; on a GPU its row gives NaN).
     """
     temperature, ignore_index = _check(logits, index, temperature, mask, ignore_index, inplace_backward)
-    return _run(logits, index, mask, ignore_index, temperature, inplace_backward, with_entropy=False)[0]
+    return _run(logits, index, mask, ignore_index, temperature, inplace_backward, group, with_entropy=False)[0]
 
 
 def selective_log_softmax_and_entropy(
@@ -59,6 +63,7 @@ def selective_log_softmax_and_entropy(
     mask: Tensor | None = None,
     ignore_index: int = -100,
     inplace_backward: bool = False,
+    group: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """:func:`selective_log_softmax`, and the entropy H = logsumexp(l/τ) − Σ p·l/τ of each row, from the same pass.
 
@@ -68,14 +73,22 @@ def selective_log_softmax_and_entropy(
         Two (...) float32 (float64 for float64 logits) tensors: log-probabilities and entropies, in nats.
     """
     temperature, ignore_index = _check(logits, index, temperature, mask, ignore_index, inplace_backward)
-    return _run(logits, index, mask, ignore_index, temperature, inplace_backward, with_entropy=True)
+    return _run(logits, index, mask, ignore_index, temperature, inplace_backward, group, with_entropy=True)
 
 
 def _run(
     logits: Tensor, index: Tensor, mask: Tensor | None, ignore_index: int, temperature: float,
-    inplace_backward: bool, *, with_entropy: bool,
+    inplace_backward: bool, group: Any, *, with_entropy: bool,
 ) -> tuple[Tensor, Any]:  # fmt: skip
     backend = choose("selective_log_softmax", logits)
+    if group is not None:
+        from rlhf_kernels import vocabulary_parallel as parallel
+
+        parallel.check_backend(backend)
+        part = parallel.part_of(group, logits.shape[-1], index)
+        return parallel.log_probs(
+            logits, index, mask, ignore_index, part, backend, temperature, inplace_backward, with_entropy=with_entropy
+        )
     index, wanted = read_rows(backend, index, mask, ignore_index, logits.shape[-1])
     if backend == "reference":
         return reference.selective_log_softmax_and_entropy(

@@ -28,7 +28,9 @@ class Op:
 # On an H100 the CUDA kernels were faster than Triton's for log-probs and the ranking loss; the other small ops take
 # less time than their launch, which is cheaper from C++. The linear family is in Triton only.
 BOTH = ("cuda", "triton")
-POLICY_STATISTICS = ("ratio_mean", "ratio_max_deviation", "approx_kl", "clip_fraction", "ref_kl")
+POLICY_STATISTICS = (
+    "ratio_mean", "log_ratio_mean", "ratio_max_deviation", "approx_kl", "clip_fraction", "dual_clip_fraction", "ref_kl",
+)  # fmt: skip
 
 OPS = {
     "selective_log_softmax": Op(

@@ -69,11 +69,13 @@ def ppo_policy_loss(
 
     Returns:
         The scalar loss (0 when nothing is unmasked), and scalar statistics over unmasked positions, without gradient:
-        ``ratio_mean``; ``ratio_max_deviation``, the largest |ρ − 1|; ``approx_kl``, the mean of (ρ − 1) − log ρ, an
-        estimate of KL(π_old ‖ π) in nats; ``clip_fraction``, the share of positions where −clip(ρ)·A is the larger
-        loss, and so the one chosen. A ρ outside the range is not counted where clipping does not change the loss, and
-        ``dual_clip`` is not counted either. TRL and verl count in the same way. For "cispo" it is the share of ρ
-        outside the range. With ``ref_logprobs`` also ``ref_kl``, the mean of k3, in nats.
+        ``ratio_mean``; ``log_ratio_mean``, the mean of log ρ as it is before any clamp; ``ratio_max_deviation``, the
+        largest |ρ − 1|; ``approx_kl``, the mean of (ρ − 1) − log ρ, an estimate of KL(π_old ‖ π) in nats;
+        ``clip_fraction``, the share of positions where −clip(ρ)·A is the larger loss, and so the one chosen. A ρ
+        outside the range is not counted where clipping does not change the loss, and ``dual_clip`` is not counted
+        either. TRL and verl count in the same way. For "cispo" it is the share of ρ outside the range. With
+        ``dual_clip`` also ``dual_clip_fraction``, the share of positions that it limits; with ``ref_logprobs`` also
+        ``ref_kl``, the mean of k3, in nats.
 
     Raises:
         TypeError: an argument is not a tensor of a dtype above.
@@ -102,7 +104,7 @@ def ppo_policy_loss(
     if backend == "reference":
         return reference.ppo_policy_loss(*arguments)
     loss, statistics, _ = call(backend, "ppo_policy_loss", *arguments, needs_gradient(logprobs))
-    return loss, policy_statistics("ppo_policy_loss", statistics, ref_logprobs)
+    return loss, policy_statistics("ppo_policy_loss", statistics, dual_clip, ref_logprobs)
 
 
 def ppo_value_loss(
@@ -205,9 +207,13 @@ def check_surrogate(
     return low, high, dual_clip, log_ratio_clamp, cispo
 
 
-def policy_statistics(name: str, statistics: Tensor, ref_logprobs: Tensor | None) -> dict[str, Tensor]:
-    """The statistics by name; the one of the reference policy where there is one."""
+def policy_statistics(
+    name: str, statistics: Tensor, dual_clip: float | None, ref_logprobs: Tensor | None
+) -> dict[str, Tensor]:
+    """The statistics by name; those of the dual clip and of the reference policy where there is one."""
     named = OPS[name].named(statistics)
+    if dual_clip is None:
+        del named["dual_clip_fraction"]
     if ref_logprobs is None:
         del named["ref_kl"]
     return named

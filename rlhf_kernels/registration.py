@@ -168,6 +168,11 @@ def call(backend: str, name: str, *inputs: Any) -> Any:
             raise RuntimeError(
                 f"{name} has no forward-mode derivative on this backend; use_backend('reference') has one for most ops"
             )
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise RuntimeError(
+            f"{name} takes whole batches, and none of torch.func's transforms (vmap, grad) on this backend: give it a "
+            "leading dimension, and differentiate with torch.autograd"
+        )
     if derivative is not None:
         return derivative.function.apply(*inputs, backend)
     return run_kernel(backend, name, *inputs)

@@ -105,9 +105,11 @@ struct Kernels {
                         int64_t end);
   void (*sample_tokens)(const SamplingArguments&, const SamplingResults&, int64_t begin, int64_t end);
 
-  void (*kl_penalty)(const View&, const View&, int64_t length, KlEstimator, float* result, int64_t begin, int64_t end);
-  void (*kl_penalty_backward)(const View&, const View&, int64_t length, KlEstimator, const float* grad, float* result,
-                              int64_t begin, int64_t end);
+  // wanted may be null: every position counts.
+  void (*kl_penalty)(const View&, const View&, const uint8_t* wanted, int64_t length, KlEstimator, float* result,
+                     int64_t begin, int64_t end);
+  void (*kl_penalty_backward)(const View&, const View&, const uint8_t* wanted, int64_t length, KlEstimator,
+                              const float* grad, float* result, int64_t begin, int64_t end);
   void (*kl_shaped_rewards)(const KlShaping&, const Sequences&, const uint8_t* wanted, int64_t begin, int64_t end);
   void (*gae)(const GaeArguments&, const KlShaping*, bool past_caches, int64_t begin, int64_t end);
   int64_t (*count_wanted)(const uint8_t* wanted, int64_t length);

@@ -8,25 +8,15 @@
 namespace rlhf_kernels::cpu {
 inline namespace RLHF_ISA {
 
-void kl_penalty(const View& logprobs, const View& ref, int64_t length, KlEstimator estimator, float* result,
-                int64_t begin, int64_t end) {
-  Scratch scratch[2];
-  for (int64_t row = begin; row < end; ++row) {
-    for (int64_t t = 0; t < length; t += kRowBlock) {
-      const int64_t count = length - t < kRowBlock ? length - t : kRowBlock;
-      const float* a = read(logprobs, row, t, count, scratch[0]);
-      const float* b = read(ref, row, t, count, scratch[1]);
-      for_lanes(count, [&](int64_t i, int64_t lanes) {
-        const Vec penalty = rlhf_kernels::kl_penalty(load_lanes(a + i, lanes), load_lanes(b + i, lanes), estimator);
-        store_lanes(result + row * length + t + i, penalty, lanes);
-      });
-    }
-  }
-}
+namespace {
 
-void kl_penalty_backward(const View& logprobs, const View& ref, int64_t length, KlEstimator estimator,
-                         const float* grad, float* result, int64_t begin, int64_t end) {
+// At every position of some rows: store(place in contiguous outputs, lanes, log-probs, those of the reference, and which
+// positions count).
+template <class Store>
+void for_pairs(const View& logprobs, const View& ref, const uint8_t* wanted, int64_t length, int64_t begin, int64_t end,
+               Store&& store) {
   Scratch scratch[2];
+  const Lanes all = greater(Vec(1.0f), Vec(0.0f));
   for (int64_t row = begin; row < end; ++row) {
     for (int64_t t = 0; t < length; t += kRowBlock) {
       const int64_t count = length - t < kRowBlock ? length - t : kRowBlock;
@@ -34,11 +24,29 @@ void kl_penalty_backward(const View& logprobs, const View& ref, int64_t length, 
       const float* b = read(ref, row, t, count, scratch[1]);
       for_lanes(count, [&](int64_t i, int64_t lanes) {
         const int64_t at = row * length + t + i;
-        const Vec slope = kl_penalty_gradient(load_lanes(a + i, lanes), load_lanes(b + i, lanes), estimator);
-        store_lanes(result + at, load_lanes(grad + at, lanes) * slope, lanes);
+        store(at, lanes, load_lanes(a + i, lanes), load_lanes(b + i, lanes), wanted ? lanes_of(wanted + at, lanes) : all);
       });
     }
   }
+}
+
+}  // namespace
+
+void kl_penalty(const View& logprobs, const View& ref, const uint8_t* wanted, int64_t length, KlEstimator estimator,
+                float* result, int64_t begin, int64_t end) {
+  for_pairs(logprobs, ref, wanted, length, begin, end,
+            [&](int64_t at, int64_t lanes, const Vec& a, const Vec& b, const Lanes& keep) {
+              store_lanes(result + at, kept(keep, rlhf_kernels::kl_penalty(a, b, estimator)), lanes);
+            });
+}
+
+void kl_penalty_backward(const View& logprobs, const View& ref, const uint8_t* wanted, int64_t length,
+                         KlEstimator estimator, const float* grad, float* result, int64_t begin, int64_t end) {
+  for_pairs(logprobs, ref, wanted, length, begin, end,
+            [&](int64_t at, int64_t lanes, const Vec& a, const Vec& b, const Lanes& keep) {
+              const Vec slope = kl_penalty_gradient(a, b, estimator);
+              store_lanes(result + at, kept(keep, load_lanes(grad + at, lanes) * slope), lanes);
+            });
 }
 
 void kl_shaped_rewards(const KlShaping& in, const Sequences& sequences, const uint8_t* wanted, int64_t begin,

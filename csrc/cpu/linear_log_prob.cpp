@@ -242,9 +242,11 @@ void linear_loss(const Projection& p, const RowLoss& in, const RowLossResults& o
       out.loss[row] = loss * weight;
       coefficient = static_cast<float>(gradient);
       statistics.ratio = static_cast<float>(ratio.value);
+      statistics.log_ratio = static_cast<float>(log_ratio);
       statistics.deviation = static_cast<float>(ratio.deviation);
       statistics.kl = static_cast<float>(ratio.kl);
       statistics.clipped = static_cast<float>(term.clipped);
+      statistics.dual_clipped = static_cast<float>(term.dual_clipped);
       statistics.entropy = h;
     } else {
       out.loss[row] = -log_p * weight;

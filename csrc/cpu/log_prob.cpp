@@ -45,7 +45,7 @@ void log_prob_backward(const LogProbArguments& in, const LogProbGradient& out, i
       const float grad_logprob = out.grad_logprobs[row];
       const float grad_entropy = out.grad_entropies ? out.grad_entropies[row] : 0.0f;
       // Read before it is written over, and added in float32: one rounding, as for every other token.
-      const float chosen = static_cast<float>(logits[index]);
+      const float chosen = index < 0 ? 0.0f : static_cast<float>(logits[index]);
       const float entropy = grad_entropy != 0 ? out.entropies[row] : 0.0f;
       const LogitGradient<Vec> slopes(out.maxima[row], out.log_sums[row], entropy, grad_logprob, grad_entropy, in.temperature);
       if (grad_entropy != 0) {
@@ -53,6 +53,7 @@ void log_prob_backward(const LogProbArguments& in, const LogProbGradient& out, i
       } else {
         gradient_row<false>(slopes, logits, in.vocabulary, gradient);
       }
+      if (index < 0) continue;  // in another part of the vocabulary
       gradient[index] = static_cast<T>(static_cast<float>(chosen_logit_gradient(
           chosen, out.maxima[row], out.log_sums[row], entropy, grad_logprob, grad_entropy, in.temperature)));
     }

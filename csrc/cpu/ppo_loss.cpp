@@ -68,7 +68,7 @@ void policy_rows(const PolicyArguments& in, int64_t begin, int64_t end) {
   Scratch scratch[4], log_ratios, ratios, lost;
   for (int64_t row = begin; row < end; ++row) {
     LossSum loss;
-    WideVec ratio_total, kl_total, clipped_total, ref_kl_total;
+    WideVec ratio_total, log_ratio_total, kl_total, clipped_total, dual_clipped_total, ref_kl_total;
     Vec deviation(0.0f);
     const Vec weight(static_cast<float>(in.weights[row])), weight_lost = lost_by_conversion<Vec>(in.weights[row]);
     const int64_t left = in.positions - row * in.length, length = left < in.length ? left : in.length;
@@ -78,7 +78,7 @@ void policy_rows(const PolicyArguments& in, int64_t begin, int64_t end) {
       const T* logprobs = read_as<T>(in.logprobs, row, t, count, scratch[0]);
       const T* old = read_as<T>(in.old_logprobs, row, t, count, scratch[1]);
       const T* advantages = read_as<T>(in.advantages, row, t, count, scratch[2]);
-      Vec ratio(0.0f), kl(0.0f), clipped(0.0f);
+      Vec ratio(0.0f), log_ratios_sum(0.0f), kl(0.0f), clipped(0.0f), dual_clipped(0.0f);
       // The ratios have a loop of their own: exponentials take long, and in one loop with the rest more instructions would
       // wait for them than a processor can hold.
       for_lanes(count, [&](int64_t i, int64_t lanes) {
@@ -91,6 +91,7 @@ void policy_rows(const PolicyArguments& in, int64_t begin, int64_t end) {
         if constexpr (kGradient) log_ratio.store(log_ratios.values + i);
         // A masked position has ratio 1: only that must be kept out of the sums.
         ratio = add_where(keep, ratio, here.value);
+        log_ratios_sum = log_ratios_sum + log_ratio;
         deviation = larger(here.deviation, deviation);
         kl = kl + here.kl;
       });
@@ -104,6 +105,7 @@ void policy_rows(const PolicyArguments& in, int64_t begin, int64_t end) {
             policy_term(logprob, log_ratio, at(ratios), at(lost), advantage, in.options, weight, weight_lost);
         loss.add(term.loss, term.loss_lost);
         clipped = clipped + term.clipped;
+        dual_clipped = dual_clipped + term.dual_clipped;
         if constexpr (kGradient) store_lanes(in.gradient + flat + i, term.gradient, lanes);
       });
       if (in.ref_logprobs.data) {
@@ -111,17 +113,21 @@ void policy_rows(const PolicyArguments& in, int64_t begin, int64_t end) {
         add_reference(in, logprobs, references, flat, count, in.weights[row], loss, ref_kl_total);
       }
       ratio_total += widened(ratio);
+      log_ratio_total += widened(log_ratios_sum);
       kl_total += widened(kl);
       clipped_total += widened(clipped);
+      dual_clipped_total += widened(dual_clipped);
     }
     PolicySums& sums = in.sums[row];
     sums.loss = loss.value() * in.weights[row];
     const double ratios_of_row = sum(ratio_total);
     sums.statistics.ratio = ratios_of_row;
+    sums.statistics.log_ratio = sum(log_ratio_total);
     // Where a ratio was NaN, so is their sum; the largest deviation has passed over it.
     sums.statistics.deviation = std::isnan(ratios_of_row) ? NAN : static_cast<double>(largest(deviation));
     sums.statistics.kl = sum(kl_total);
     sums.statistics.clipped = sum(clipped_total);
+    sums.statistics.dual_clipped = sum(dual_clipped_total);
     sums.statistics.ref_kl = sum(ref_kl_total);
   }
 }

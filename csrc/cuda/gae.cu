@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kMostThreads, kShaped ? 2 : 3) sequence_kernel
 
 // Every block pools the moments of all sequences, in one order, and whitens its share.
 __global__ void __launch_bounds__(kWhitenThreads) whiten_kernel(float* advantages, Mask mask, const Moments* moments,
-                                                                int64_t sequences, int64_t size) {
+                                                                bool unbiased, int64_t sequences, int64_t size) {
   __shared__ Moments between[kWhitenThreads / kWarp];
   __shared__ double mean, scale;
   Moments all;
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kWhitenThreads) whiten_kernel(float* advantage
   all = block_merge(all, between, [](Moments& a, const Moments& b) { merge(a, b); });
   if (threadIdx.x == 0) {
     mean = all.mean;
-    scale = whitening_scale(all);
+    scale = whitening_scale(all, unbiased);
   }
   __syncthreads();
   const int64_t stride = int64_t{gridDim.x} * blockDim.x * kVector;
@@ -157,7 +157,7 @@ void run(const GaeArguments& in, const Mask& mask, const KlShaping& shaping, int
   if (!in.moments || size == 0) return;
   const int64_t blocks = divide_up(size, kWhitenThreads * kVector);
   launch(whiten_kernel, blocks < kMostBlocks ? blocks : kMostBlocks, kWhitenThreads, stream, in.advantages, mask,
-         in.moments, in.sequences.count, size);
+         in.moments, in.unbiased, in.sequences.count, size);
 }
 
 }  // namespace

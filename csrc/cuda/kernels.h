@@ -41,10 +41,10 @@ void sample_tokens(const SamplingArguments&, const SamplingResults&, int64_t row
 
 // ------------------------------------------------------------------------------------------------- kl_reward, gae
 
-void kl_penalty(const View& logprobs, const View& ref_logprobs, int64_t rows, int64_t length, KlEstimator,
+void kl_penalty(const View& logprobs, const View& ref_logprobs, const Mask&, int64_t rows, int64_t length, KlEstimator,
                 float* result, Stream);
-void kl_penalty_backward(const View& logprobs, const View& ref_logprobs, int64_t rows, int64_t length, KlEstimator,
-                         const float* gradient, float* result, Stream);
+void kl_penalty_backward(const View& logprobs, const View& ref_logprobs, const Mask&, int64_t rows, int64_t length,
+                         KlEstimator, const float* gradient, float* result, Stream);
 void kl_shaped_rewards(const KlShaping&, const Sequences&, const Mask&, Stream);
 
 // Whitens the advantages where in.moments is given. in.wanted is not read. size: the number of positions.

@@ -11,19 +11,24 @@ constexpr int kThreads = 256;
 constexpr int kChunk = kThreads * kVector;
 
 // One block per chunk of a row. Writes the penalty, or where `gradient` is given, the derivative times the gradient.
-__global__ void __launch_bounds__(kThreads) penalty_kernel(View logprobs, View ref_logprobs, int64_t length,
-                                                           unsigned per_row, KlEstimator estimator,
+__global__ void __launch_bounds__(kThreads) penalty_kernel(View logprobs, View ref_logprobs, Mask mask,
+                                                           int64_t length, unsigned per_row, KlEstimator estimator,
                                                            const float* gradient, float* result) {
   const int64_t row = blockIdx.x / per_row, t = int64_t{blockIdx.x % per_row} * kChunk + threadIdx.x * kVector;
   const int64_t count = length - t, flat = row * length + t;
   if (count <= 0) return;
   const Packed packed = fetch(logprobs, row, t, count), packed_ref = fetch(ref_logprobs, row, t, count);
+  const unsigned counts = mask.data ? load_mask(mask, flat, count) : ~0u;
   Packed slopes;
   if (gradient) slopes = fetch(gradient, flat, count);
   float x[kVector];
 #pragma unroll
   for (int i = 0; i < kVector; ++i) {
     const float logprob = packed.of(i, logprobs.dtype), ref = packed_ref.of(i, ref_logprobs.dtype);
+    if (!(counts >> i & 1)) {
+      x[i] = 0;
+      continue;
+    }
     x[i] = gradient ? slopes.of(i, Dtype::float32) * kl_penalty_gradient(logprob, ref, estimator)
                     : rlhf_kernels::kl_penalty(logprob, ref, estimator);
   }
@@ -61,23 +66,23 @@ __global__ void __launch_bounds__(kThreads) rewards_kernel(KlShaping in, int64_t
   }
 }
 
-void run(const View& logprobs, const View& ref_logprobs, int64_t rows, int64_t length, KlEstimator estimator,
-         const float* gradient, float* result, Stream stream) {
+void run(const View& logprobs, const View& ref_logprobs, const Mask& mask, int64_t rows, int64_t length,
+         KlEstimator estimator, const float* gradient, float* result, Stream stream) {
   const int64_t per_row = divide_up(length, kChunk);
-  launch(penalty_kernel, rows * per_row, kThreads, stream, logprobs, ref_logprobs, length, per_row, estimator, gradient,
-         result);
+  launch(penalty_kernel, rows * per_row, kThreads, stream, logprobs, ref_logprobs, mask, length, per_row, estimator,
+         gradient, result);
 }
 
 }  // namespace
 
-void kl_penalty(const View& logprobs, const View& ref_logprobs, int64_t rows, int64_t length, KlEstimator estimator,
-                float* result, Stream stream) {
-  run(logprobs, ref_logprobs, rows, length, estimator, nullptr, result, stream);
+void kl_penalty(const View& logprobs, const View& ref_logprobs, const Mask& mask, int64_t rows, int64_t length,
+                KlEstimator estimator, float* result, Stream stream) {
+  run(logprobs, ref_logprobs, mask, rows, length, estimator, nullptr, result, stream);
 }
 
-void kl_penalty_backward(const View& logprobs, const View& ref_logprobs, int64_t rows, int64_t length,
+void kl_penalty_backward(const View& logprobs, const View& ref_logprobs, const Mask& mask, int64_t rows, int64_t length,
                          KlEstimator estimator, const float* gradient, float* result, Stream stream) {
-  run(logprobs, ref_logprobs, rows, length, estimator, gradient, result, stream);
+  run(logprobs, ref_logprobs, mask, rows, length, estimator, gradient, result, stream);
 }
 
 void kl_shaped_rewards(const KlShaping& in, const Sequences& sequences, const Mask& mask, Stream stream) {

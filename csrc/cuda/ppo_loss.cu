@@ -129,9 +129,11 @@ struct Policy {
     sums.loss += isfinite(term.loss) ? exact : static_cast<double>(term.loss);
     PolicyStatistics<float> here;
     here.ratio = at.counts ? ratio.value : 0.0f;
+    here.log_ratio = log_ratio;
     here.deviation = ratio.deviation;
     here.kl = ratio.kl;
     here.clipped = term.clipped;
+    here.dual_clipped = term.dual_clipped;
     float gradient = term.gradient;
     if constexpr (kReference) {
       here.ref_kl = k3_penalty(logprob, x[3]);

@@ -16,8 +16,8 @@ VARIANCE_EPS = 1e-8
 # Compilers see these as ops. They could trace neither the loop over positions nor a padded length that depends on data.
 @torch.library.custom_op("rlhf_kernels::reference_masked_gae", mutates_args=())
 def _masked_gae(
-    rewards: Tensor, values: Tensor, wanted: Tensor, gamma: float, lam: float, bootstrap: Tensor | None, whiten: bool,
-    cu_seqlens: Tensor | None,
+    rewards: Tensor, values: Tensor, wanted: Tensor, gamma: float, lam: float, bootstrap: Tensor | None,
+    whiten: str | None, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     dtype = common_dtype(rewards, values, bootstrap)
     rewards, values = rewards.to(dtype), values.to(dtype)
@@ -31,7 +31,7 @@ def _masked_gae(
 @torch.library.custom_op("rlhf_kernels::reference_ppo_advantages", mutates_args=())
 def _ppo_advantages(
     scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, wanted: Tensor, beta: float, gamma: float,
-    lam: float, whiten: bool, bootstrap: Tensor | None, estimator: str, score_clip: float | None,
+    lam: float, whiten: str | None, bootstrap: Tensor | None, estimator: str, score_clip: float | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dtype = common_dtype(scores, logprobs, ref_logprobs, values, bootstrap)
@@ -57,7 +57,7 @@ def _(
 @_ppo_advantages.register_fake
 def _(
     scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, wanted: Tensor, beta: float, gamma: float,
-    lam: float, whiten: bool, bootstrap: Tensor | None, *_: Any,
+    lam: float, whiten: str | None, bootstrap: Tensor | None, *_: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     dtype = common_dtype(scores, logprobs, ref_logprobs, values, bootstrap)
     return tuple(logprobs.new_empty(logprobs.shape, dtype=dtype) for _ in range(4))
@@ -76,7 +76,13 @@ def ppo_advantages(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _rows(
-    rewards: Tensor, values: Tensor, wanted: Tensor, gamma: float, lam: float, bootstrap: Tensor | None, whiten: bool
+    rewards: Tensor,
+    values: Tensor,
+    wanted: Tensor,
+    gamma: float,
+    lam: float,
+    bootstrap: Tensor | None,
+    whiten: str | None,
 ) -> tuple[Tensor, Tensor]:
     """The recursion, for all rows at once."""
     # Masked positions are replaced, not multiplied by 0: they may hold NaN, and 0·NaN is NaN.
@@ -91,11 +97,12 @@ def _rows(
         next_value = torch.where(wanted[:, t], values[:, t], next_value)
         advantages[:, t] = torch.where(wanted[:, t], advantage, 0.0)
     returns = torch.where(wanted, advantages + values, 0.0)
-    return (whitened(advantages, wanted) if whiten else advantages), returns
+    return (advantages if whiten is None else whitened(advantages, wanted, whiten)), returns
 
 
-def whitened(advantages: Tensor, wanted: Tensor) -> Tensor:
-    """Mean 0 and population variance 1 over the positions that count."""
+def whitened(advantages: Tensor, wanted: Tensor, whiten: str) -> Tensor:
+    """Mean 0 and variance 1 over the positions that count."""
     count = wanted.sum().clamp(min=1)
+    degrees = (count - 1).clamp(min=1) if whiten == "unbiased" else count
     centred = torch.where(wanted, advantages - advantages.sum() / count, 0.0)
-    return torch.where(wanted, centred * torch.rsqrt(centred.square().sum() / count + VARIANCE_EPS), 0.0)
+    return torch.where(wanted, centred * torch.rsqrt(centred.square().sum() / degrees + VARIANCE_EPS), 0.0)

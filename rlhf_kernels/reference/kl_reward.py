@@ -8,9 +8,12 @@ from torch import Tensor
 from rlhf_kernels.reference.common import upcast
 
 
-def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
-    """Schulman's estimators, with d = log π − log π_ref."""
-    d = upcast(logprobs) - upcast(ref_logprobs)
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, wanted: Tensor | None, estimator: str) -> Tensor:
+    """Schulman's estimators, with d = log π − log π_ref; 0 where masked."""
+    logprobs, ref_logprobs = upcast(logprobs), upcast(ref_logprobs)
+    if wanted is not None:
+        logprobs, ref_logprobs = (torch.where(wanted, x, 0.0) for x in (logprobs, ref_logprobs))
+    d = logprobs - ref_logprobs
     match estimator:
         case "k1":
             return d
@@ -28,7 +31,7 @@ def kl_shaped_rewards(
     score_clip: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Rewards and per-token KL, both 0 where masked."""
-    kl = torch.where(wanted, kl_penalty(logprobs, ref_logprobs, estimator), 0.0)
+    kl = kl_penalty(logprobs, ref_logprobs, wanted, estimator)
     score = upcast(scores) if score_clip is None else upcast(scores).clamp(-score_clip, score_clip)
     # A position is the last one if it counts and none after it does.
     remaining = wanted.flip(1).cumsum(1).flip(1)

@@ -24,6 +24,7 @@ def ppo_policy_loss(
         mean = log_ratio.detach().sum(1, keepdim=True) / wanted.sum(1, keepdim=True).clamp(min=1)
         own = torch.where(logprobs.isinf(), 0.0, logprobs - logprobs.detach())  # 0, with each token's own gradient
         log_ratio = torch.where(wanted, mean + own, 0.0)
+    log_ratio_mean = masked_mean(log_ratio.detach(), wanted)
     # The log-ratio is bounded, so that its exponential stays finite: where the ratio is clipped, the gradient is
     # multiplied by 0, and 0 · inf is NaN. clamp would not do, since its gradient is 0 at NaN, which must show.
     largest = float(math.floor(math.log(torch.finfo(log_ratio.dtype).max)))
@@ -41,16 +42,21 @@ def ppo_policy_loss(
         loss = torch.maximum(unclipped_loss, clipped_loss)
         is_clipped = clipped_loss > unclipped_loss
         if dual_clip is not None:
-            loss = torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+            limit = -dual_clip * advantages
+            is_limited = (advantages < 0) & (loss > limit)
+            loss = torch.where(is_limited, limit, loss)
     with torch.no_grad():
         stats = {
             "ratio_mean": masked_mean(ratio, wanted),
+            "log_ratio_mean": log_ratio_mean,
             "ratio_max_deviation": _largest(torch.where(wanted, (ratio - 1).abs(), 0.0)),
             "approx_kl": masked_mean(torch.expm1(log_ratio) - log_ratio, wanted),
             "clip_fraction": masked_mean((is_clipped & ~ratio.isnan()).to(ratio.dtype), wanted),
         }
+        if dual_clip is not None:
+            stats["dual_clip_fraction"] = masked_mean(is_limited.to(ratio.dtype), wanted)
     if ref_logprobs is not None:
-        kl = kl_penalty(logprobs, torch.where(wanted, upcast(ref_logprobs), 0.0).detach(), "k3")
+        kl = kl_penalty(logprobs, ref_logprobs.detach(), wanted, "k3")
         loss = loss + beta * kl
         stats["ref_kl"] = masked_mean(kl.detach(), wanted)
     return reduced(loss, wanted, reduction, denominator), stats

@@ -103,7 +103,10 @@ def _sequences(
 
 
 @triton.jit
-def _whiten(advantages, wanted, moments, sequences, size, epsilon, BLOCK: tl.constexpr, SEQUENCES: tl.constexpr):
+def _whiten(
+    advantages, wanted, moments, sequences, size, epsilon, UNBIASED: tl.constexpr, BLOCK: tl.constexpr,
+    SEQUENCES: tl.constexpr,
+):  # fmt: skip
     """Whitens a block. Every program pools the moments of all sequences itself, always in the same order."""
     total = tl.cast(0.0, tl.float64)
     weighted = tl.cast(0.0, tl.float64)
@@ -119,7 +122,8 @@ def _whiten(advantages, wanted, moments, sequences, size, epsilon, BLOCK: tl.con
         number = tl.load(moments + s * 3, mask=s < sequences, other=0.0)
         gap = tl.where(number > 0, tl.load(moments + s * 3 + 1, mask=s < sequences, other=0.0) - mean, 0.0)
         squares = squares + tl.sum(tl.load(moments + s * 3 + 2, mask=s < sequences, other=0.0) + number * gap * gap, 0)
-    scale = 1.0 / tl.sqrt(squares / tl.maximum(total, 1.0) + epsilon)
+    degrees = total - 1.0 if UNBIASED else total
+    scale = 1.0 / tl.sqrt(squares / tl.maximum(degrees, 1.0) + epsilon)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = at < size
     counts = load_mask(wanted + at, here)
@@ -128,8 +132,8 @@ def _whiten(advantages, wanted, moments, sequences, size, epsilon, BLOCK: tl.con
 
 
 def masked_gae(
-    rewards: Tensor, values: Tensor, wanted: Tensor, gamma: float, lam: float, bootstrap: Tensor | None, whiten: bool,
-    cu_seqlens: Tensor | None,
+    rewards: Tensor, values: Tensor, wanted: Tensor, gamma: float, lam: float, bootstrap: Tensor | None,
+    whiten: str | None, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Advantages and returns, 0 where masked."""
     return _run(rewards.contiguous(), None, values, wanted, gamma, lam, bootstrap, whiten, cu_seqlens, None)
@@ -137,7 +141,7 @@ def masked_gae(
 
 def ppo_advantages(
     scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, wanted: Tensor, beta: float, gamma: float,
-    lam: float, whiten: bool, bootstrap: Tensor | None, estimator: str, score_clip: float | None,
+    lam: float, whiten: str | None, bootstrap: Tensor | None, estimator: str, score_clip: float | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Advantages, returns, rewards and KL, 0 where masked."""
@@ -149,7 +153,7 @@ def ppo_advantages(
 
 def _run(
     rewards: Tensor, kl: Tensor | None, values: Tensor, wanted: Tensor, gamma: float, lam: float,
-    bootstrap: Tensor | None, whiten: bool, cu_seqlens: Tensor | None,
+    bootstrap: Tensor | None, whiten: str | None, cu_seqlens: Tensor | None,
     shaping: tuple[Tensor, Tensor, Tensor, float, str, float | None] | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     values, wanted = values.contiguous(), wanted.contiguous()
@@ -166,12 +170,13 @@ def _run(
         wanted if cu_seqlens is None else cu_seqlens.contiguous(), scores, logprobs, ref_logprobs, advantages, returns,
         returns if kl is None else kl, moments, length, *two_floats(gamma), *two_floats(gamma * lam), beta,
         score_clip or 0.0, BOOTSTRAP=bootstrap is not None, PACKED=packed, SHAPE=shaping is not None,
-        ESTIMATOR=estimator, CLIP=score_clip is not None, MOMENTS=whiten,
+        ESTIMATOR=estimator, CLIP=score_clip is not None, MOMENTS=whiten is not None,
         BLOCK=BLOCK if packed else blocks(length, BLOCK),
     )  # fmt: skip
     if whiten:
         size = values.numel()
         _whiten[(triton.cdiv(size, WHITEN_BLOCK),)](
-            advantages, wanted, moments, count, size, VARIANCE_EPS, BLOCK=WHITEN_BLOCK, SEQUENCES=blocks(count, 1024)
-        )
+            advantages, wanted, moments, count, size, VARIANCE_EPS, UNBIASED=whiten == "unbiased", BLOCK=WHITEN_BLOCK,
+            SEQUENCES=blocks(count, 1024),
+        )  # fmt: skip
     return advantages, returns

@@ -60,10 +60,12 @@ def kl_slope(logprob, ref, ESTIMATOR: tl.constexpr):
 def _penalty(
     logprobs,
     ref_logprobs,
+    wanted,
     gradient,
     result,
     size,
     ESTIMATOR: tl.constexpr,
+    MASKED: tl.constexpr,
     DERIVATIVE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -75,26 +77,33 @@ def _penalty(
         value = kl_slope(logprob, ref, ESTIMATOR) * tl.load(gradient + at, mask=here, other=0.0).to(tl.float32)
     else:
         value = kl_estimate(logprob, ref, ESTIMATOR)
+    if MASKED:
+        value = tl.where(load_mask(wanted + at, here), value, 0.0)
     tl.store(result + at, value, mask=here)
 
 
-def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, wanted: Tensor | None, estimator: str) -> Tensor:
     """One estimate per position, float32."""
-    return _run(logprobs, ref_logprobs, estimator, None)
+    return _run(logprobs, ref_logprobs, wanted, estimator, None)
 
 
-def kl_penalty_backward(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, gradient: Tensor) -> Tensor:
+def kl_penalty_backward(
+    logprobs: Tensor, ref_logprobs: Tensor, wanted: Tensor | None, estimator: str, gradient: Tensor
+) -> Tensor:
     """The gradient of ``logprobs``, float32; that of ``ref_logprobs`` is its negative."""
-    return _run(logprobs, ref_logprobs, estimator, gradient)
+    return _run(logprobs, ref_logprobs, wanted, estimator, gradient)
 
 
-def _run(logprobs: Tensor, ref_logprobs: Tensor, estimator: str, gradient: Tensor | None) -> Tensor:
+def _run(
+    logprobs: Tensor, ref_logprobs: Tensor, wanted: Tensor | None, estimator: str, gradient: Tensor | None
+) -> Tensor:
     result = torch.empty(logprobs.shape, device=logprobs.device)
     size = result.numel()
     if size:
         _penalty[(triton.cdiv(size, BLOCK),)](
-            logprobs.contiguous(), ref_logprobs.contiguous(), logprobs if gradient is None else gradient.contiguous(),
-            result, size, ESTIMATOR=estimator, DERIVATIVE=gradient is not None, BLOCK=BLOCK,
+            logprobs.contiguous(), ref_logprobs.contiguous(), logprobs if wanted is None else wanted.contiguous(),
+            logprobs if gradient is None else gradient.contiguous(), result, size, ESTIMATOR=estimator,
+            MASKED=wanted is not None, DERIVATIVE=gradient is not None, BLOCK=BLOCK,
         )  # fmt: skip
     return result
 

@@ -24,6 +24,8 @@ from rlhf_kernels.triton.log_prob import empty_results, gradient_block, reduce_b
 from rlhf_kernels.triton.ppo_loss import (
     APPROX_KL,
     CLIP_FRACTION,
+    DUAL_CLIP_FRACTION,
+    LOG_RATIO_MEAN,
     RATIO_MAX_DEVIATION,
     RATIO_MEAN,
     REF_KL,
@@ -252,7 +254,7 @@ def _row_losses(
         exact = logprob - logprob  # NaN where the log-prob is not finite
         if OLD:
             exact = logprob - tl.load(old_logprobs + row).to(tl.float64)
-        loss, slope, ratio, deviation, kl, clipped = policy_term(
+        loss, slope, ratio, kl, clipped, limited = policy_term(
             logprob, exact, tl.load(advantages + row), low, low_lost, high, high_lost, dual, least, largest, DUAL, CISPO
         )
         to = statistics + row * STATISTICS
@@ -269,9 +271,11 @@ def _row_losses(
             of_entropy = (-entropy_coefficient * weight).to(tl.float32)
         tl.store(to + REF_KL, tl.where(counts, ref_kl, 0.0))
         tl.store(to + RATIO_MEAN, tl.where(counts, ratio, 0.0))
-        tl.store(to + RATIO_MAX_DEVIATION, tl.where(counts, deviation, 0.0))
+        tl.store(to + LOG_RATIO_MEAN, tl.where(counts, exact, 0.0).to(tl.float32))
+        tl.store(to + RATIO_MAX_DEVIATION, tl.where(counts, tl.abs(ratio - 1.0), 0.0))
         tl.store(to + APPROX_KL, tl.where(counts, kl, 0.0))
         tl.store(to + CLIP_FRACTION, tl.where(counts, clipped, 0.0))
+        tl.store(to + DUAL_CLIP_FRACTION, tl.where(counts, limited, 0.0))
         tl.store(to + ENTROPY, tl.where(counts, tl.where(valid, entropy, float("nan")), 0.0))
     tl.store(losses + row, tl.where(counts, loss * weight, 0.0))
     if GRADIENT:

@@ -245,7 +245,7 @@ def write_gradient(
     """
     if index.numel() == 0:
         return
-    valid = (index >= 0) & (index < size)
+    valid = (index >= -1) & (index < size)  # −1: the token is in another part of the vocabulary
     block = blocks(logits.shape[-1], GRADIENT_BLOCK)
     _gradient[(index.numel(), triton.cdiv(logits.shape[-1], block))](
         logits, gradient, index.contiguous(), wanted.contiguous(), entropies, maxima, log_sums,

@@ -19,9 +19,10 @@ from rlhf_kernels.triton.common import LARGEST_WHOLE_EXPONENT, blocks, exponenti
 from rlhf_kernels.triton.kl_reward import kl_estimate, kl_slope
 
 BLOCK = 1024
-RATIO_MEAN, RATIO_MAX_DEVIATION, APPROX_KL, CLIP_FRACTION, REF_KL = places(
-    "ppo_policy_loss", "ratio_mean", "ratio_max_deviation", "approx_kl", "clip_fraction", "ref_kl"
-)
+RATIO_MEAN, LOG_RATIO_MEAN, RATIO_MAX_DEVIATION, APPROX_KL, CLIP_FRACTION, DUAL_CLIP_FRACTION, REF_KL = places(
+    "ppo_policy_loss", "ratio_mean", "log_ratio_mean", "ratio_max_deviation", "approx_kl", "clip_fraction",
+    "dual_clip_fraction", "ref_kl",
+)  # fmt: skip
 VALUE_MEAN, RETURN_MEAN, VALUE_CLIP_FRACTION = places("ppo_value_loss", "value_mean", "return_mean", "clip_fraction")
 # What a block stores: how many positions count, its loss, and then a sum for each statistic, or the maximum for the
 # largest deviation.
@@ -34,7 +35,7 @@ def policy_term(
     logprob, exact, advantage, low, low_lost, high, high_lost, dual, least, largest, DUAL: tl.constexpr,
     CISPO: tl.constexpr,
 ):  # fmt: skip
-    """Loss, its derivative in ``logprob``, ratio, |ratio − 1|, (ratio − 1) − log ratio, and 1 if the loss is clipped.
+    """Loss, its derivative in ``logprob``, ratio, (ratio − 1) − log ratio, and 1 if it is clipped, or dual-clipped.
 
     ``logprob`` and the log-ratio ``exact`` are float64, and so are the first two results. These are few operations, and
     the reads take longer. The exponential is in float32, together with what its rounding lost.
@@ -53,7 +54,7 @@ def policy_term(
         cut = (precise > top) | (precise < bottom)
         factor = tl.where(precise > top, top, tl.where(precise < bottom, bottom, precise))
         slope = gain * factor
-        return slope * logprob, slope, ratio, tl.abs(ratio - 1.0), kl, cut.to(tl.float32)
+        return slope * logprob, slope, ratio, kl, cut.to(tl.float32), tl.where(cut, 0.0, 0.0)
     # Only one end of the clip range can raise the loss: the low one if the gain is above 0, else the high one.
     end = tl.where(gain > 0, tl.cast(low, tl.float64) + low_lost, tl.cast(high, tl.float64) + high_lost)
     unclipped = gain * precise
@@ -61,12 +62,14 @@ def policy_term(
     cut = clipped > unclipped
     loss = tl.where(cut, clipped, unclipped)
     gradient = tl.where(cut | outside, 0.0, unclipped)
+    limited = tl.where(cut, 0.0, 0.0)
     if DUAL:
         limit = dual * gain
         over = (gain > 0) & (loss > limit)
         loss = tl.where(over, limit, loss)
         gradient = tl.where(over, 0.0, gradient)
-    return loss, gradient, ratio, tl.abs(ratio - 1.0), kl, cut.to(tl.float32)
+        limited = over.to(tl.float32)
+    return loss, gradient, ratio, kl, cut.to(tl.float32), limited
 
 
 @triton.jit
@@ -137,7 +140,7 @@ def _terms(
         exact = x.to(tl.float64) - y.to(tl.float64)
         if BY_SEQUENCE:
             exact = tl.where(counts, tl.load(log_ratios + row), 0.0)
-        loss, slope, ratio, deviation, kl, clipped = policy_term(
+        loss, slope, ratio, kl, clipped, limited = policy_term(
             x.to(tl.float64), exact, z, low, low_lost, high, high_lost, dual, least, largest, DUAL, CISPO
         )
         ref_kl = tl.zeros_like(x)
@@ -150,9 +153,11 @@ def _terms(
             slope += factor * ref_slope
         tl.store(to + FIRST + REF_KL, tl.sum(ref_kl, 0))
         tl.store(to + FIRST + RATIO_MEAN, tl.sum(tl.where(counts, ratio, 0.0), 0))
-        tl.store(to + FIRST + RATIO_MAX_DEVIATION, tl.max(deviation, 0))
+        tl.store(to + FIRST + LOG_RATIO_MEAN, tl.sum(exact, 0))
+        tl.store(to + FIRST + RATIO_MAX_DEVIATION, tl.max(tl.abs(ratio - 1.0), 0))
         tl.store(to + FIRST + APPROX_KL, tl.sum(kl, 0))
         tl.store(to + FIRST + CLIP_FRACTION, tl.sum(clipped, 0))
+        tl.store(to + FIRST + DUAL_CLIP_FRACTION, tl.sum(limited, 0))
     else:
         loss, slope, clipped = value_term(x, y, z, clip_range, CLIP)
         tl.store(to + FIRST + VALUE_MEAN, tl.sum(x, 0))
@@ -199,6 +204,8 @@ def _finish(
     ratio = tl.cast(0.0, tl.float64)
     deviation = tl.cast(0.0, tl.float64)
     kl = tl.cast(0.0, tl.float64)
+    log_ratio = tl.cast(0.0, tl.float64)
+    limited = tl.cast(0.0, tl.float64)
     ref_kl = tl.cast(0.0, tl.float64)
     value = tl.cast(0.0, tl.float64)
     target = tl.cast(0.0, tl.float64)
@@ -221,6 +228,8 @@ def _finish(
             deviation = tl.maximum(deviation, largest)
             kl += _sum(entry, FIRST + APPROX_KL, inside)
             clipped += _sum(entry, FIRST + CLIP_FRACTION, inside)
+            log_ratio += _sum(entry, FIRST + LOG_RATIO_MEAN, inside)
+            limited += _sum(entry, FIRST + DUAL_CLIP_FRACTION, inside)
             ref_kl += _sum(entry, FIRST + REF_KL, inside)
         else:
             value += _sum(entry, FIRST + VALUE_MEAN, inside)
@@ -242,6 +251,8 @@ def _finish(
             tl.store(statistics + RATIO_MAX_DEVIATION, deviation.to(tl.float32))
             tl.store(statistics + APPROX_KL, (kl * share).to(tl.float32))
             tl.store(statistics + CLIP_FRACTION, (clipped * share).to(tl.float32))
+            tl.store(statistics + LOG_RATIO_MEAN, (log_ratio * share).to(tl.float32))
+            tl.store(statistics + DUAL_CLIP_FRACTION, (limited * share).to(tl.float32))
             tl.store(statistics + REF_KL, (ref_kl * share).to(tl.float32))
         else:
             tl.store(statistics + VALUE_MEAN, (value * share).to(tl.float32))

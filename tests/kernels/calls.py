@@ -102,7 +102,7 @@ def calls(rows: int = 6, length: int = 9, dtype: torch.dtype = torch.float32) ->
             k.sample_tokens, logits | {"stream": randint(100, rows, length), "step": randint(100, rows, length)}, (),
             {"seed": 3, "temperature": 0.7},
         ),
-        "kl_penalty": Call(k.kl_penalty, kl, ("logprobs", "ref_logprobs"), {"estimator": "k3"}),
+        "kl_penalty": Call(k.kl_penalty, kl | {"mask": mask}, ("logprobs", "ref_logprobs"), {"estimator": "k3"}),
         "kl_shaped_rewards": Call(k.kl_shaped_rewards, {"scores": scores} | kl | {"mask": mask}, (), {"beta": 0.1}),
         "masked_gae": Call(
             k.masked_gae, {"rewards": randn(rows, length), "values": values, "mask": mask, "bootstrap": scores}, (),

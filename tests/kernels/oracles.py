@@ -90,13 +90,13 @@ def gae(rewards, values, mask, gamma, lam, bootstrap):
     return advantages, returns
 
 
-def whiten(rows, masks):
-    """Lists of rows, brought to mean 0 and (biased) variance 1 over all unmasked positions."""
+def whiten(rows, masks, unbiased=False):
+    """Lists of rows, brought to mean 0 and variance 1 over all unmasked positions."""
     flat = [a for row, mask in zip(rows, masks, strict=True) for a, m in zip(row, mask, strict=True) if m]
     if not flat:
         return rows
     mean = math.fsum(flat) / len(flat)
-    variance = math.fsum((a - mean) ** 2 for a in flat) / len(flat)
+    variance = math.fsum((a - mean) ** 2 for a in flat) / max(1, len(flat) - unbiased)
     return [
         [(a - mean) / math.sqrt(variance + 1e-8) if m else 0.0 for a, m in zip(row, mask, strict=True)]
         for row, mask in zip(rows, masks, strict=True)

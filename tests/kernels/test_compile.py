@@ -158,9 +158,9 @@ def test_the_opaque_ops_are_registered_correctly():
     offsets = torch.tensor([0, 2, 6])
     mask = torch.rand(2, 5) < 0.6
     rows, flat = torch.randn(2, 5), torch.randn(6)
-    torch.library.opcheck(gae._masked_gae, (rows, rows, mask, 0.9, 0.95, torch.randn(2), True, None))
-    torch.library.opcheck(gae._masked_gae, (flat, flat, flat < 1, 0.9, 0.95, None, False, offsets))
-    shaping = (0.1, 0.9, 0.95, True, None, "k3", 1.0)
+    torch.library.opcheck(gae._masked_gae, (rows, rows, mask, 0.9, 0.95, torch.randn(2), "population", None))
+    torch.library.opcheck(gae._masked_gae, (flat, flat, flat < 1, 0.9, 0.95, None, None, offsets))
+    shaping = (0.1, 0.9, 0.95, "unbiased", None, "k3", 1.0)
     torch.library.opcheck(gae._ppo_advantages, (torch.randn(2), rows, rows, rows, mask, *shaping, None))
     torch.library.opcheck(gae._ppo_advantages, (torch.randn(2), flat, flat, flat, flat < 1, *shaping, offsets))
     ranks = torch.tensor([1, 2, 1, 3, 2, 2])

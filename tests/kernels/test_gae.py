@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from rlhf_kernels import kl_shaped_rewards, masked_gae, ppo_advantages
 
 RATES = st.sampled_from([0.0, 0.5, 0.95, 1.0])
+WHITEN = st.sampled_from([False, True, "unbiased"])
 
 
 def expected(rewards, values, mask, gamma, lam, bootstrap, whiten):
@@ -19,7 +20,7 @@ def expected(rewards, values, mask, gamma, lam, bootstrap, whiten):
     ]
     advantages, returns = [row[0] for row in rows], [row[1] for row in rows]
     if whiten:
-        advantages = oracles.whiten(advantages, mask.tolist())
+        advantages = oracles.whiten(advantages, mask.tolist(), whiten == "unbiased")
     return tuple(torch.tensor(x, dtype=torch.float64).reshape(mask.shape) for x in (advantages, returns))
 
 
@@ -28,7 +29,7 @@ def close(got, want, tolerance=2e-5):
         torch.testing.assert_close(g.double(), w, rtol=tolerance, atol=tolerance)
 
 
-@given(oracles.batches(), RATES, RATES, st.booleans(), st.sampled_from(oracles.DTYPES), st.integers(0, 2**31))
+@given(oracles.batches(), RATES, RATES, WHITEN, st.sampled_from(oracles.DTYPES), st.integers(0, 2**31))
 def test_padded_matches_loops(backend, mask, gamma, lam, whiten, dtype, seed):
     torch.manual_seed(seed)
     rewards, values = torch.randn(2, *mask.shape).to(dtype)
@@ -91,22 +92,24 @@ def test_gamma_and_lambda_of_one_give_returns_to_go(backend):
     torch.testing.assert_close(returns, rewards.flip(-1).cumsum(-1).flip(-1), rtol=1e-4, atol=1e-5)
 
 
-def test_whitened_advantages_have_mean_0_and_variance_1(backend):
+@pytest.mark.parametrize("whiten", [True, "unbiased"])
+def test_whitened_advantages_have_mean_0_and_variance_1(backend, whiten):
     mask = torch.rand(5, 30) < 0.7
     plain = masked_gae(torch.randn(5, 30), torch.randn(5, 30), mask)
     torch.manual_seed(1)
     rewards, values = torch.randn(2, 5, 30)
-    advantages, returns = masked_gae(rewards, values, mask, whiten=True)
+    advantages, returns = masked_gae(rewards, values, mask, whiten=whiten)
     inside = advantages[mask].double()
     assert inside.mean().item() == pytest.approx(0, abs=1e-5)
-    assert inside.var(unbiased=False).item() == pytest.approx(1, rel=1e-4)
+    assert inside.var(unbiased=whiten == "unbiased").item() == pytest.approx(1, rel=1e-4)
     assert torch.equal(returns, masked_gae(rewards, values, mask)[1])
     assert not torch.equal(returns, plain[1])
 
 
+@pytest.mark.parametrize("whiten", [True, "unbiased"])
 @pytest.mark.parametrize("mask", [[[0, 0, 0], [0, 0, 0]], [[0, 1, 0], [0, 0, 0]]])
-def test_whitening_of_no_or_one_position_is_zero(backend, mask):
-    advantages, _ = masked_gae(torch.randn(2, 3), torch.randn(2, 3), torch.tensor(mask), whiten=True)
+def test_whitening_of_no_or_one_position_is_zero(backend, mask, whiten):
+    advantages, _ = masked_gae(torch.randn(2, 3), torch.randn(2, 3), torch.tensor(mask), whiten=whiten)
     assert (advantages == 0).all()
 
 
@@ -117,7 +120,7 @@ def test_outputs_carry_no_gradient(backend):
     assert not any(x.requires_grad for x in outputs)
 
 
-@given(oracles.batches(), st.booleans(), st.sampled_from(["k1", "k3"]), st.integers(0, 2**31))
+@given(oracles.batches(), WHITEN, st.sampled_from(["k1", "k3"]), st.integers(0, 2**31))
 def test_ppo_advantages_is_rewards_then_gae(backend, mask, whiten, estimator, seed):
     torch.manual_seed(seed)
     logprobs, ref, values = (oracles.garbage(x, mask) for x in torch.randn(3, *mask.shape))
@@ -198,7 +201,7 @@ def test_float64_stays_float64(backend):
         ({"cu_seqlens": torch.tensor([0, 4, 3, 6])}, ValueError, "cu_seqlens: decreases"),
         ({"cu_seqlens": torch.tensor([0.0, 6.0])}, TypeError, "cu_seqlens: has dtype torch.float32, must be"),
         ({"cu_seqlens": torch.zeros(2, 2).int()}, ValueError, r"cu_seqlens: has shape \(2, 2\), must be"),
-        ({"whiten": "yes"}, TypeError, "whiten: is 'yes' of type str, must be True or False"),
+        ({"whiten": "yes"}, ValueError, "whiten: is 'yes', must be True, False or 'unbiased'"),
         ({"rewards": torch.zeros(2, 3)}, ValueError, r"rewards: has shape \(2, 3\), must be \(N,\)"),
     ],
 )

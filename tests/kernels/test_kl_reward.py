@@ -24,6 +24,33 @@ def test_penalty_matches_float64(backend, pairs, estimator, dtype):
     assert penalty.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
 
 
+@given(oracles.batches(), st.sampled_from(ESTIMATORS), st.booleans(), st.integers(0, 2**31))
+def test_a_masked_penalty_is_0_with_no_gradient(backend, mask, estimator, deep, seed):
+    torch.manual_seed(seed)
+    logprobs, ref = torch.randn(2, *mask.shape)
+    want = kl_penalty(logprobs, ref, estimator=estimator)
+    variables = [oracles.garbage(x, mask).requires_grad_() for x in (logprobs, ref)]
+    shaped = [x[None] if deep else x for x in (*variables, mask)]
+    penalty = kl_penalty(*shaped, estimator=estimator).view(mask.shape)
+    kept = mask.bool()
+    assert torch.equal(penalty[kept], want[kept])
+    assert (penalty[~kept] == 0).all()
+    for gradient in torch.autograd.grad(penalty.sum(), variables):
+        assert (gradient[~kept] == 0).all()
+        assert torch.isfinite(gradient).all()
+
+
+def test_padding_of_two_trainers_makes_no_infinity(backend):
+    logprobs = torch.tensor([[-1.0, 0.0], [-2.0, -100.0]], requires_grad=True)
+    ref, mask = torch.tensor([[-1.5, -100.0], [-2.0, 0.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
+    penalty = kl_penalty(logprobs, ref, mask, estimator="k3")
+    (gradient,) = torch.autograd.grad((penalty * mask).sum(), logprobs)
+    assert penalty.flatten().tolist() == pytest.approx([math.exp(-0.5) - 0.5, 0, 0, 0], rel=1e-6)
+    assert gradient.flatten().tolist() == pytest.approx([1 - math.exp(-0.5), 0, 0, 0], rel=1e-6)
+    with pytest.raises(ValueError, match=r"mask: has shape \(2,\), must be \(2, 2\)"):
+        kl_penalty(logprobs, ref, mask[0])
+
+
 def test_estimators_average_to_the_kl(backend):
     """Σ p·k1 and Σ p·k3 are KL(p ‖ q) exactly, for distributions small enough to sum over."""
     p, q = torch.softmax(torch.randn(2, 50, dtype=torch.float64), -1).float()

@@ -32,25 +32,28 @@ OPTIONS = (
 
 
 def position(logprob, log_ratio, advantage, ref, options):
-    """One position's loss, its derivative in the log-prob, and its k3."""
+    """One position's loss, its derivative in the log-prob, its k3, and whether the dual clip limits it."""
     limit, epsilon = options.get("log_ratio_clamp", math.inf), options.get("clip_range", 0.2)
     low, high = 1 - epsilon, 1 + options.get("clip_range_high", epsilon)
     old = logprob - min(max(log_ratio, -limit), limit)
     ratio = math.exp(logprob - old)
+    limited = False
     if options.get("surrogate") == "cispo":
         slope = -min(max(ratio, low), high) * advantage
         loss = slope * logprob
     else:
         loss, _, cut = oracles.policy_loss(logprob, old, advantage, low, high, options.get("dual_clip"))
         slope = 0.0 if cut or abs(log_ratio) > limit else -advantage * ratio
+        plain, _, _ = oracles.policy_loss(logprob, old, advantage, low, high, None)
+        limited = loss < plain
     kl = math.exp(ref - logprob) - (ref - logprob) - 1
     beta = options.get("beta", 0.0)
-    return loss + beta * kl, slope + beta * (1 - math.exp(ref - logprob)), kl
+    return loss + beta * kl, slope + beta * (1 - math.exp(ref - logprob)), kl, limited
 
 
 def loops(tensors, mask, options, reduction):
-    """The loss, the gradient as rows of lists, and the mean k3."""
-    losses, slopes, kls = [], [], []
+    """The loss, the gradient as rows of lists, and the means of log-ratios, dual clips and k3."""
+    losses, slopes, found = [], [], []
     for *row, keep in zip(*(x.tolist() for x in tensors), mask.tolist(), strict=True):
         ratios = [a - b for a, b, m in zip(row[0], row[1], keep, strict=True) if m]
         mean = sum(ratios) / max(1, len(ratios))
@@ -59,14 +62,15 @@ def loops(tensors, mask, options, reduction):
         for t, (logprob, old, advantage, ref) in enumerate(zip(*row, strict=True)):
             if keep[t]:
                 ratio = mean if options.get("ratio_level") == "sequence" else logprob - old
-                losses[-1][t], slopes[-1][t], kl = position(logprob, ratio, advantage, ref, options)
-                kls.append(kl)
+                losses[-1][t], slopes[-1][t], kl, limited = position(logprob, ratio, advantage, ref, options)
+                found.append((logprob - old, limited, kl))
     number = sum(map(sum, mask.tolist())) if reduction == "token-mean" else sum(map(any, mask.tolist()))
     weights = [
         1 / max(1, number) / (max(1, sum(keep)) if reduction == "seq-mean-token-mean" else 1) for keep in mask.tolist()
     ]
     gradient = [[w * x for x in row] for w, row in zip(weights, slopes, strict=True)]
-    return oracles.reduce(losses, mask.tolist(), reduction), gradient, sum(kls) / max(1, len(kls))
+    means = [sum(column) / max(1, len(found)) for column in zip(*found, strict=True)] or [0.0] * 3
+    return oracles.reduce(losses, mask.tolist(), reduction), gradient, means
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -75,7 +79,7 @@ def test_options_match_loops(backend, options, mask, reduction, seed):
     torch.manual_seed(seed)
     tensors = torch.randn(4, *mask.shape)
     tensors[1] = tensors[0] - 0.5 * tensors[1]  # ratios on both sides of every limit
-    want, want_gradient, want_kl = loops(tensors, mask, options, reduction)
+    want, want_gradient, (log_ratio, limited, kl) = loops(tensors, mask, options, reduction)
     logprobs, old, advantages, ref = (oracles.garbage(x, mask) for x in tensors)
     logprobs.requires_grad_()
     reference = {"ref_logprobs": ref} if "beta" in options else {}
@@ -83,10 +87,11 @@ def test_options_match_loops(backend, options, mask, reduction, seed):
     (gradient,) = torch.autograd.grad(loss, logprobs)
     assert loss.item() == pytest.approx(want, rel=1e-5, abs=1e-6)
     torch.testing.assert_close(gradient.cpu(), torch.tensor(want_gradient).reshape(mask.shape), rtol=1e-4, atol=1e-6)
-    if reference:
-        assert stats["ref_kl"].item() == pytest.approx(want_kl, rel=1e-5, abs=1e-6)
-    else:
-        assert "ref_kl" not in stats
+    expected = {"log_ratio_mean": log_ratio}
+    expected |= {"dual_clip_fraction": limited} if "dual_clip" in options else {}
+    expected |= {"ref_kl": kl} if reference else {}
+    got = {name: stats[name].item() for name in stats.keys() & {"log_ratio_mean", "dual_clip_fraction", "ref_kl"}}
+    assert got == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

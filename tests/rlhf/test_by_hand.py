@@ -366,6 +366,7 @@ def test_ppo(ppo_config, data, base, reward_model, told, sampled):
             (losses.mean() + 0.6 * pretraining).backward()
             sums["policy_loss"] += losses.mean().item()
             sums["ratio_mean"] += ratio.mean().item()
+            sums["log_ratio_mean"] += (new - old).mean().item()
             sums["approx_kl"] += (ratio - 1 - ratio.log()).mean().item()
             sums["clip_fraction"] += (-advantages * clipped > -advantages * ratio).float().mean().item()
             sums["entropy"] += torch.cat([-(row.exp() * row).sum(-1) for row in rows]).mean().item()

@@ -17,9 +17,11 @@ namespace {
 
 using namespace tensors;
 
+using Whitening = std::optional<std::string>;  // none, "population" or "unbiased"
+
 // GAE, with rewards shaped on the way if there is a shaping; then whitening over everything unmasked.
 std::tuple<Tensor, Tensor> advantages_of(const Tensor& like, const Mask& mask, GaeArguments in,
-                                         const KlShaping* shaping, bool whiten) {
+                                         const KlShaping* shaping, const Whitening& whiten) {
   Tensor advantages = empty(sizes(like), ScalarType::Float), returns = empty(sizes(like), ScalarType::Float);
   in.wanted = mask.data();
   in.advantages = mutable_data<float>(advantages);
@@ -44,7 +46,7 @@ std::tuple<Tensor, Tensor> advantages_of(const Tensor& like, const Mask& mask, G
   if (whiten) {
     Moments all;
     for (const auto& sequence : moments) merge(all, sequence);
-    const double scale = whitening_scale(all);
+    const double scale = whitening_scale(all, whiten == "unbiased");
     parallel(like.numel(), 1, [&](int64_t begin, int64_t end) {
       kernels().whiten(in.advantages, in.wanted, all.mean, scale, begin, end);
     });
@@ -53,19 +55,19 @@ std::tuple<Tensor, Tensor> advantages_of(const Tensor& like, const Mask& mask, G
 }
 
 std::tuple<Tensor, Tensor> masked_gae(Tensor rewards, Tensor values, Tensor wanted, double gamma, double lam,
-                                      OptionalTensor bootstrap, bool whiten, OptionalTensor cu_seqlens) {
+                                      OptionalTensor bootstrap, Whitening whiten, OptionalTensor cu_seqlens) {
   const Mask mask("mask", wanted);
   const OptionalTensor last = as_float(bootstrap), boundaries = as_int64(cu_seqlens);
   return advantages_of(rewards, mask,
                        {view_of(rewards), view_of(values), nullptr,
                         checks::checked_sequences("cu_seqlens", rewards, boundaries), gamma, lam, data<float>(last),
-                        nullptr, nullptr, nullptr},
+                        nullptr, nullptr, nullptr, false},
                        nullptr, whiten);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_advantages(Tensor scores, Tensor logprobs, Tensor ref_logprobs,
                                                           Tensor values, Tensor wanted, double beta, double gamma,
-                                                          double lam, bool whiten, OptionalTensor bootstrap,
+                                                          double lam, Whitening whiten, OptionalTensor bootstrap,
                                                           std::string estimator, std::optional<double> score_clip,
                                                           OptionalTensor cu_seqlens) {
   const Mask mask("mask", wanted);
@@ -76,7 +78,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_advantages(Tensor scores, Tensor 
   const auto [advantages, returns] = advantages_of(
       logprobs, mask,
       {{}, view_of(values), nullptr, checks::checked_sequences("cu_seqlens", logprobs, boundaries), gamma, lam,
-       data<float>(last), nullptr, nullptr, nullptr},
+       data<float>(last), nullptr, nullptr, nullptr, false},
       &shaping, whiten);
   return {advantages, returns, rewards, kl};
 }

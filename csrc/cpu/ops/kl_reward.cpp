@@ -15,28 +15,40 @@ namespace {
 
 using namespace tensors;
 
-Tensor kl_penalty(Tensor logprobs, Tensor ref_logprobs, std::string estimator) {
+// run(rows as views, mask's bytes, length, begin, end) for rows [begin, end).
+template <class Run>
+void for_rows(const Tensor& logprobs, const Tensor& ref_logprobs, const OptionalTensor& wanted, Run&& run) {
   const TokenRows rows(logprobs);
-  Tensor result = empty(sizes(logprobs), ScalarType::Float);
   const auto a = rows.view(logprobs), b = rows.view(ref_logprobs);
   // A flat tensor's last row may be short, which these kernels do not know: one row then.
   const int64_t count = logprobs.dim() == 2 ? rows.count : 1, length = logprobs.dim() == 2 ? rows.length : rows.positions;
+  std::optional<Mask> mask;
+  if (wanted) mask.emplace("mask", *wanted);
   parallel(count, length, [&](int64_t begin, int64_t end) {
-    kernels().kl_penalty(a, b, length, estimator_of(estimator), mutable_data<float>(result), begin, end);
+    if (mask) mask->read(begin * length, end * length);
+    run(a, b, mask ? mask->data() : nullptr, length, begin, end);
   });
+  if (mask) mask->check();
+}
+
+Tensor kl_penalty(Tensor logprobs, Tensor ref_logprobs, OptionalTensor wanted, std::string estimator) {
+  Tensor result = empty(sizes(logprobs), ScalarType::Float);
+  for_rows(logprobs, ref_logprobs, wanted,
+           [&](const View& a, const View& b, const uint8_t* kept, int64_t length, int64_t begin, int64_t end) {
+             kernels().kl_penalty(a, b, kept, length, estimator_of(estimator), mutable_data<float>(result), begin, end);
+           });
   return result;
 }
 
-Tensor kl_penalty_backward(Tensor logprobs, Tensor ref_logprobs, std::string estimator, Tensor gradient) {
-  const TokenRows rows(logprobs);
+Tensor kl_penalty_backward(Tensor logprobs, Tensor ref_logprobs, OptionalTensor wanted, std::string estimator,
+                           Tensor gradient) {
   const Tensor slopes = cast(gradient, ScalarType::Float);
   Tensor result = empty(sizes(logprobs), ScalarType::Float);
-  const auto a = rows.view(logprobs), b = rows.view(ref_logprobs);
-  const int64_t count = logprobs.dim() == 2 ? rows.count : 1, length = logprobs.dim() == 2 ? rows.length : rows.positions;
-  parallel(count, length, [&](int64_t begin, int64_t end) {
-    kernels().kl_penalty_backward(a, b, length, estimator_of(estimator), data<float>(slopes),
-                                  mutable_data<float>(result), begin, end);
-  });
+  for_rows(logprobs, ref_logprobs, wanted,
+           [&](const View& a, const View& b, const uint8_t* kept, int64_t length, int64_t begin, int64_t end) {
+             kernels().kl_penalty_backward(a, b, kept, length, estimator_of(estimator), data<float>(slopes),
+                                           mutable_data<float>(result), begin, end);
+           });
   return result;
 }
 

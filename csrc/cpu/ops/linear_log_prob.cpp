@@ -38,13 +38,14 @@ struct LinearInputs {
   Projection projection;
 
   LinearInputs(const Tensor& all_hidden, const Tensor& all_weight, const char* index_name, const Tensor& all_index,
-               const Mask& mask, const OptionalTensor& all_bias, double temperature, std::optional<double> softcap)
+               const Mask& mask, const OptionalTensor& all_bias, double temperature, std::optional<double> softcap,
+               int64_t least_index = 0)
       : hidden(all_hidden), weight(all_weight), bias(all_bias ? OptionalTensor(dense(*all_bias)) : std::nullopt) {
     STD_TORCH_CHECK(hidden.scalar_type() == weight.scalar_type() &&
                         (!bias || bias->scalar_type() == weight.scalar_type()),
                     "hidden, weight and bias differ in dtype");
     const Tensor dense_index = cast(all_index, ScalarType::Long);
-    checks::check_index(index_name, dense_index, mask.read_and_check().data(), weight.size(0));
+    checks::check_index(index_name, dense_index, mask.read_and_check().data(), weight.size(0), least_index);
     const int64_t count = all_index.numel(), depth = weight.size(1);
     for (int64_t row = 0; row < count; ++row) {
       if (!mask.data()[row]) continue;
@@ -243,7 +244,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_selective_log_softmax_backward(
     std::optional<double> softcap, Tensor entropies, Tensor maxima, Tensor log_sums, Tensor grad_logprobs,
     OptionalTensor grad_entropies, bool needs_hidden, bool needs_weight) {
   const auto& k = kernels();
-  const LinearInputs in(hidden, weight, "index", index, Mask("mask", wanted), bias, temperature, softcap);
+  const LinearInputs in(hidden, weight, "index", index, Mask("mask", wanted), bias, temperature, softcap, -1);
   const Tensor slopes = cast(grad_logprobs, ScalarType::Float);
   const OptionalTensor entropy_slopes = as_float(grad_entropies);
   std::vector<float> values[5];  // of the rows that count: maximum, log sum, entropy, both gradients

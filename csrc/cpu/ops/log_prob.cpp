@@ -39,7 +39,7 @@ void log_prob_backward(const Tensor& logits, const Tensor& index, const Tensor& 
   const Tensor dense_index = cast(index, ScalarType::Long);
   const Mask mask("mask", wanted);
   const auto in = log_prob_arguments(logits, dense_index, mask.read_and_check().data(), temperature);
-  checks::check_index("index", dense_index, mask.data(), in.vocabulary);
+  checks::check_index("index", dense_index, mask.data(), in.vocabulary, -1);
   const Tensor slopes = cast(grad_logprobs, ScalarType::Float);
   const OptionalTensor entropy_slopes = as_float(grad_entropies);
   const LogProbGradient out{data<float>(entropies), data<float>(maxima), data<float>(log_sums),

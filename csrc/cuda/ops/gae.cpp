@@ -13,14 +13,17 @@ namespace {
 
 using namespace tensors;
 
+using Whitening = std::optional<std::string>;  // none, "population" or "unbiased"
+
 std::tuple<Tensor, Tensor> advantages_of(const Launch& launch, const Tensor& like, const Tensor& wanted,
-                                         GaeArguments in, const KlShaping* shaping, bool whiten) {
+                                         GaeArguments in, const KlShaping* shaping, const Whitening& whiten) {
   const Tensor mask = dense(wanted);
   Tensor advantages = launch.empty_like(like), returns = launch.empty_like(like);
   const Tensor moments = launch.bytes(whiten ? in.sequences.count * static_cast<int64_t>(sizeof(Moments)) : 0);
   in.advantages = mutable_data<float>(advantages);
   in.returns = mutable_data<float>(returns);
   in.moments = whiten ? mutable_data<Moments>(moments) : nullptr;
+  in.unbiased = whiten == "unbiased";
   if (shaping) {
     cuda::ppo_advantages(in, mask_of(mask), *shaping, like.numel(), launch.stream);
   } else {
@@ -30,18 +33,18 @@ std::tuple<Tensor, Tensor> advantages_of(const Launch& launch, const Tensor& lik
 }
 
 std::tuple<Tensor, Tensor> masked_gae(Tensor rewards, Tensor values, Tensor wanted, double gamma, double lam,
-                                      OptionalTensor bootstrap, bool whiten, OptionalTensor cu_seqlens) {
+                                      OptionalTensor bootstrap, Whitening whiten, OptionalTensor cu_seqlens) {
   const Launch launch(rewards);
   const OptionalTensor last = as_float(bootstrap), boundaries = as_int64(cu_seqlens);
   return advantages_of(launch, rewards, wanted,
                        {view_of(rewards), view_of(values), nullptr, sequences_of(rewards, boundaries), gamma,
-                        lam, data<float>(last), nullptr, nullptr, nullptr},
+                        lam, data<float>(last), nullptr, nullptr, nullptr, false},
                        nullptr, whiten);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_advantages(Tensor scores, Tensor logprobs, Tensor ref_logprobs,
                                                           Tensor values, Tensor wanted, double beta, double gamma,
-                                                          double lam, bool whiten, OptionalTensor bootstrap,
+                                                          double lam, Whitening whiten, OptionalTensor bootstrap,
                                                           std::string estimator, std::optional<double> score_clip,
                                                           OptionalTensor cu_seqlens) {
   const Launch launch(logprobs);
@@ -52,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_advantages(Tensor scores, Tensor 
   const auto [advantages, returns] = advantages_of(
       launch, logprobs, wanted,
       {{}, view_of(values), nullptr, sequences_of(logprobs, boundaries), gamma, lam, data<float>(last),
-       nullptr, nullptr, nullptr},
+       nullptr, nullptr, nullptr, false},
       &shaping, whiten);
   return {advantages, returns, rewards, kl};
 }

@@ -14,22 +14,26 @@ namespace {
 
 using namespace tensors;
 
-Tensor kl_penalty(Tensor logprobs, Tensor ref_logprobs, std::string estimator) {
+Tensor kl_penalty(Tensor logprobs, Tensor ref_logprobs, OptionalTensor wanted, std::string estimator) {
   const Launch launch(logprobs);
+  const OptionalTensor mask = dense(wanted);
   Tensor result = launch.empty_like(logprobs);
   const TokenRows rows(logprobs);
-  cuda::kl_penalty(view_of(logprobs), view_of(ref_logprobs), rows.count, rows.length, estimator_of(estimator),
-                   mutable_data<float>(result), launch.stream);
+  cuda::kl_penalty(view_of(logprobs), view_of(ref_logprobs), mask ? mask_of(*mask) : cuda::Mask{}, rows.count,
+                   rows.length, estimator_of(estimator), mutable_data<float>(result), launch.stream);
   return result;
 }
 
-Tensor kl_penalty_backward(Tensor logprobs, Tensor ref_logprobs, std::string estimator, Tensor gradient) {
+Tensor kl_penalty_backward(Tensor logprobs, Tensor ref_logprobs, OptionalTensor wanted, std::string estimator,
+                           Tensor gradient) {
   const Launch launch(logprobs);
+  const OptionalTensor mask = dense(wanted);
   const Tensor slopes = cast(gradient, ScalarType::Float);
   Tensor result = launch.empty_like(logprobs);
   const TokenRows rows(logprobs);
-  cuda::kl_penalty_backward(view_of(logprobs), view_of(ref_logprobs), rows.count, rows.length, estimator_of(estimator),
-                            data<float>(slopes), mutable_data<float>(result), launch.stream);
+  cuda::kl_penalty_backward(view_of(logprobs), view_of(ref_logprobs), mask ? mask_of(*mask) : cuda::Mask{}, rows.count,
+                            rows.length, estimator_of(estimator), data<float>(slopes), mutable_data<float>(result),
+                            launch.stream);
   return result;
 }
 

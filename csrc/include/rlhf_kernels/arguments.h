@@ -117,7 +117,8 @@ struct GaeArguments {
   const float* bootstrap;  // may be null
   float* advantages;
   float* returns;
-  Moments* moments;  // per sequence; may be null
+  Moments* moments;  // per sequence; may be null, without whitening
+  bool unbiased;     // whitening by the unbiased variance
 };
 
 }  // namespace rlhf_kernels

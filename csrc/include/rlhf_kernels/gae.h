@@ -84,9 +84,10 @@ RLHF_HOST_DEVICE void merge(Moments& all, const Moments& part) {
 // Added to the variance before its root is taken.
 constexpr double kVarianceEpsilon = 1e-8;
 
-// What whitening multiplies by, after taking off the mean.
-RLHF_HOST_DEVICE double whitening_scale(const Moments& all) {
-  return all.count > 0 ? 1.0 / sqrt(all.squares / all.count + kVarianceEpsilon) : 0.0;
+// What whitening multiplies by, after taking off the mean. The unbiased variance has one degree of freedom less.
+RLHF_HOST_DEVICE double whitening_scale(const Moments& all, bool unbiased) {
+  const double degrees = unbiased && all.count > 1 ? all.count - 1 : all.count;
+  return degrees > 0 ? 1.0 / sqrt(all.squares / degrees + kVarianceEpsilon) : 0.0;
 }
 
 }  // namespace rlhf_kernels

@@ -12,29 +12,35 @@ namespace rlhf_kernels {
 // T is float or double.
 template <class T>
 struct PolicyStatistics {
-  static constexpr int kCount = 5;
-  T ratio = 0;      // ρ
-  T deviation = 0;  // |ρ − 1|; of several positions the largest, and NaN if one is
-  T kl = 0;         // (ρ − 1) − log ρ
-  T clipped = 0;    // 1 where the clipped loss is the one chosen
-  T ref_kl = 0;     // k3 to the reference policy, where there is one
+  static constexpr int kCount = 7;
+  T ratio = 0;        // ρ
+  T log_ratio = 0;    // log ρ, before it is clamped
+  T deviation = 0;    // |ρ − 1|; of several positions the largest, and NaN if one is
+  T kl = 0;           // (ρ − 1) − log ρ
+  T clipped = 0;      // 1 where the clipped loss is the one chosen
+  T dual_clipped = 0; // 1 where the dual clip limits the loss
+  T ref_kl = 0;       // k3 to the reference policy, where there is one
 
   template <class U>
   RLHF_HOST_DEVICE void add(const PolicyStatistics<U>& other) {
     ratio += other.ratio;
+    log_ratio += other.log_ratio;
     deviation = other.deviation > deviation || other.deviation != other.deviation ? other.deviation : deviation;
     kl += other.kl;
     clipped += other.clipped;
+    dual_clipped += other.dual_clipped;
     ref_kl += other.ref_kl;
   }
 
   // Averages from sums, where `share` is 1 over the number of unmasked positions.
   RLHF_HOST_DEVICE void store(float* to, double share) const {
     to[0] = static_cast<float>(ratio * share);
-    to[1] = static_cast<float>(deviation);
-    to[2] = static_cast<float>(kl * share);
-    to[3] = static_cast<float>(clipped * share);
-    to[4] = static_cast<float>(ref_kl * share);
+    to[1] = static_cast<float>(log_ratio * share);
+    to[2] = static_cast<float>(deviation);
+    to[3] = static_cast<float>(kl * share);
+    to[4] = static_cast<float>(clipped * share);
+    to[5] = static_cast<float>(dual_clipped * share);
+    to[6] = static_cast<float>(ref_kl * share);
   }
 };
 
@@ -115,6 +121,7 @@ struct PolicyTerm {
   T loss_lost;  // by the rounding of loss; no number where loss is none
   T gradient;   // in the log-prob, weighted
   T clipped;    // 1 where the clipped loss is the one chosen
+  T dual_clipped;  // 1 where the dual clip limits it
 };
 
 template <class T>
@@ -138,6 +145,7 @@ RLHF_HOST_DEVICE PolicyTerm<T> cispo_term(T logprob, T ratio, T ratio_lost, T ga
   const T rest = multiply_add(scaled, weight_lost, scaled_lost * weight);
   term.gradient = multiply_add(scaled, weight, where_greater(T(kLargestFloat), absolute(scaled), rest, zero));
   term.clipped = where_greater(ratio, high, one, where_greater(low, ratio, one, zero));
+  term.dual_clipped = zero;
   return term;
 }
 
@@ -166,12 +174,14 @@ RLHF_HOST_DEVICE PolicyTerm<T> policy_term(T logprob, T log_ratio, T ratio, T ra
   const T slope = multiply_add(share, ratio, slope_lost);
   const T inside = where_greater(log_ratio, T(options.largest), zero, where_greater(T(options.least), log_ratio, zero, slope));
   term.gradient = where_greater(clipped, unclipped, zero, inside);
+  term.dual_clipped = zero;
   if (options.has_dual) {
     const T limit = T(options.dual) * gain;
     const T cut = where_greater(gain, zero, where_greater(term.loss, limit, one, zero), zero);
     term.loss = where_greater(cut, zero, limit, term.loss);
     term.loss_lost = where_greater(cut, zero, lost_by_product(T(options.dual), gain, limit), term.loss_lost);
     term.gradient = where_greater(cut, zero, zero, term.gradient);
+    term.dual_clipped = cut;
   }
   term.clipped = where_greater(clipped, unclipped, one, zero);
   return term;
