@@ -15,11 +15,10 @@ from rlhf_kernels.gae import masked_gae
 from rlhf_kernels.integrations.common import are_plain, entropies
 from rlhf_kernels.integrations.patching import Integration, Target
 from rlhf_kernels.log_prob import selective_log_softmax
-from rlhf_kernels.ppo_loss import ppo_value_loss
+from rlhf_kernels.ppo_loss import ppo_policy_loss, ppo_value_loss
 from rlhf_kernels.ranking_loss import pairwise_ranking_loss
 
 LEFT_ALONE = {
-    "openrlhf.models.loss.PolicyLoss": "it limits the log-ratio to 20 and gives other statistics",
     "openrlhf.models.loss.LogExpLoss": "it overflows where a pair is far apart; PairWiseLoss is the same and does not",
     "openrlhf.models.utils.compute_approx_kl": "its estimates are limited to 10",
     "openrlhf.models.utils.compute_reward": "it takes the KL, and is two operations then",
@@ -39,6 +38,7 @@ def _find() -> tuple[list[Target], dict[str, str]]:
             utils, "log_probs_from_logits", "selective_log_softmax", _log_probs, {"92a21e3351d3ab12": "0.11.2"}
         ),
         Target(utils, "compute_entropy", entropy, _entropy, {"07f5fe4f771b1ca3": "0.11.2"}),
+        forward("PolicyLoss", "ppo_policy_loss", _policy_loss, "c754501b121765a2"),
         forward("ValueLoss", "ppo_value_loss", _value_loss, "6824e72655bb0a49"),
         forward("PairWiseLoss", ranking, _pairwise_loss, "42bac0119323393a"),
         forward("DPOLoss", ranking, _dpo_loss, "f7e9a7d9ebf94583"),
@@ -67,6 +67,26 @@ def _entropy(logits: Tensor) -> Any:
     return entropies(logits).to(logits.dtype) if are_plain(logits) else NotImplemented
 
 
+def _policy_loss(
+    self: Any, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, action_mask: Tensor | None = None,
+    rollout_log_probs: Tensor | None = None, dp_size: int = 1, batch_num_tokens: float | None = None,
+    global_batch_size: float | None = None,
+) -> Any:  # fmt: skip
+    number = batch_num_tokens if self.token_level_loss else global_batch_size
+    # GSPO's gradient is not ours where the advantages of a sequence differ.
+    own = self.policy_loss_type == "ppo" and self.is_correction_level == "off" and number != 0
+    ranges = 0 < self.clip_eps_low <= 1 and 0 < self.clip_eps_high <= 1
+    if not (own and ranges) or log_probs.dim() != 2 or log_probs.dtype == torch.float64:
+        return NotImplemented
+    loss, statistics = ppo_policy_loss(
+        log_probs, old_log_probs, advantages, action_mask, clip_range=self.clip_eps_low,
+        clip_range_high=self.clip_eps_high, dual_clip=self.dual_clip, log_ratio_clamp=20.0,
+        reduction="token-mean" if self.token_level_loss else "seq-mean-token-mean", denominator=number,
+    )  # fmt: skip
+    loss = loss if number is None else loss * dp_size
+    return loss, statistics["clip_fraction"], -statistics["log_ratio_mean"], None, None
+
+
 def _value_loss(
     self: Any, values: Tensor, old_values: Tensor, returns: Tensor, action_mask: Tensor | None = None,
     dp_size: int = 1, batch_num_tokens: float | None = None, global_batch_size: float | None = None,
@@ -90,9 +110,9 @@ def _pairs(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def _pairwise_loss(self: Any, chosen_reward: Tensor, reject_reward: Tensor, margin: Tensor | None = None) -> Any:
-    if margin is not None or chosen_reward.shape != reject_reward.shape:
+    if chosen_reward.shape != reject_reward.shape or (margin is not None and margin.shape != chosen_reward.shape):
         return NotImplemented
-    return _pairs(chosen_reward, reject_reward)
+    return _pairs(chosen_reward if margin is None else chosen_reward - margin, reject_reward)
 
 
 def _dpo_loss(

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from rlhf_kernels.integrations.common import are_plain, entropies, fold_scale
 from rlhf_kernels.integrations.patching import Integration, Target
-from rlhf_kernels.linear_log_prob import linear_selective_log_softmax, linear_selective_log_softmax_and_entropy
+from rlhf_kernels.linear_log_prob import linear_selective_log_softmax_and_rank
 from rlhf_kernels.log_prob import selective_log_softmax, selective_log_softmax_and_entropy
 
 LEFT_ALONE = {
     "trl.trainer.grpo_trainer.GRPOTrainer._compute_loss": "its forms of the loss are more than ppo_policy_loss has",
     "trl.trainer.rloo_trainer.RLOOTrainer._compute_loss": "it takes whole sequences for actions",
+    "trl.trainer.reward_trainer.RewardTrainer.compute_loss": "its loss is three operations on a number for each pair",
     "trl.experimental.ppo.ppo_trainer.masked_whiten": "it divides by the unbiased variance",
 }
 
@@ -105,19 +106,20 @@ def _chunked(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float, chunk_size: int,
     softcap: float | None = None, scale: float = 1.0, outputs: tuple[str, ...] = OPTIONAL,
 ) -> Any:  # fmt: skip
-    served = {"log_probs", "entropy", "mean_logits"} if softcap is None else {"log_probs", "entropy"}
+    served = {"log_probs", "entropy", "is_top1"} | ({"mean_logits"} if softcap is None else set())
     # DeepSpeed gathers a sharded weight once more for the backward, and TRL's function asks it to.
     if not (set(outputs) <= served and scale > 0 and temperature > 0) or hasattr(weight, "ds_id"):
         return NotImplemented
     softcap, own_temperature = fold_scale(softcap, scale)
-    options: dict[str, Any] = {"bias": bias, "softcap": softcap, "temperature": temperature * own_temperature}
-    entropy = mean = None
-    if "entropy" in outputs:
-        logprobs, entropy = linear_selective_log_softmax_and_entropy(hidden, weight, targets, **options)
-    else:
-        logprobs = linear_selective_log_softmax(hidden, weight, targets, **options)
+    logprobs, entropy, top = linear_selective_log_softmax_and_rank(
+        hidden, weight, targets, bias=bias, softcap=softcap, temperature=temperature * own_temperature,
+        with_entropy="entropy" in outputs,
+    )  # fmt: skip
+    if "is_top1" in outputs and top is None:
+        return NotImplemented
+    mean = None
     if "mean_logits" in outputs:
         with torch.no_grad():
             mean = hidden.float() @ weight.float().mean(0)
             mean = (mean if bias is None else mean + bias.float().mean()) * (scale / temperature)
-    return logprobs, entropy, None, mean, None
+    return logprobs, entropy, None, mean, top if "is_top1" in outputs else None

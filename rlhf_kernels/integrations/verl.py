@@ -8,6 +8,7 @@ reads that.
 from __future__ import annotations
 
 import importlib
+import math
 from typing import Any
 
 import torch
@@ -18,10 +19,12 @@ from rlhf_kernels.integrations.common import are_plain, entropies
 from rlhf_kernels.integrations.patching import Integration, Target
 from rlhf_kernels.linear_log_prob import linear_selective_log_softmax_and_entropy
 from rlhf_kernels.log_prob import selective_log_softmax
-from rlhf_kernels.ppo_loss import REDUCTIONS, ppo_value_loss
+from rlhf_kernels.ppo_loss import REDUCTIONS, ppo_policy_loss, ppo_value_loss
 
+# verl limits the ratio of a sequence to this, and ours does not.
+GSPO_LARGEST_RATIO = math.exp(10)
 LEFT_ALONE = {
-    "verl.trainer.ppo.core_algos.compute_policy_loss_*": "they limit the log-ratio to 20 and give other statistics",
+    "verl.trainer.ppo.core_algos.compute_policy_loss_*": "the others than vanilla, gspo and cispo are other formulas",
     "verl.trainer.ppo.core_algos.kl_penalty": "k3 is limited to 10; the others are one subtraction",
     "verl.utils.kernel.linear_cross_entropy": "its sums may go over a group of processes",
 }
@@ -47,6 +50,9 @@ def _find() -> tuple[list[Target], dict[str, str]]:
         Target(fused, "forward", f"linear_{entropy}", _fused, {"ade3cc04678fe81c": "0.9.1"}, source=fused),
         Target(core, "compute_gae_advantage_return", "masked_gae", _gae, {"fabcb104a5e4c1ee": "0.9.1"}),
         Target(core, "compute_value_loss", "ppo_value_loss", _value_loss, {"8e4bdebbeb6a425a": "0.9.1"}),
+        Target(core, "compute_policy_loss_vanilla", "ppo_policy_loss", _vanilla, {"1a0214517a6dbfc8": "0.9.1"}),
+        Target(core, "compute_policy_loss_gspo", "ppo_policy_loss", _gspo, {"fd4ceb495b6b2c75": "0.9.1"}),
+        Target(core, "compute_policy_loss_cispo", "ppo_policy_loss", _cispo, {"ed3e38ae6bcfd1fa": "0.9.1"}),
     ]  # fmt: skip
     return targets, LEFT_ALONE
 
@@ -83,9 +89,19 @@ def _fused(self: Any, hidden_states: Tensor, vocab_weights: Tensor, input_ids: T
 
 
 def _gae(token_level_rewards: Tensor, values: Tensor, response_mask: Tensor, gamma: float, lam: float) -> Any:
-    advantages, returns = masked_gae(token_level_rewards, values, response_mask, gamma=gamma, lam=lam, whiten=False)
-    # With the unbiased variance, which ours has not.
-    return _functional().masked_whiten(advantages, response_mask), returns
+    return masked_gae(token_level_rewards, values, response_mask, gamma=gamma, lam=lam, whiten="unbiased")
+
+
+def _reduction(
+    mode: str, dp_size: int = 1, batch_num_tokens: int | None = None, global_batch_size: int | None = None,
+    loss_scale_factor: int | None = None,
+) -> dict[str, Any] | None:  # fmt: skip
+    """verl's way of adding up a loss as the options of ours; None where ours has none."""
+    number = {"token-mean": batch_num_tokens, "token-sum": None}.get(mode, global_batch_size)
+    needs_number = mode != "token-sum" and dp_size > 1
+    if mode not in REDUCTIONS or number == 0 or (needs_number and number is None):
+        return None
+    return {"reduction": mode, "denominator": number}
 
 
 def _value_loss(
@@ -93,11 +109,68 @@ def _value_loss(
     loss_agg_mode: str = "token-mean", dp_size: int = 1, batch_num_tokens: int | None = None,
     global_batch_size: int | None = None, loss_scale_factor: int | None = None,
 ) -> Any:  # fmt: skip
-    number = {"token-mean": batch_num_tokens, "token-sum": None}.get(loss_agg_mode, global_batch_size)
-    needs_number = loss_agg_mode != "token-sum" and dp_size > 1
-    if loss_agg_mode not in REDUCTIONS or number == 0 or (needs_number and number is None):
+    reduction = _reduction(loss_agg_mode, dp_size, batch_num_tokens, global_batch_size)
+    if reduction is None:
         return NotImplemented
-    loss, statistics = ppo_value_loss(
-        vpreds, values, returns, response_mask, clip_range=cliprange_value, reduction=loss_agg_mode, denominator=number
-    )
+    loss, statistics = ppo_value_loss(vpreds, values, returns, response_mask, clip_range=cliprange_value, **reduction)
     return loss * dp_size, statistics["clip_fraction"]
+
+
+def _policy_loss(
+    old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor, loss_agg_mode: str, config: Any,
+    rollout_is_weights: Tensor | None, **options: Any,
+) -> Any:  # fmt: skip
+    """One of verl's losses by the options of ours, with verl's statistics."""
+    if config is None or rollout_is_weights is not None or log_prob.dtype == torch.float64:
+        return NotImplemented
+    low, high = (config.clip_ratio if x is None else x for x in (config.clip_ratio_low, config.clip_ratio_high))
+    counts = dict(config.global_batch_info)
+    reduction = _reduction(loss_agg_mode, **counts)
+    largest = math.inf if options.get("surrogate") == "cispo" else 1
+    if reduction is None or not (0 < low <= 1 and 0 < high <= largest):
+        return NotImplemented
+    loss, statistics = ppo_policy_loss(
+        log_prob, old_log_prob, advantages, response_mask, clip_range=low, clip_range_high=high, **reduction, **options
+    )
+    # verl waits for each of its statistics; these are waited for together.
+    names = ("clip_fraction", "log_ratio_mean", "ratio_max_deviation", "dual_clip_fraction")
+    values = torch.stack([statistics[name] for name in names if name in statistics]).tolist()
+    found = dict(zip(names, values, strict=False))
+    if options.get("ratio_level") == "sequence" and not found["ratio_max_deviation"] < GSPO_LARGEST_RATIO - 1:
+        return NotImplemented
+    return loss * counts.get("dp_size", 1), {
+        "actor/pg_clipfrac": found["clip_fraction"],
+        "actor/ppo_kl": -found["log_ratio_mean"],
+        "actor/pg_clipfrac_lower": found.get("dual_clip_fraction", 0.0),
+    }
+
+
+def _vanilla(
+    old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor,
+    loss_agg_mode: str = "token-mean", config: Any = None, rollout_is_weights: Tensor | None = None,
+) -> Any:  # fmt: skip
+    dual_clip = None if config is None else config.get("clip_ratio_c", 3.0)
+    return _policy_loss(
+        old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights,
+        dual_clip=dual_clip, log_ratio_clamp=20.0,
+    )  # fmt: skip
+
+
+def _gspo(
+    old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor,
+    loss_agg_mode: str = "seq-mean-token-mean", config: Any = None, rollout_is_weights: Tensor | None = None,
+) -> Any:  # fmt: skip
+    return _policy_loss(
+        old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights,
+        ratio_level="sequence",
+    )  # fmt: skip
+
+
+def _cispo(
+    old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor,
+    loss_agg_mode: str = "token-mean", config: Any = None, rollout_is_weights: Tensor | None = None,
+) -> Any:  # fmt: skip
+    return _policy_loss(
+        old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights,
+        surrogate="cispo", log_ratio_clamp=20.0,
+    )  # fmt: skip

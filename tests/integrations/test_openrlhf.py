@@ -70,6 +70,36 @@ def test_value_loss(kind, dtype, by_token, clip, counts):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", masks())
+@pytest.mark.parametrize("by_token", [True, False])
+@pytest.mark.parametrize("dual_clip", [None, 1.5])
+@pytest.mark.parametrize("counts", [{}, {"dp_size": 2, "batch_num_tokens": 31, "global_batch_size": 7}])
+def test_policy_loss(kind, dtype, by_token, dual_clip, counts):
+    mask = masks()[kind].float()
+    log_probs, advantages = torch.randn(2, B, T)
+    old = (log_probs + 0.5 * torch.randn(B, T)).to(dtype)
+    log_probs = log_probs.to(dtype).requires_grad_()
+
+    def run():
+        result, clipped, kl, *others = loss.PolicyLoss(0.2, 0.3, dual_clip, by_token)(
+            log_probs, old, advantages.to(dtype), mask, **counts
+        )
+        assert others == [None, None]
+        return result, clipped, kl, torch.autograd.grad(result, log_probs)[0]
+
+    hold(*both(patch, run, "openrlhf.models.loss.PolicyLoss.forward"), dtype)
+
+
+def test_policy_losses_that_ours_has_not_go_to_openrlhf():
+    log_probs, old, advantages, mask = (*torch.randn(3, B, T), torch.ones(B, T))
+    with patch() as patched:
+        loss.PolicyLoss(policy_loss_type="gspo")(log_probs, old, advantages, mask)
+        loss.PolicyLoss(is_correction_level="token")(log_probs, old, advantages, mask, rollout_log_probs=old)
+        loss.PolicyLoss(clip_eps_high=1.5)(log_probs, old, advantages, mask)
+        assert patched.calls == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_losses_of_pairs(dtype):
     a, b, c, d = (3 * torch.randn(4, 7)).to(dtype).requires_grad_().unbind()
 
@@ -82,9 +112,14 @@ def test_losses_of_pairs(dtype):
         return *results, *torch.autograd.grad(results[0], (a, b))
 
     hold(*both(patch, reward, "openrlhf.models.loss.PairWiseLoss.forward"), dtype)
+
+    def reward_with_margin():
+        result = loss.PairWiseLoss()(a, b, torch.arange(7).to(dtype) / 4)
+        return result, *torch.autograd.grad(result, (a, b))
+
+    hold(*both(patch, reward_with_margin, "openrlhf.models.loss.PairWiseLoss.forward"), dtype)
     hold(*both(patch, dpo, "openrlhf.models.loss.DPOLoss.forward"), dtype)
     with patch() as patched:  # what ours has not
-        loss.PairWiseLoss()(a, b, torch.ones(7))
         loss.DPOLoss(0.3, label_smoothing=0.1)(a, b, c, d)
         loss.DPOLoss(0.3, ipo=True)(a, b, c, d)
         assert patched.calls == {}

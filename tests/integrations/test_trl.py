@@ -18,6 +18,7 @@ from rlhf_kernels.integrations import patching  # noqa: E402
 from rlhf_kernels.integrations.trl import patch, unpatch  # noqa: E402
 
 V = 40
+CHUNKED = "trl.kernels.chunked_logprob.ChunkedLogProbFunction.apply"
 has_kernels = pytest.mark.skipif(not hasattr(trl, "kernels") and "1.9" in trl.__version__, reason="since TRL 1.16")
 
 
@@ -58,11 +59,14 @@ def rows(count=8):
 
 
 def two_steps(trainer):
-    """The losses, and the final weights."""
+    """What TRL logs of them but for times, and the final weights."""
     trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert len(losses) == 2
-    return losses, {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 2
+    figures = {
+        f"{i} {name}": x for i, entry in enumerate(logged) for name, x in entry.items() if not name.endswith("time")
+    }
+    return figures, {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
 
 
 def settings(kind, tmp_path, **options):
@@ -91,17 +95,24 @@ def trainer_of(name, tokenizer, tmp_path):
             model=tiny(), ref_model=tiny(), args=settings(trl.DPOConfig, tmp_path, max_length=32),
             processing_class=tokenizer, train_dataset=data,
         )  # fmt: skip
+    if name == "SFT":
+        texts = datasets.Dataset.from_list([{"text": row["prompt"] + row["chosen"]} for row in rows()])
+        return trl.SFTTrainer(
+            model=tiny(), args=settings(trl.SFTConfig, tmp_path, max_length=32), processing_class=tokenizer,
+            train_dataset=texts,
+        )  # fmt: skip
     raise ValueError(name)
 
 
 @has_kernels
-@pytest.mark.parametrize("name", ["GRPO", "RLOO", "DPO"])
+@pytest.mark.parametrize("name", ["GRPO", "RLOO", "DPO", "SFT"])
 def test_two_steps_are_the_same(name, tokenizer, tmp_path):
-    losses, weights = two_steps(trainer_of(name, tokenizer, tmp_path / "theirs"))
+    figures, weights = two_steps(trainer_of(name, tokenizer, tmp_path / "theirs"))
     with patch() as patched:
         ours, ours_weights = two_steps(trainer_of(name, tokenizer, tmp_path / "ours"))
-        assert sum(patched.calls.values()) >= 2, str(patched)
-    assert ours == pytest.approx(losses, rel=1e-4, abs=1e-5)
+        # In each step: the policy, the reference, and RLOO's log-probs of the rollout.
+        assert patched.calls[CHUNKED] == 2 * {"SFT": 1, "DPO": 2, "GRPO": 2, "RLOO": 3}[name], str(patched)
+    assert ours == pytest.approx(figures, rel=1e-4, abs=1e-5)
     for key, want in weights.items():
         # Adam's first steps are as large for a gradient of 1e-9 as for one of 1, so single weights may differ.
         assert (ours_weights[key] - want).abs().mean() < 1e-4, key
@@ -162,6 +173,32 @@ def test_a_function_that_changed_is_refused(monkeypatch):
     ):
         patch()
     assert utils.entropy_from_logits is before
+
+
+@has_kernels
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "softcap": 2.0}, {"scale": 3.0}], ids=str)
+def test_statistics_of_the_logits(options):
+    from trl.kernels import ChunkedLogProbFunction
+
+    hidden, weight, bias = (torch.randn(*shape) for shape in ((30, 8), (V, 8), (V,)))
+    targets = torch.where(torch.arange(30) % 2 == 0, (hidden @ weight.T + bias).argmax(-1), torch.arange(30))
+    outputs = ("entropy", "is_top1") if "softcap" in options else ("entropy", "mean_logits", "is_top1")
+    arguments = hidden, weight, bias, targets, options.get("temperature", 1.0), 16
+    rest = {"softcap": options.get("softcap"), "scale": options.get("scale", 1.0)}
+
+    def run():
+        return ChunkedLogProbFunction.apply(*arguments, *rest.values(), outputs)
+
+    theirs = run()
+    with patch() as patched:
+        ours = run()
+        assert patched.calls == {CHUNKED: 1}
+    assert theirs[4][::2].all()
+    assert not theirs[4].all()
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b)
 
 
 @has_kernels

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from ragged import B, T, V, both, hold, masks, no_further_from_the_truth
@@ -45,6 +47,46 @@ def test_value_loss(kind, dtype, mode, counts):
         return loss, clipped, torch.autograd.grad(loss, values)[0]
 
     hold(*both(patch, run, "verl.trainer.ppo.core_algos.compute_value_loss"), dtype)
+
+
+def actor_config(**options):
+    config = pytest.importorskip("verl.workers.config", exc_type=ImportError)
+    return config.ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1, **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", masks())
+@pytest.mark.parametrize("loss_mode", ["vanilla", "gspo", "cispo"])
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-mean"])
+def test_policy_losses(kind, dtype, loss_mode, mode):
+    mask = masks()[kind]
+    log_probs, advantages = torch.randn(2, B, T)
+    old = (log_probs + 0.5 * torch.randn(B, T)).to(dtype)
+    log_probs, advantages = log_probs.to(dtype).requires_grad_(), advantages.to(dtype)
+    for counts in ({}, {"dp_size": 2, "batch_num_tokens": 31, "global_batch_size": 7}):
+        config = actor_config(clip_ratio_high=0.3, clip_ratio_c=1.5)
+        config.global_batch_info.update(counts)
+
+        def run(config=config):
+            loss_of = core.get_policy_loss_fn(loss_mode)
+            loss, statistics = loss_of(old, log_probs, advantages, mask, loss_agg_mode=mode, config=config)
+            assert all(type(x) is float for x in statistics.values())
+            return loss, torch.autograd.grad(loss, log_probs)[0], *map(torch.tensor, statistics.values())
+
+        hold(*both(patch, run, f"verl.trainer.ppo.core_algos.compute_policy_loss_{loss_mode}"), dtype)
+
+
+def test_policy_losses_that_ours_has_not_go_to_verl():
+    log_probs, old, advantages, mask = torch.randn(B, T), torch.randn(B, T), torch.randn(B, T), torch.ones(B, T).bool()
+    far = log_probs - 12
+    with patch() as patched:
+        vanilla, gspo = (core.get_policy_loss_fn(name) for name in ("vanilla", "gspo"))
+        loss, _ = gspo(far, log_probs, -advantages.abs(), mask, config=actor_config())  # verl limits e^12 to e^10
+        assert loss.item() == pytest.approx(advantages.abs().mean().item() * math.exp(10), rel=1e-3)
+        vanilla(old, log_probs, advantages, mask, config=actor_config(), rollout_is_weights=torch.ones(B, T))
+        vanilla(old, log_probs, advantages, mask, loss_agg_mode="seq-mean-token-sum-norm", config=actor_config())
+        vanilla(old, log_probs, advantages, mask, config=actor_config(clip_ratio_high=4.0))
+        assert patched.calls == {}
 
 
 def test_modes_that_ours_has_not_go_to_verl():
