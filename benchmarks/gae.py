@@ -45,14 +45,19 @@ def cases(scale: str) -> list[Case]:
     return [
         _case("masked_gae", first, compiled_loop if compiled else loop, remark=remark),
         _case("masked_gae, padding only", first, *_openrlhf(), holes=False),
-        _case("masked_gae whitened", first, *_verl(), whiten=True),
+        _case("masked_gae whitened", first, *_verl(), whiten="unbiased"),
         _ppo_advantages(first),
         *(_case("masked_gae", size, *([loop] if size[0] * size[1] <= LONGEST_LOOP[scale] else [])) for size in growing),
     ]
 
 
 def _case(
-    name: str, size: tuple[int, int], *peers: Implementation, holes: bool = True, whiten: bool = False, remark: str = ""
+    name: str,
+    size: tuple[int, int],
+    *peers: Implementation,
+    holes: bool = True,
+    whiten: bool | str = False,
+    remark: str = "",
 ) -> Case:
     op = partial(rlhf_kernels.masked_gae, gamma=GAMMA, lam=LAM, whiten=whiten)
     batch, length = size
@@ -105,7 +110,7 @@ def _openrlhf() -> tuple[Implementation, ...]:
 def _verl() -> tuple[Implementation, ...]:
     return (
         eager(whitened_verl_rule, TAKES, compiles=(), whose="verl's"),
-        Implementation("verl", _load_verl, TAKES, install="verl", adapt=_population_variance),
+        Implementation("verl", _load_verl, TAKES, install="verl"),
     )
 
 
@@ -158,7 +163,7 @@ def whitened_verl_rule(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[T
     advantages, returns = verl_rule(rewards, values, mask)
     count = mask.sum()
     centred = advantages - (advantages * mask).sum() / count
-    return centred * torch.rsqrt((centred.square() * mask).sum() / count + 1e-8), returns
+    return centred * torch.rsqrt((centred.square() * mask).sum() / (count - 1) + 1e-8), returns
 
 
 def openrlhf_rule(rewards: Tensor, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -187,12 +192,6 @@ def _load_verl() -> Callable[..., Any]:
     from verl.trainer.ppo.core_algos import compute_gae_advantage_return
 
     return lambda rewards, values, mask: compute_gae_advantage_return(rewards, values, mask, GAMMA, LAM)
-
-
-def _population_variance(outputs: list[Tensor], inputs: Inputs) -> list[Tensor]:
-    """Rescales verl's advantages: it divides by n − 1 when it whitens, and ours by n."""
-    count = float(inputs["mask"].sum())
-    return [outputs[0] * (count / (count - 1)) ** 0.5, outputs[1]]
 
 
 def _load_openrlhf() -> Callable[..., Any]:

@@ -34,7 +34,7 @@ def cases(scale: str) -> list[Case]:
         Case(
             op.__name__,
             f"B={batch} T={length}",
-            partial(_inputs, batch, length),
+            partial(inputs, batch, length),
             takes[op],
             op,
             (ours(op), eager(formula)),
@@ -47,7 +47,8 @@ def cases(scale: str) -> list[Case]:
     ]
 
 
-def _inputs(batch: int, length: int, generator: torch.Generator, dtype: torch.dtype) -> Inputs:
+def inputs(batch: int, length: int, generator: torch.Generator, dtype: torch.dtype) -> Inputs:
+    """What either loss is called with."""
     shape = (batch, length)
     logprobs, old_logprobs = batches.log_probs(shape, generator, dtype)
     values = batches.normal(shape, generator, torch.float32)

@@ -5,6 +5,7 @@
     python benchmarks/run.py --quick    # small sizes, float32, under a minute: shows that it works, not how fast
     python benchmarks/run.py --json results.json --resume    # goes on where a run with --json was stopped
     python benchmarks/run.py --family step --trl ../trl/bin/python    # whole iterations of the trainer, on a CPU
+    python benchmarks/run.py --family drop_in    # TRL, verl and OpenRLHF with our ops in them and without, on a CPU
 
 All implementations of a case run in turns, so that a machine that slows down slows all of them. A peer that isn't
 installed costs one line. Ctrl-C prints, and writes, what was measured so far.
@@ -25,6 +26,7 @@ from pathlib import Path
 from types import ModuleType
 
 import bounds
+import drop_in
 import machine
 import plot
 import report
@@ -37,6 +39,8 @@ import rlhf_kernels
 from rlhf_kernels import ops
 
 FAMILIES: dict[str, ModuleType] = {family: importlib.import_module(family) for family in ops.FAMILIES}
+# Of whole trainers, on a CPU: ours, and other people's with our ops in them and without.
+TRAINERS = ("step", "drop_in")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -59,7 +63,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help="default here: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="repeatable; default: those of each family")
     parser.add_argument(
-        "--family", choices=(*FAMILIES, "step"), action="append", help="repeatable; default: all but step"
+        "--family", choices=(*FAMILIES, *TRAINERS), action="append", help="repeatable; default: those of the ops"
     )
     parser.add_argument("--trl", metavar="PYTHON", help="for step: a Python that has TRL 1.9.2")
     parser.add_argument("--quick", action="store_true", help="small sizes, few runs: shows that it works, not how fast")
@@ -69,8 +73,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
-    if "step" in (options.family or ()) and options.device != "cpu":
-        parser.error("--family step: is measured on a CPU alone")
+    for name in set(options.family or ()) & set(TRAINERS):
+        if options.device != "cpu":
+            parser.error(f"--family {name}: is measured on a CPU alone")
     if options.resume and not options.json:
         parser.error("--resume: needs --json")
     if options.plot and importlib.util.find_spec("matplotlib") is None:
@@ -84,6 +89,9 @@ def plan(options: argparse.Namespace) -> Iterator[tuple[str, Measurement]]:
     for name in options.family or FAMILIES:
         if name == "step":
             yield from trainer_steps.plan(scale, options.trl)
+            continue
+        if name == "drop_in":
+            yield from drop_in.plan(scale, QUICK if options.quick else FULL)
             continue
         family = FAMILIES[name]
         dtypes = [DTYPES[dtype] for dtype in options.dtype or ()] or family.DTYPES[options.device]

@@ -144,6 +144,43 @@ def trl_ppo(shape: dict[str, Any], clock: Clock) -> None:
     trainer.train()
 
 
+def trl_grpo(shape: dict[str, Any], clock: Clock) -> None:
+    """TRL's GRPO, whose reward is the share of different words."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    class Follow(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            clock.tick()
+
+    save(language_model(shape), shape, "policy")
+    prompts = [words_of(ids) for ids in random_ids(shape, 4 * shape["batch"], shape["prompt"])]
+    trainer = GRPOTrainer(
+        model="policy",
+        args=GRPOConfig(
+            output_dir="run", report_to="none", save_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True,
+            gradient_checkpointing=False, per_device_train_batch_size=shape["batch"], num_generations=shape["group"],
+            max_completion_length=shape["response"], max_steps=shape["steps"] + 1, beta=0.04, learning_rate=1e-5,
+        ),
+        reward_funcs=lambda completions, **_: [len(set(text.split())) / shape["response"] for text in completions],
+        processing_class=tokenizer_of(shape),
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        callbacks=[Follow()],
+    )  # fmt: skip
+    trainer.train()
+
+
+def patched_trl_grpo(shape: dict[str, Any], clock: Clock) -> None:
+    """The same with our ops in it."""
+    from rlhf_kernels.integrations import trl
+
+    with trl.patch() as patch:
+        trl_grpo(shape, clock)
+        if not patch.calls:
+            raise SystemExit(f"ours never ran: {patch}")
+
+
 def save(model: Any, shape: dict[str, Any], name: str) -> None:
     """Writes a model with its tokenizer into a folder of this name."""
     model.save_pretrained(name)
@@ -186,7 +223,10 @@ def peak_bytes() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
-WORK = {("rlhf", "ppo"): rlhf_ppo, ("rlhf", "reward"): rlhf_reward, ("trl", "ppo"): trl_ppo}
+WORK = {
+    ("rlhf", "ppo"): rlhf_ppo, ("rlhf", "reward"): rlhf_reward, ("trl", "ppo"): trl_ppo, ("trl", "grpo"): trl_grpo,
+    ("trl patched", "grpo"): patched_trl_grpo,
+}  # fmt: skip
 
 
 def main(trainer: str, stage: str, shape: str) -> None:
