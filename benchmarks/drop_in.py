@@ -41,7 +41,7 @@ class Function(NamedTuple):
     module: str
     name: str
     call: Callable[..., Any]
-    """Calls it with the inputs of the case."""
+    """Given the function and its module, what is called with the inputs of the case."""
     takes: tuple[str, ...]
     truth: Callable[..., Any]
 
@@ -51,9 +51,9 @@ class Function(NamedTuple):
         owner, _, name = self.name.rpartition(".")
         place = getattr(module, owner) if owner else module
         if not patched:
-            return partial(self.call, getattr(place, name), module)
+            return self.call(getattr(place, name), module)
         with importlib.import_module(f"rlhf_kernels.integrations.{self.library}").patch():
-            return partial(self.call, getattr(place, name), module)
+            return self.call(getattr(place, name), module)
 
 
 POLICY = ("logprobs", "old_logprobs", "advantages", "mask")
@@ -61,44 +61,51 @@ VALUE = ("values", "old_values", "returns", "mask")
 VERL, OPENRLHF = "verl.trainer.ppo.core_algos", "openrlhf.models.loss"
 
 
-def _actor_config() -> Any:
+def _verl_policy_loss(function: Callable[..., Any], _: Any) -> Callable[..., Any]:
     config = importlib.import_module("verl.workers.config")
-    return config.ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1)
+    actor = config.ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1)
+    return lambda new, old, advantages, mask: function(old, new, advantages, mask, config=actor)[0]
+
+
+def _policy_loss(function: Callable[..., Any], module: Any) -> Callable[..., Any]:
+    loss = module.PolicyLoss()
+    return lambda *inputs: function(loss, *inputs)[0]
+
+
+def _value_loss(function: Callable[..., Any], module: Any) -> Callable[..., Any]:
+    return partial(function, module.ValueLoss(0.2, token_level_loss=True))
 
 
 FUNCTIONS = (
     Function(
         "verl", VERL, "compute_gae_advantage_return",
-        lambda f, _, rewards, values, mask: f(rewards, values, mask, gae.GAMMA, gae.LAM), gae.TAKES,
+        lambda f, _: lambda *inputs: f(*inputs, gae.GAMMA, gae.LAM), gae.TAKES,
         partial(rlhf_kernels.masked_gae, gamma=gae.GAMMA, lam=gae.LAM, whiten="unbiased"),
     ),
     Function(
-        "verl", VERL, "compute_policy_loss_vanilla",
-        lambda f, _, new, old, advantages, mask: f(old, new, advantages, mask, config=_actor_config())[0], POLICY,
+        "verl", VERL, "compute_policy_loss_vanilla", _verl_policy_loss, POLICY,
         lambda *inputs: rlhf_kernels.ppo_policy_loss(*inputs, dual_clip=3.0, log_ratio_clamp=20.0)[0],
     ),
     Function(
         "verl", VERL, "compute_value_loss",
-        lambda f, _, values, old, returns, mask: f(values, returns, old, mask, 0.2)[0], VALUE,
+        lambda f, _: lambda values, old, returns, mask: f(values, returns, old, mask, 0.2)[0], VALUE,
         lambda *inputs: rlhf_kernels.ppo_value_loss(*inputs)[0],
     ),
     Function(
-        "openrlhf", OPENRLHF, "PolicyLoss.forward",
-        lambda f, module, *inputs: f(module.PolicyLoss(), *inputs)[0], POLICY,
+        "openrlhf", OPENRLHF, "PolicyLoss.forward", _policy_loss, POLICY,
         lambda *inputs: rlhf_kernels.ppo_policy_loss(*inputs, log_ratio_clamp=20.0)[0],
     ),
     Function(
-        "openrlhf", OPENRLHF, "ValueLoss.forward",
-        lambda f, module, *inputs: f(module.ValueLoss(0.2, token_level_loss=True), *inputs), VALUE,
+        "openrlhf", OPENRLHF, "ValueLoss.forward", _value_loss, VALUE,
         lambda *inputs: rlhf_kernels.ppo_value_loss(*inputs)[0],
     ),
     Function(
-        "verl", "verl.utils.torch_functional", "logprobs_from_logits", lambda f, _, *inputs: f(*inputs),
-        ("logits", "index"), rlhf_kernels.selective_log_softmax,
+        "verl", "verl.utils.torch_functional", "logprobs_from_logits", lambda f, _: f, ("logits", "index"),
+        rlhf_kernels.selective_log_softmax,
     ),
     Function(
-        "openrlhf", "openrlhf.models.utils", "log_probs_from_logits", lambda f, _, *inputs: f(*inputs),
-        ("logits", "index"), rlhf_kernels.selective_log_softmax,
+        "openrlhf", "openrlhf.models.utils", "log_probs_from_logits", lambda f, _: f, ("logits", "index"),
+        rlhf_kernels.selective_log_softmax,
     ),
 )  # fmt: skip
 
@@ -139,7 +146,7 @@ def _logits(rows: int, vocabulary: int, generator: torch.Generator, dtype: torch
     return {"logits": logits, "index": torch.randint(0, vocabulary, (rows,), generator=generator)}
 
 
-def _work(inputs: Inputs, step_name: str) -> Work:
+def _work(inputs: Inputs, _: str) -> Work:
     if "logits" in inputs:
         size = inputs["logits"].nbytes
         return Work(size, size)

@@ -208,7 +208,7 @@ def variants() -> Iterator[Callable[[], Any]]:
     scores, tokens = torch.zeros(8), torch.zeros(8, 4096)
     flat, boundaries = tokens.view(-1), torch.arange(0, 8 * 4096 + 1, 4096)
     yield partial(rlhf_kernels.masked_gae, tokens, tokens, None, bootstrap=scores, whiten=True)
-    yield partial(rlhf_kernels.masked_gae, flat, flat, None, whiten=True, cu_seqlens=boundaries)
+    yield partial(rlhf_kernels.masked_gae, flat, flat, None, whiten="unbiased", cu_seqlens=boundaries)
     for estimator in ("k1", "k2", "k3", "abs"):
         yield partial(
             rlhf_kernels.ppo_advantages, scores, tokens, tokens, tokens, None, beta=0.1, estimator=estimator,

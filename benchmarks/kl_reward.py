@@ -101,7 +101,8 @@ def variants() -> Iterator[Callable[[], Any]]:
     """Calls which together launch every Triton kernel of the family as training does."""
     logprobs, ref_logprobs = torch.zeros(2, 8, 4096, requires_grad=True)
     for estimator in ("k1", "k2", "k3", "abs"):
-        yield partial(rlhf_kernels.kl_penalty, logprobs, ref_logprobs, estimator=estimator)
+        for mask in (None, torch.ones(8, 4096)):
+            yield partial(rlhf_kernels.kl_penalty, logprobs, ref_logprobs, mask, estimator=estimator)
         yield partial(
             rlhf_kernels.kl_shaped_rewards, torch.zeros(8), logprobs, ref_logprobs, None, beta=0.1,
             estimator=estimator, score_clip=5.0,

@@ -220,8 +220,12 @@ def variants() -> Iterator[Callable[[], Any]]:
             yield partial(rlhf_kernels.linear_selective_log_softmax, hidden, weight, index, **options)
             yield partial(rlhf_kernels.linear_selective_log_softmax_and_entropy, hidden, weight, index, **options)
             yield partial(rlhf_kernels.linear_cross_entropy, hidden, weight, index, **options)
-            for dual_clip in (None, 3.0):
+            for old, loss in (
+                (per_row, {}),
+                (per_row, {"dual_clip": 3.0}),
+                (None, {"surrogate": "cispo"}),
+                (per_row, {"ref_logprobs": per_row, "beta": 0.1, "entropy_coefficient": 0.01}),
+            ):
                 yield partial(
-                    rlhf_kernels.linear_ppo_policy_loss, hidden, weight, index, per_row, per_row, None,
-                    dual_clip=dual_clip, **options,
+                    rlhf_kernels.linear_ppo_policy_loss, hidden, weight, index, old, per_row, None, **loss, **options
                 )  # fmt: skip

@@ -1,8 +1,15 @@
-"""One figure: how many times as long as rlhf_kernels everything else takes."""
+"""Figures: how many times as long as rlhf_kernels everything else takes.
+
+    python benchmarks/plot.py results.json summary.png    # a bar for each of the ops that most people use
+
+``run.py --plot`` draws every op with every peer.
+"""
 
 from __future__ import annotations
 
+import json
 import statistics
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +20,19 @@ from report import percent, ratio_to_ours, seconds
 WIDTH_INCHES, BAR_INCHES, DPI = 9.0, 0.2, 100
 OURS_COLOUR, OTHER = "#1b6ca8", "#d98c99"
 COLOURS = {OURS: OURS_COLOUR, "eager": "#b0b0b0", "torch.compile": "#f0a35e", "TRL": "#7fb285", "torch lin": "#9a7fb2"}
+
+
+# What the summary shows: op, dtype, step, the implementation that is compared, and what that is for a reader.
+SUMMARY = (
+    ("selective_log_softmax", "bfloat16", BACKWARD, "TRL", "log-probs of 512 tokens, V = 50 257: TRL"),
+    ("sample_tokens", "float32", "forward", "eager", "sampling from 50 257 tokens: softmax, multinomial"),
+    ("linear_ppo_policy_loss", "bfloat16", BACKWARD, "Liger GRPO loss", "policy loss from hidden states: Liger"),
+    ("linear_ppo_policy_loss", "bfloat16", BACKWARD, "eager", "the same: formula in torch"),
+    ("ppo_policy_loss", "float32", BACKWARD, "eager", "PPO loss of 64 × 1024 tokens: formula in torch"),
+    ("kl_shaped_rewards", "float32", "forward", "eager", "rewards with KL: formula in torch"),
+    ("pairwise_ranking_loss", "float32", BACKWARD, "eager", "4096 rankings of 9: formula in torch"),
+    ("masked_gae whitened", "float32", "forward", "eager, verl's steps", "whitened GAE of 64 × 1024: verl's loop"),
+)
 
 
 @dataclass
@@ -99,3 +119,43 @@ def draw(groups: list[Group], machine: str, path: Path) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     figure.savefig(path)
     plt.close(figure)
+
+
+def draw_summary(results: Path, path: Path) -> None:
+    """A bar for each line of SUMMARY that was measured, from the JSON file of a run.
+
+    Raises:
+        LookupError: a line was not measured.
+    """
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    content = json.loads(results.read_text(encoding="utf-8"))
+    figure, axes = plt.subplots(figsize=(WIDTH_INCHES, 0.34 * len(SUMMARY) + 0.9), dpi=DPI, layout="constrained")
+    for at, (op, dtype, step, peer, label) in enumerate(SUMMARY):
+        group = next(
+            (g for g in content["groups"] if (g["op"], g["dtype"], g["step"]) == (op, dtype, step)), {"rows": ()}
+        )
+        ratio = next((row["ratio_to_ours"] for row in group["rows"] if row["implementation"] == peer), None)
+        if ratio is None:
+            raise LookupError(f"{results}: has no {peer} for {op} {dtype} {step}")
+        axes.barh(at, ratio - 1, left=1, color=OTHER, height=0.7)
+        axes.annotate(f" {ratio:.0f}×" if ratio >= 10 else f" {ratio:.1f}×", (ratio, at), va="center", fontsize=9)
+        axes.text(0.94, at, label, ha="right", va="center", fontsize=9)
+    axes.set_xscale("log")
+    axes.set_xlim(0.94, 2000)
+    axes.invert_yaxis()
+    axes.axvline(1, color=OURS_COLOUR, linewidth=2)
+    axes.set_axis_off()
+    machine = content["machine"]
+    axes.set_title(
+        f"How much longer it takes without rlhf_kernels ({machine['cpu']}, {machine['threads']} threads)", fontsize=10
+    )
+    figure.savefig(path)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    draw_summary(Path(sys.argv[1]), Path(sys.argv[2]))

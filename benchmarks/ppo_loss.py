@@ -127,5 +127,11 @@ def variants() -> Iterator[Callable[[], Any]]:
             yield partial(
                 rlhf_kernels.ppo_policy_loss, tokens, other, other, None, dual_clip=dual_clip, reduction=reduction
             )
+        for options in (
+            {"surrogate": "cispo"},
+            {"ratio_level": "sequence"},
+            {"ref_logprobs": other, "beta": 0.1, "log_ratio_clamp": 20.0},
+        ):
+            yield partial(rlhf_kernels.ppo_policy_loss, tokens, other, other, None, reduction=reduction, **options)
         for clip in (None, 0.2):
             yield partial(rlhf_kernels.ppo_value_loss, tokens, other, other, None, clip_range=clip, reduction=reduction)

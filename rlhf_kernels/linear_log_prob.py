@@ -64,6 +64,7 @@ def linear_selective_log_softmax(
         ValueError: shapes or devices differ, an option is out of range, or (looked at on the CPU only) a mask holds
             something besides 0 and 1.
         IndexError: an index out of range (on the CPU; on a GPU its row gives NaN).
+        RuntimeError: ``group`` with float64, or on a backend without kernels.
     """
     return _run(hidden, weight, index, mask, ignore_index, bias, temperature, softcap, group, with_entropy=False)[0]
 
@@ -282,19 +283,17 @@ def _run(
     """Log-probs, entropies and log Σ e^((l − max)/τ), which the kernels alone give, and for a whole vocabulary."""
     part = None
     if group is not None:
-        from rlhf_kernels import vocabulary_parallel as parallel
+        from rlhf_kernels import vocabulary_parallel
 
         if type(weight).__name__ == "DTensor":
-            part, weight, bias = parallel.part_of_dtensor(group, weight, bias)
+            part, weight, bias = vocabulary_parallel.part_of_dtensor(group, weight, bias)
     hidden, weight, bias, temperature, softcap = _check_linear(hidden, weight, bias, temperature, softcap)
     ignore_index = check_rows(index, hidden, hidden.shape[:-1], mask, ignore_index)
     backend = choose("linear_selective_log_softmax", hidden, weight, bias)
     if group is not None:
-        parallel.check_backend(backend)
-        part = part or parallel.part_of(group, weight.shape[0], index)
         hidden, weight, bias = _operands(hidden, weight, bias)
-        results = parallel.linear_log_probs(
-            hidden, weight, index, mask, ignore_index, bias, part, backend, temperature, softcap,
+        results = vocabulary_parallel.linear_log_probs(
+            hidden, weight, index, mask, ignore_index, bias, group, part, backend, temperature, softcap,
             with_entropy=with_entropy,
         )  # fmt: skip
         return *results, None

@@ -39,7 +39,7 @@ def selective_log_softmax(
             output of a matmul.
         group: a ``torch.distributed`` group whose processes each hold an equal part of the vocabulary, in the order of
             their ranks: ``logits`` is (..., V/processes), while ``index``, the same in all, is in [0, V). Results are
-            those of the whole vocabulary. None: all of it is here.
+            those of the whole vocabulary, float32. None: all of it is here.
 
     Returns:
         (...) float32 (float64 for float64 logits) log-probabilities, in nats.
@@ -50,6 +50,7 @@ def selective_log_softmax(
             1 or the processes of ``group`` differ (looked at on the CPU only), or ``inplace_backward`` has no storage
             that it may write to: ``logits`` is a leaf that requires a gradient, or expanded, so that rows share memory.
         IndexError: an index out of range (on the CPU; on a GPU its row gives NaN).
+        RuntimeError: ``group`` with float64, or on a backend without kernels.
     """
     temperature, ignore_index = _check(logits, index, temperature, mask, ignore_index, inplace_backward)
     return _run(logits, index, mask, ignore_index, temperature, inplace_backward, group, with_entropy=False)[0]
@@ -82,12 +83,10 @@ def _run(
 ) -> tuple[Tensor, Any]:  # fmt: skip
     backend = choose("selective_log_softmax", logits)
     if group is not None:
-        from rlhf_kernels import vocabulary_parallel as parallel
+        from rlhf_kernels import vocabulary_parallel
 
-        parallel.check_backend(backend)
-        part = parallel.part_of(group, logits.shape[-1], index)
-        return parallel.log_probs(
-            logits, index, mask, ignore_index, part, backend, temperature, inplace_backward, with_entropy=with_entropy
+        return vocabulary_parallel.log_probs(
+            logits, index, mask, ignore_index, group, backend, temperature, inplace_backward, with_entropy=with_entropy
         )
     index, wanted = read_rows(backend, index, mask, ignore_index, logits.shape[-1])
     if backend == "reference":

@@ -57,10 +57,11 @@ def ppo_policy_loss(
             and any number above 0 for "cispo".
         dual_clip: c > 1: where A < 0 the loss is at most −c·A (Ye et al. 2020, arXiv 1912.09729, eq. 5). Not for
             "cispo".
-        log_ratio_clamp: c > 0 limits log ρ to [−c, c], without a gradient beyond. None: ρ is kept finite, no more.
+        log_ratio_clamp: c > 0 limits log ρ (of the row, for "sequence") to [−c, c]; beyond, ρ is a constant. None: ρ is
+            kept finite, no more.
         ref_logprobs: as logprobs: under a reference policy, towards which ``beta`` pulls.
         beta: β ≥ 0, the weight of a penalty β·k3 on every position (:func:`~rlhf_kernels.kl_penalty`; Shao et al.
-            2024, arXiv 2402.03300, equation 4), which is differentiated too.
+            2024, arXiv 2402.03300, equation 4), which is differentiated too. 0: k3 is reported and no more.
         reduction: "token-mean": over all unmasked positions; "token-sum": their sum; "seq-mean-token-mean" and
             "seq-mean-token-sum": mean or sum within each row, then the mean over rows that have an unmasked position.
             The last two are not for (N,).
@@ -69,8 +70,8 @@ def ppo_policy_loss(
 
     Returns:
         The scalar loss (0 when nothing is unmasked), and scalar statistics over unmasked positions, without gradient:
-        ``ratio_mean``; ``log_ratio_mean``, the mean of log ρ as it is before any clamp; ``ratio_max_deviation``, the
-        largest |ρ − 1|; ``approx_kl``, the mean of (ρ − 1) − log ρ, an estimate of KL(π_old ‖ π) in nats;
+        ``ratio_mean``; ``log_ratio_mean``, the mean of log ρ before any clamp; ``ratio_max_deviation``, the largest
+        |ρ − 1|; ``approx_kl``, the mean of (ρ − 1) − log ρ, for ratios of tokens an estimate of KL(π_old ‖ π) in nats;
         ``clip_fraction``, the share of positions where −clip(ρ)·A is the larger loss, and so the one chosen. A ρ
         outside the range is not counted where clipping does not change the loss, and ``dual_clip`` is not counted
         either. TRL and verl count in the same way. For "cispo" it is the share of ρ outside the range. With
@@ -166,9 +167,15 @@ def _check_tokens(
 
 
 def spread(name: str, value: Tensor, like: Tensor, shape: torch.Size) -> Tensor:
-    """A value per row (B,), if that is what there is, as one per position (B, T)."""
+    """A value per row (B,), if that is what there is, as one per position (B, T). The caller checks other shapes.
+
+    Raises:
+        TypeError: not a tensor of floating point.
+        ValueError: another device, or another number of rows.
+    """
     checks.tensor(name, value, checks.FLOATS, like)
-    if value.dim() == 1 and len(shape) == 2 and value.shape[0] == shape[0]:
+    if value.dim() == 1 and len(shape) == 2:
+        checks.shape(name, value, shape[:1], f"one per row, or {tuple(shape)}, one per position")
         return value[:, None].expand(shape)
     return value
 

@@ -40,7 +40,9 @@ def pairwise_ranking_loss(
 
     Returns:
         The scalar loss in nats (0 when there is no pair), and the accuracy: the share of a prompt's pairs whose scores
-        are in the order of the ranks, equal scores counting half, averaged over prompts. It carries no gradient.
+        are in the order of the ranks, averaged over prompts: 0 when there is no pair, as where all ranks of a batch are
+        tied. Equal scores count half, and so do scores of which one is NaN (or both are the same infinity), while the
+        loss is NaN then. It carries no gradient.
 
     Raises:
         TypeError: an argument is not a tensor of a dtype above.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import namedtuple
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -77,13 +77,9 @@ def autograd(name: str, save: Callable[..., None], variables: tuple[str, ...]) -
     def register(backward: Backward) -> Backward:
         def once(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
             saved = ctx.saved_tensors
-            if not torch.is_grad_enabled():
-                return tuple(map(backward(ctx, saved, *gradients).get, names))
             with torch.no_grad():
                 results = backward(ctx, saved, *gradients)
-            inputs = [x for x in (*saved, *gradients) if isinstance(x, Tensor) and x.requires_grad]
-            tied = {at: None if x is None else _NoSecondDerivative.apply(x, name, *inputs) for at, x in results.items()}
-            return tuple(map(tied.get, names))
+            return differentiated_once(name, map(results.get, names), (*saved, *gradients))
 
         def forward(ctx: Any, *arguments: Any) -> Any:
             *inputs, ctx.backend = arguments
@@ -191,6 +187,14 @@ class _NoSecondDerivative(torch.autograd.Function):
         raise RuntimeError(
             f"{ctx.name} has no second derivative on this backend; use_backend('reference') has one for most ops"
         )
+
+
+def differentiated_once(name: str, results: Iterable[Tensor | None], used: Iterable[Any]) -> tuple[Tensor | None, ...]:
+    """First derivatives as a backward returns them, tied to the tensors it used where a second one may be asked for."""
+    if not torch.is_grad_enabled():
+        return tuple(results)
+    inputs = [x for x in used if isinstance(x, Tensor) and x.requires_grad]
+    return tuple(None if x is None else _NoSecondDerivative.apply(x, name, *inputs) for x in results)
 
 
 def needs_gradient(*inputs: Any) -> bool:

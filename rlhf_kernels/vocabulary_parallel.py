@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhf_kernels.log_prob import read_rows
-from rlhf_kernels.registration import run_kernel
+from rlhf_kernels.registration import differentiated_once, run_kernel
 
 ELSEWHERE = -1
 """The token of a row, for the backward kernels, whose part of the vocabulary does not have it."""
@@ -29,30 +29,17 @@ class Part(NamedTuple):
     size: int
 
 
-def part_of(group: Any, own: int, index: Tensor) -> Part:
-    """The part of a process when all have the same number of tokens, in the order of their ranks.
+def check_backend(backend: str, dtype: torch.dtype) -> None:
+    """Checks that a backend is one with kernels.
 
     Raises:
-        ValueError: on the CPU, where the processes' parts or their tokens differ.
+        RuntimeError: it is the reference.
     """
-    rank, count = dist.get_rank(group), dist.get_world_size(group)
-    if rank < 0:
-        raise ValueError("group: this process does not belong to it")
-    if index.is_cpu:
-        facts = torch.tensor([own, index.numel(), int(index.sum())])
-        of_all = [torch.empty_like(facts) for _ in range(count)]
-        dist.all_gather(of_all, facts, group=group)
-        for other, theirs in enumerate(of_all):
-            if theirs[0] != own:
-                raise ValueError(
-                    f"group: process {rank} holds {own} tokens of the vocabulary and process {other} {int(theirs[0])}, "
-                    "must be as many"
-                )
-            if not torch.equal(theirs, facts):
-                raise ValueError(
-                    f"index: processes {rank} and {other} of the group have different ones, must be the same"
-                )
-    return Part(group, rank * own, own, count * own)
+    if backend == "reference":
+        why = (
+            "float64 has no kernels" if dtype == torch.float64 else "the reference can't do with a part of a vocabulary"
+        )
+        raise RuntimeError(f"group: needs a backend with kernels; {why}")
 
 
 def part_of_dtensor(group: Any, weight: Any, bias: Any) -> tuple[Part, Tensor, Tensor | None]:
@@ -63,6 +50,7 @@ def part_of_dtensor(group: Any, weight: Any, bias: Any) -> tuple[Part, Tensor, T
 
     Raises:
         TypeError: it is split in another way, or over other processes than ``group``.
+        ValueError: a process has no part of it, or the bias is not one entry per row.
     """
     mesh, placements = weight.device_mesh, weight.placements
     if mesh.ndim != 1 or not placements[0].is_shard(0):
@@ -72,50 +60,79 @@ def part_of_dtensor(group: Any, weight: Any, bias: Any) -> tuple[Part, Tensor, T
         )
     if dist.get_process_group_ranks(mesh.get_group()) != dist.get_process_group_ranks(group):
         raise TypeError("weight: is a DTensor over other processes than those of group")
-    each = -(-weight.shape[0] // mesh.size())
-    first = min(weight.shape[0], mesh.get_local_rank() * each)
-    part = Part(group, first, min(each, weight.shape[0] - first), weight.shape[0])
+    size, each = weight.shape[0], -(-weight.shape[0] // mesh.size())
+    if each * (mesh.size() - 1) >= size:
+        raise ValueError(f"weight: has {size} rows, too few for a part of them in each of {mesh.size()} processes")
+    first = mesh.get_local_rank() * each
+    part = Part(group, first, min(each, size - first), size)
     if bias is not None:
-        bias = bias.to_local() if type(bias).__name__ == "DTensor" else bias[first : first + part.own]
+        if bias.shape != (size,):
+            raise ValueError(f"bias: has shape {tuple(bias.shape)}, must be ({size},), one entry per row of weight")
+        if type(bias).__name__ == "DTensor":
+            bias = bias.full_tensor() if not bias.placements[0].is_shard(0) else bias.to_local()
+        if bias.shape[0] == size:
+            bias = bias[first : first + part.own]
     return part, weight.to_local(), bias
 
 
-@torch.compiler.disable  # a collective between two ops; the ops are kernels anyway
+# Dynamo can't trace the collectives, and there is nothing around the kernels to fuse with.
+@torch.compiler.disable
 def log_probs(
-    logits: Tensor, index: Tensor, mask: Tensor | None, ignore_index: int, part: Part, backend: str, temperature: float,
+    logits: Tensor, index: Tensor, mask: Tensor | None, ignore_index: int, group: Any, backend: str, temperature: float,
     inplace_backward: bool, *, with_entropy: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Log-probs and entropies (empty if not asked for) from a part of the logits."""
-    index, wanted = _read(index, mask, ignore_index, part)
+    check_backend(backend, logits.dtype)
+    part = _equal_part(group, logits.shape[-1])
+    index, wanted = _read(index, mask, ignore_index, part, part.own)
     return _LogProbs.apply(logits, index, wanted, part, backend, temperature, inplace_backward, with_entropy)
 
 
 @torch.compiler.disable
 def linear_log_probs(
     hidden: Tensor, weight: Tensor, index: Tensor, mask: Tensor | None, ignore_index: int, bias: Tensor | None,
-    part: Part, backend: str, temperature: float, softcap: float | None, *, with_entropy: bool,
+    group: Any, part: Part | None, backend: str, temperature: float, softcap: float | None, *, with_entropy: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Log-probs and entropies (empty if not asked for) from hidden states and a part of the output projection."""
-    index, wanted = _read(index, mask, ignore_index, part)
+    check_backend(backend, torch.promote_types(hidden.dtype, weight.dtype))
+    equal = 0 if part else weight.shape[0]
+    part = part or _equal_part(group, weight.shape[0])
+    index, wanted = _read(index, mask, ignore_index, part, equal)
     logprobs, entropies = _LinearLogProbs.apply(
         hidden, weight, bias, index.flatten(), wanted.flatten(), part, backend, temperature, softcap, with_entropy
     )
     return logprobs.view(index.shape), entropies.view(index.shape) if with_entropy else entropies
 
 
-def check_backend(backend: str) -> None:
-    """Checks that a backend is one with kernels.
-
-    Raises:
-        RuntimeError: it is the reference.
-    """
-    if backend == "reference":
-        raise RuntimeError("group: the reference has no part of a vocabulary, and float64 has no other backend")
+def _equal_part(group: Any, own: int) -> Part:
+    """The part of a process where all have the same number of tokens, in the order of their ranks."""
+    rank, count = dist.get_rank(group), dist.get_world_size(group)
+    if rank < 0:
+        raise ValueError("group: this process does not belong to it")
+    return Part(group, rank * own, own, count * own)
 
 
-def _read(index: Tensor, mask: Tensor | None, ignore_index: int, part: Part) -> tuple[Tensor, Tensor]:
-    """The index, checked, and the rows that count, as bool."""
-    return read_rows("triton", index, mask, ignore_index, part.size)  # the CPU's ops would check a part's index
+def _read(index: Tensor, mask: Tensor | None, ignore_index: int, part: Part, own: int) -> tuple[Tensor, Tensor]:
+    """The index, checked, and the rows that count, as bool. On the CPU all processes must have the same, as ``own``."""
+    if index.is_cpu:
+        places = torch.arange(1, index.numel() + 1)
+        wanted = torch.ones_like(places) if mask is None else mask.detach().flatten().long()
+        facts = torch.tensor([own, index.numel(), int((index.flatten() * places).sum()), int((wanted * places).sum())])
+        of_all = [torch.empty_like(facts) for _ in range(dist.get_world_size(part.group))]
+        dist.all_gather(of_all, facts, group=part.group)
+        rank = dist.get_rank(part.group)
+        for other, theirs in enumerate(of_all):
+            if theirs[0] != own:
+                raise ValueError(
+                    f"group: process {rank} holds {own} tokens of the vocabulary and process {other} {int(theirs[0])}, "
+                    "must be as many"
+                )
+            if not torch.equal(theirs, facts):
+                raise ValueError(
+                    f"index: processes {rank} and {other} of the group differ in index or mask, must have the same"
+                )
+    # By the Python checks: those of the CPU's ops know only the tokens that are here.
+    return read_rows("triton", index, mask, ignore_index, part.size)
 
 
 class _Row(NamedTuple):
@@ -134,12 +151,12 @@ def _whole(
     """What all processes' results for their parts come to."""
     logprobs, entropies, maxima, log_sums = results
     count = dist.get_world_size(part.group)
-    own = torch.stack(
-        [maxima, log_sums, torch.where(inside, logprobs, -torch.inf), entropies if with_entropy else maxima]
-    )
+    # A chosen token among none but banned ones is banned too.
+    chosen = torch.where(inside & (maxima != -torch.inf), logprobs, -torch.inf)
+    own = torch.stack([maxima, log_sums, chosen, *([entropies] if with_entropy else [])])
     gathered = own.new_empty(count, *own.shape)
     dist.all_gather(list(gathered.unbind()), own, group=part.group)
-    tops, sums, chosen, inner = gathered.double().unbind(1)
+    tops, sums, chosen, *inner = gathered.double().unbind(1)
     top = tops.amax(0)
     # log Σ e^((l − top)/τ) of each part; nothing of one whose tokens are all banned.
     parts = torch.where(tops == -torch.inf, -torch.inf, (tops - top) / temperature + sums)
@@ -152,7 +169,7 @@ def _whole(
         # H = Σ w·(H_part − log w), w the probability of a part.
         shares = parts - log_sum
         weight = shares.exp()
-        entropy = torch.where(weight == 0, 0.0, weight * (inner - shares)).sum(0)
+        entropy = torch.where(weight == 0, 0.0, weight * (inner[0] - shares)).sum(0)
         entropy = torch.where(wanted, entropy, 0.0).float()
     return _Row(logprob.float(), entropy, top.float(), log_sum.float())
 
@@ -191,17 +208,22 @@ class _LogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        logits, index, wanted, entropies, maxima, log_sums = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        logits, index, wanted, entropies, maxima, log_sums = saved
         of_logprobs, of_entropies = gradients
         arguments = (
             logits, index, wanted, ctx.temperature, entropies, maxima, log_sums, of_logprobs,
             of_entropies if ctx.with_entropy else None,
         )  # fmt: skip
-        if ctx.inplace:
-            run_kernel(ctx.backend, "selective_log_softmax_backward_", *arguments)
-            torch.autograd.graph.increment_version(logits)
-            return logits.detach(), *[None] * 7
-        return run_kernel(ctx.backend, "selective_log_softmax_backward", *arguments), *[None] * 7
+        with torch.no_grad():
+            if ctx.inplace:
+                run_kernel(ctx.backend, "selective_log_softmax_backward_", *arguments)
+                torch.autograd.graph.increment_version(logits)
+                of_logits = logits.detach()
+            else:
+                of_logits = run_kernel(ctx.backend, "selective_log_softmax_backward", *arguments)
+        results = of_logits, *[None] * 7
+        return differentiated_once("selective_log_softmax", results, (*saved, *gradients))
 
 
 class _LinearLogProbs(torch.autograd.Function):
@@ -227,21 +249,20 @@ class _LinearLogProbs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
-        hidden, weight, index, wanted, bias, entropies, maxima, log_sums = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        hidden, weight, index, wanted, bias, entropies, maxima, log_sums = saved
         of_logprobs, of_entropies = gradients
         needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        of_hidden, of_weight, of_bias = run_kernel(
-            ctx.backend, "linear_selective_log_softmax_backward", hidden, weight, index, wanted, bias, ctx.temperature,
-            ctx.softcap, entropies, maxima, log_sums, of_logprobs, of_entropies if ctx.with_entropy else None,
-            needs_hidden, needs_weight,
-        )  # fmt: skip
-        if needs_hidden:  # every part of the vocabulary adds to it
-            total = of_hidden.float()
-            dist.all_reduce(total, group=ctx.part.group)
-            of_hidden = total.to(hidden.dtype)
-        return (
-            of_hidden if needs_hidden else None,
-            of_weight if ctx.needs_input_grad[1] else None,
-            of_bias if ctx.needs_input_grad[2] else None,
-            *[None] * 7,
-        )
+        with torch.no_grad():
+            of_hidden, of_weight, of_bias = run_kernel(
+                ctx.backend, "linear_selective_log_softmax_backward", hidden, weight, index, wanted, bias,
+                ctx.temperature, ctx.softcap, entropies, maxima, log_sums, of_logprobs,
+                of_entropies if ctx.with_entropy else None, needs_hidden, needs_weight,
+            )  # fmt: skip
+            if needs_hidden:  # every part of the vocabulary adds to it
+                total = of_hidden.float()
+                dist.all_reduce(total, group=ctx.part.group)
+                of_hidden = total.to(hidden.dtype)
+        found = zip(ctx.needs_input_grad, (of_hidden, of_weight, of_bias), strict=False)
+        results = (*(x if needed else None for needed, x in found), *[None] * 7)
+        return differentiated_once("linear_selective_log_softmax", results, (*saved, *gradients))

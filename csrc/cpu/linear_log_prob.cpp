@@ -228,11 +228,14 @@ void linear_loss(const Projection& p, const RowLoss& in, const RowLossResults& o
                                             weight, 0);
       double loss = term.loss, gradient = term.gradient;
       auto& statistics = out.statistics[row];
+      statistics = statistics_of<LinearPolicyStatistics<float>>(log_ratio, ratio, term);
       if (in.ref_logprobs) {
         const double reference = in.ref_logprobs[row], kl = k3_penalty(log_p, reference);
-        loss += in.options.beta * kl;
-        gradient += in.options.beta * k3_gradient(log_p, reference) * weight;
         statistics.ref_kl = static_cast<float>(kl);
+        if (in.options.beta != 0) {
+          loss += in.options.beta * kl;
+          gradient += in.options.beta * k3_gradient(log_p, reference) * weight;
+        }
       }
       h = static_cast<float>(entropy(sums));
       if (in.entropy_coefficient != 0) {
@@ -241,12 +244,6 @@ void linear_loss(const Projection& p, const RowLoss& in, const RowLossResults& o
       }
       out.loss[row] = loss * weight;
       coefficient = static_cast<float>(gradient);
-      statistics.ratio = static_cast<float>(ratio.value);
-      statistics.log_ratio = static_cast<float>(log_ratio);
-      statistics.deviation = static_cast<float>(ratio.deviation);
-      statistics.kl = static_cast<float>(ratio.kl);
-      statistics.clipped = static_cast<float>(term.clipped);
-      statistics.dual_clipped = static_cast<float>(term.dual_clipped);
       statistics.entropy = h;
     } else {
       out.loss[row] = -log_p * weight;

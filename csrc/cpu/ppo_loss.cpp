@@ -55,8 +55,9 @@ void add_reference(const PolicyArguments& in, const T* logprobs, const T* refere
     const Lanes keep = lanes_of(in.wanted + flat + i, lanes);
     const Vec x = kept(keep, load_lanes(logprobs + i, lanes)), y = kept(keep, load_lanes(references + i, lanes));
     const Vec kl = k3_penalty(x, y), term = beta * kl;
-    loss.add(term, multiply_add(beta_lost, kl, lost_by_product(beta, kl, term)));
     kl_total += widened(kl);
+    if (in.options.beta == 0) return;
+    loss.add(term, multiply_add(beta_lost, kl, lost_by_product(beta, kl, term)));
     if (!in.gradient) return;
     const Vec gradient = load_lanes(in.gradient + flat + i, lanes);
     store_lanes(in.gradient + flat + i, multiply_add(k3_gradient(x, y), slope, gradient), lanes);

@@ -61,7 +61,8 @@ __global__ void __launch_bounds__(kThreads, 3) gradient_kernel(LogProbArguments 
   const bool valid = token >= 0 && token < in.vocabulary;
   const float maximum = out.maxima[row], log_sum = out.log_sums[row], row_entropy = kEntropy ? out.entropies[row] : 0;
   // A token of −1 is in another part of the vocabulary.
-  const float grad_logprob = valid || token == -1 ? out.grad_logprobs[row] : 0, grad_entropy = kEntropy ? out.grad_entropies[row] : 0;
+  const float grad_logprob = valid || token == -1 ? out.grad_logprobs[row] : 0;
+  const float grad_entropy = kEntropy ? out.grad_entropies[row] : 0;
   const rlhf_kernels::LogitGradient<float> gradient(maximum, log_sum, row_entropy, grad_logprob, grad_entropy,
                                                     in.temperature);
   // One thread reads the chosen logit before another may write its gradient over it.

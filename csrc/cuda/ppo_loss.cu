@@ -1,6 +1,6 @@
 // PPO's losses in two launches. The weights of a reduction need the whole mask, so the first launch counts it, reading one
-// byte per position, and adds up the log-ratios of each row where a row has one ratio. The second reads the inputs once, for loss, statistics and gradient; the last of its blocks to
-// finish adds up the others' sums.
+// byte per position; where a row has one ratio, it also adds up the row's log-ratios. The second reads the inputs once,
+// for loss, statistics and gradient; the last of its blocks to finish adds up the others' sums.
 
 #include "cuda/device.h"
 #include "rlhf_kernels/ppo_loss.h"
@@ -127,18 +127,15 @@ struct Policy {
     const auto term = policy_term(logprob, log_ratio, ratio.value, ratio.lost, advantage, options, at.weight, at.weight_lost);
     const double exact = static_cast<double>(term.loss) + term.loss_lost;
     sums.loss += isfinite(term.loss) ? exact : static_cast<double>(term.loss);
-    PolicyStatistics<float> here;
-    here.ratio = at.counts ? ratio.value : 0.0f;
-    here.log_ratio = log_ratio;
-    here.deviation = ratio.deviation;
-    here.kl = ratio.kl;
-    here.clipped = term.clipped;
-    here.dual_clipped = term.dual_clipped;
+    auto here = statistics_of<PolicyStatistics<float>>(log_ratio, ratio, term);
+    if (!at.counts) here.ratio = 0;  // a masked position's ratio is 1
     float gradient = term.gradient;
     if constexpr (kReference) {
       here.ref_kl = k3_penalty(logprob, x[3]);
-      sums.loss += options.beta * here.ref_kl;
-      gradient = fmaf(k3_gradient(logprob, x[3]), static_cast<float>(options.beta) * at.weight, gradient);
+      if (options.beta != 0) {
+        sums.loss += options.beta * here.ref_kl;
+        gradient = fmaf(k3_gradient(logprob, x[3]), static_cast<float>(options.beta) * at.weight, gradient);
+      }
     }
     sums.statistics.add(here);
     return gradient;

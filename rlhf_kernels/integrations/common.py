@@ -23,6 +23,16 @@ def entropies(logits: Tensor) -> Tensor:
     return selective_log_softmax_and_entropy(logits, index)[1]
 
 
+def divided_by(number: Any, by_token: bool) -> dict[str, Any]:
+    """The options of a loss that its caller divides by ``number``, if there is one: tokens, or completions.
+
+    Trainers hold the number of all their processes as a tensor on the GPU, which an option can't be without waiting.
+    """
+    if by_token:
+        return {"reduction": "token-mean" if number is None else "token-sum"}
+    return {"reduction": "seq-mean-token-mean", "denominator": None if number is None else 1.0}
+
+
 def fold_scale(softcap: float | None, scale: float) -> tuple[float | None, float]:
     """The softcap and the temperature that do what a factor s before a cap c does: c/s and 1/s."""
     return (None if softcap is None else softcap / scale), 1.0 / scale

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels.gae import masked_gae
-from rlhf_kernels.integrations.common import are_plain, entropies
+from rlhf_kernels.integrations.common import are_plain, divided_by, entropies
 from rlhf_kernels.integrations.patching import Integration, Target
 from rlhf_kernels.log_prob import selective_log_softmax
 from rlhf_kernels.ppo_loss import ppo_policy_loss, ppo_value_loss
@@ -69,37 +69,36 @@ def _entropy(logits: Tensor) -> Any:
 
 def _policy_loss(
     self: Any, log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, action_mask: Tensor | None = None,
-    rollout_log_probs: Tensor | None = None, dp_size: int = 1, batch_num_tokens: float | None = None,
-    global_batch_size: float | None = None,
+    rollout_log_probs: Tensor | None = None, dp_size: int = 1, batch_num_tokens: Any = None,
+    global_batch_size: Any = None,
 ) -> Any:  # fmt: skip
-    number = batch_num_tokens if self.token_level_loss else global_batch_size
     # GSPO's gradient is not ours where the advantages of a sequence differ.
-    own = self.policy_loss_type == "ppo" and self.is_correction_level == "off" and number != 0
-    ranges = 0 < self.clip_eps_low <= 1 and 0 < self.clip_eps_high <= 1
+    own = self.policy_loss_type == "ppo" and self.is_correction_level == "off"
+    ranges = self.clip_eps_low > 0 and 0 < self.clip_eps_high <= 1
     if not (own and ranges) or log_probs.dim() != 2 or log_probs.dtype == torch.float64:
         return NotImplemented
+    number = batch_num_tokens if self.token_level_loss else global_batch_size
+    # A ratio is above 0, so that a lower limit of 0 is none, as a negative one is.
     loss, statistics = ppo_policy_loss(
-        log_probs, old_log_probs, advantages, action_mask, clip_range=self.clip_eps_low,
+        log_probs, old_log_probs, advantages, action_mask, clip_range=min(self.clip_eps_low, 1.0),
         clip_range_high=self.clip_eps_high, dual_clip=self.dual_clip, log_ratio_clamp=20.0,
-        reduction="token-mean" if self.token_level_loss else "seq-mean-token-mean", denominator=number,
+        **divided_by(number, self.token_level_loss),
     )  # fmt: skip
-    loss = loss if number is None else loss * dp_size
+    loss = loss if number is None else loss / number * dp_size
     return loss, statistics["clip_fraction"], -statistics["log_ratio_mean"], None, None
 
 
 def _value_loss(
     self: Any, values: Tensor, old_values: Tensor, returns: Tensor, action_mask: Tensor | None = None,
-    dp_size: int = 1, batch_num_tokens: float | None = None, global_batch_size: float | None = None,
+    dp_size: int = 1, batch_num_tokens: Any = None, global_batch_size: Any = None,
 ) -> Any:  # fmt: skip
-    number = batch_num_tokens if self.token_level_loss else global_batch_size
-    if values.dim() != 2 or number == 0 or (self.clip_eps is not None and self.clip_eps <= 0):
+    if values.dim() != 2 or (self.clip_eps is not None and self.clip_eps <= 0):
         return NotImplemented
+    number = batch_num_tokens if self.token_level_loss else global_batch_size
     loss, _ = ppo_value_loss(
-        values, old_values, returns, action_mask, clip_range=self.clip_eps,
-        reduction="token-mean" if self.token_level_loss else "seq-mean-token-mean",
-        denominator=number,
-    )  # fmt: skip
-    return loss if number is None else loss * dp_size
+        values, old_values, returns, action_mask, clip_range=self.clip_eps, **divided_by(number, self.token_level_loss)
+    )
+    return loss if number is None else loss / number * dp_size
 
 
 def _pairs(chosen: Tensor, rejected: Tensor) -> Tensor:

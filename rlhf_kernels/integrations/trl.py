@@ -22,7 +22,7 @@ LEFT_ALONE = {
     "trl.trainer.grpo_trainer.GRPOTrainer._compute_loss": "its forms of the loss are more than ppo_policy_loss has",
     "trl.trainer.rloo_trainer.RLOOTrainer._compute_loss": "it takes whole sequences for actions",
     "trl.trainer.reward_trainer.RewardTrainer.compute_loss": "its loss is three operations on a number for each pair",
-    "trl.experimental.ppo.ppo_trainer.masked_whiten": "it divides by the unbiased variance",
+    "trl.experimental.ppo.ppo_trainer.masked_whiten": "it whitens what is there; ours does so within GAE",
 }
 
 
@@ -119,7 +119,7 @@ def _chunked(
         return NotImplemented
     mean = None
     if "mean_logits" in outputs:
-        with torch.no_grad():
-            mean = hidden.float() @ weight.float().mean(0)
+        with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+            mean = hidden.float() @ weight.mean(0, dtype=torch.float32)
             mean = (mean if bias is None else mean + bias.float().mean()) * (scale / temperature)
     return logprobs, entropy, None, mean, top if "is_top1" in outputs else None

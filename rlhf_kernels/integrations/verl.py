@@ -2,7 +2,7 @@
 
 verl's workers run in processes of Ray. Each has to be patched, and before its actor is made, which keeps the function
 for entropies. Masked positions are 0 in our results, where verl's hold what its recursion passes along; nothing in verl
-reads that.
+reads that. Of a batch with one position or none verl's GAE raises, and ours gives zeros.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels.gae import masked_gae
-from rlhf_kernels.integrations.common import are_plain, entropies
+from rlhf_kernels.integrations.common import are_plain, divided_by, entropies
 from rlhf_kernels.integrations.patching import Integration, Target
 from rlhf_kernels.linear_log_prob import linear_selective_log_softmax_and_entropy
 from rlhf_kernels.log_prob import selective_log_softmax
@@ -93,27 +93,32 @@ def _gae(token_level_rewards: Tensor, values: Tensor, response_mask: Tensor, gam
 
 
 def _reduction(
-    mode: str, dp_size: int = 1, batch_num_tokens: int | None = None, global_batch_size: int | None = None,
+    mode: str, dp_size: int = 1, batch_num_tokens: Any = None, global_batch_size: Any = None,
     loss_scale_factor: int | None = None,
-) -> dict[str, Any] | None:  # fmt: skip
-    """verl's way of adding up a loss as the options of ours; None where ours has none."""
-    number = {"token-mean": batch_num_tokens, "token-sum": None}.get(mode, global_batch_size)
-    needs_number = mode != "token-sum" and dp_size > 1
-    if mode not in REDUCTIONS or number == 0 or (needs_number and number is None):
+) -> tuple[dict[str, Any], Any] | None:  # fmt: skip
+    """verl's way of adding up a loss as options of ours, and what that is divided by; None where ours has none."""
+    if mode == "token-sum":
+        return {"reduction": mode}, 1
+    number = batch_num_tokens if mode == "token-mean" else global_batch_size
+    if mode not in REDUCTIONS or (dp_size > 1 and number is None):
         return None
-    return {"reduction": mode, "denominator": number}
+    options = divided_by(number, mode == "token-mean")
+    if mode != "token-mean":
+        options["reduction"] = mode
+    return options, 1 if number is None else number
 
 
 def _value_loss(
     vpreds: Tensor, returns: Tensor, values: Tensor, response_mask: Tensor, cliprange_value: float,
-    loss_agg_mode: str = "token-mean", dp_size: int = 1, batch_num_tokens: int | None = None,
-    global_batch_size: int | None = None, loss_scale_factor: int | None = None,
+    loss_agg_mode: str = "token-mean", dp_size: int = 1, batch_num_tokens: Any = None, global_batch_size: Any = None,
+    loss_scale_factor: int | None = None,
 ) -> Any:  # fmt: skip
     reduction = _reduction(loss_agg_mode, dp_size, batch_num_tokens, global_batch_size)
     if reduction is None:
         return NotImplemented
-    loss, statistics = ppo_value_loss(vpreds, values, returns, response_mask, clip_range=cliprange_value, **reduction)
-    return loss * dp_size, statistics["clip_fraction"]
+    options, number = reduction
+    loss, statistics = ppo_value_loss(vpreds, values, returns, response_mask, clip_range=cliprange_value, **options)
+    return loss / number * dp_size, statistics["clip_fraction"]
 
 
 def _policy_loss(
@@ -127,21 +132,28 @@ def _policy_loss(
     counts = dict(config.global_batch_info)
     reduction = _reduction(loss_agg_mode, **counts)
     largest = math.inf if options.get("surrogate") == "cispo" else 1
-    if reduction is None or not (0 < low <= 1 and 0 < high <= largest):
+    if reduction is None or not (low > 0 and 0 < high <= largest):
         return NotImplemented
+    # A ratio is above 0, so that a lower limit of 0 is none, as a negative one is.
     loss, statistics = ppo_policy_loss(
-        log_prob, old_log_prob, advantages, response_mask, clip_range=low, clip_range_high=high, **reduction, **options
-    )
+        log_prob, old_log_prob, advantages, response_mask, clip_range=min(low, 1.0), clip_range_high=high,
+        **reduction[0], **options,
+    )  # fmt: skip
+    kl = -statistics["log_ratio_mean"]
+    limit = options.get("log_ratio_clamp")
+    if limit is not None:
+        with torch.no_grad():
+            kl = _functional().masked_mean((old_log_prob - log_prob).clamp(-limit, limit), response_mask)
     # verl waits for each of its statistics; these are waited for together.
-    names = ("clip_fraction", "log_ratio_mean", "ratio_max_deviation", "dual_clip_fraction")
-    values = torch.stack([statistics[name] for name in names if name in statistics]).tolist()
-    found = dict(zip(names, values, strict=False))
-    if options.get("ratio_level") == "sequence" and not found["ratio_max_deviation"] < GSPO_LARGEST_RATIO - 1:
+    found = {name: x for name, x in statistics.items() if name != "log_ratio_mean"} | {"kl": kl}
+    figures = dict(zip(found, torch.stack([x.float() for x in found.values()]).tolist(), strict=True))
+    # Such a ratio is known only now. It is rare enough for the loss to be computed again, by verl.
+    if options.get("ratio_level") == "sequence" and not figures["ratio_max_deviation"] < GSPO_LARGEST_RATIO - 1:
         return NotImplemented
-    return loss * counts.get("dp_size", 1), {
-        "actor/pg_clipfrac": found["clip_fraction"],
-        "actor/ppo_kl": -found["log_ratio_mean"],
-        "actor/pg_clipfrac_lower": found.get("dual_clip_fraction", 0.0),
+    return loss / reduction[1] * counts.get("dp_size", 1), {
+        "actor/pg_clipfrac": figures["clip_fraction"],
+        "actor/ppo_kl": figures["kl"],
+        "actor/pg_clipfrac_lower": figures.get("dual_clip_fraction", 0.0),
     }
 
 

@@ -57,7 +57,8 @@ def ppo_policy_loss(
             stats["dual_clip_fraction"] = masked_mean(is_limited.to(ratio.dtype), wanted)
     if ref_logprobs is not None:
         kl = kl_penalty(logprobs, ref_logprobs.detach(), wanted, "k3")
-        loss = loss + beta * kl
+        if beta:
+            loss = loss + beta * kl
         stats["ref_kl"] = masked_mean(kl.detach(), wanted)
     return reduced(loss, wanted, reduction, denominator), stats
 

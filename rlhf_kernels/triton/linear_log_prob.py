@@ -260,10 +260,9 @@ def _row_losses(
         to = statistics + row * STATISTICS
         ref_kl = 0.0
         if REFERENCE:
-            ref_kl, ref_slope = reference_term(logprob, tl.load(ref_logprobs + row))
-            factor = tl.cast(beta, tl.float64) + beta_lost
-            loss += factor * ref_kl
-            slope += factor * ref_slope
+            ref_loss, ref_slope, ref_kl = reference_term(logprob, tl.load(ref_logprobs + row), beta, beta_lost)
+            loss += ref_loss
+            slope += ref_slope
         coefficient = (slope * weight).to(tl.float32)
         entropy = (log_sum - weighted.to(tl.float64) * LN_2 / total).to(tl.float32)
         if ENTROPY_BONUS:

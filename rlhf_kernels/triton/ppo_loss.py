@@ -54,7 +54,7 @@ def policy_term(
         cut = (precise > top) | (precise < bottom)
         factor = tl.where(precise > top, top, tl.where(precise < bottom, bottom, precise))
         slope = gain * factor
-        return slope * logprob, slope, ratio, kl, cut.to(tl.float32), tl.where(cut, 0.0, 0.0)
+        return slope * logprob, slope, ratio, kl, cut.to(tl.float32), 0.0 * cut.to(tl.float32)
     # Only one end of the clip range can raise the loss: the low one if the gain is above 0, else the high one.
     end = tl.where(gain > 0, tl.cast(low, tl.float64) + low_lost, tl.cast(high, tl.float64) + high_lost)
     unclipped = gain * precise
@@ -62,7 +62,7 @@ def policy_term(
     cut = clipped > unclipped
     loss = tl.where(cut, clipped, unclipped)
     gradient = tl.where(cut | outside, 0.0, unclipped)
-    limited = tl.where(cut, 0.0, 0.0)
+    limited = 0.0 * cut.to(tl.float32)
     if DUAL:
         limit = dual * gain
         over = (gain > 0) & (loss > limit)
@@ -92,13 +92,15 @@ def value_term(value, old_value, target, clip_range, CLIP: tl.constexpr):
 
 
 @triton.jit
-def reference_term(logprob, reference):
-    """The k3 penalty and its derivative in ``logprob``, which is float64."""
+def reference_term(logprob, reference, beta, beta_lost):
+    """β·k3, its derivative in ``logprob``, which is float64, and k3. With β = 0 the first two are 0 whatever k3 is."""
     near = logprob.to(tl.float32)
     lost = (logprob - near).to(tl.float32)
     slope = kl_slope(near, reference, "k3")
     correction = slope * lost
-    return kl_estimate(near, reference, "k3") + tl.where(correction == correction, correction, 0.0), slope
+    penalty = kl_estimate(near, reference, "k3") + tl.where(correction == correction, correction, 0.0)
+    factor = tl.cast(beta, tl.float64) + beta_lost
+    return tl.where(factor == 0, 0.0, factor * penalty), tl.where(factor == 0, 0.0, factor * slope), penalty
 
 
 @triton.jit
@@ -145,12 +147,10 @@ def _terms(
         )
         ref_kl = tl.zeros_like(x)
         if REFERENCE:
-            ref_kl, ref_slope = reference_term(
-                x.to(tl.float64), tl.load(fourth + at, mask=counts, other=0.0).to(tl.float32)
-            )
-            factor = tl.cast(beta, tl.float64) + beta_lost
-            loss += factor * ref_kl
-            slope += factor * ref_slope
+            ref = tl.load(fourth + at, mask=counts, other=0.0).to(tl.float32)
+            ref_loss, ref_slope, ref_kl = reference_term(x.to(tl.float64), ref, beta, beta_lost)
+            loss += ref_loss
+            slope += ref_slope
         tl.store(to + FIRST + REF_KL, tl.sum(ref_kl, 0))
         tl.store(to + FIRST + RATIO_MEAN, tl.sum(tl.where(counts, ratio, 0.0), 0))
         tl.store(to + FIRST + LOG_RATIO_MEAN, tl.sum(exact, 0))

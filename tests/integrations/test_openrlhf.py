@@ -90,6 +90,23 @@ def test_policy_loss(kind, dtype, by_token, dual_clip, counts):
     hold(*both(patch, run, "openrlhf.models.loss.PolicyLoss.forward"), dtype)
 
 
+@pytest.mark.parametrize("by_token", [True, False])
+def test_counts_are_tensors_and_no_lower_limit_is_one_too(by_token):
+    """OpenRLHF has the counts on the GPU, and nobody may wait for their values there."""
+    log_probs, old, advantages, mask = (*torch.randn(3, B, T), masks()["right"].float())
+    counts = {"dp_size": 2, "batch_num_tokens": torch.tensor(31.0), "global_batch_size": torch.tensor(7.0)}
+    policy, value = loss.PolicyLoss(1.5, 0.2, None, by_token), loss.ValueLoss(0.2, by_token)
+
+    def run():
+        return policy(log_probs, old, advantages, mask, **counts)[0], value(log_probs, old, advantages, mask, **counts)
+
+    theirs = run()
+    with patch() as patched:
+        ours = run()
+        assert len(patched.calls) == 2
+    hold(ours, theirs)
+
+
 def test_policy_losses_that_ours_has_not_go_to_openrlhf():
     log_probs, old, advantages, mask = (*torch.randn(3, B, T), torch.ones(B, T))
     with patch() as patched:

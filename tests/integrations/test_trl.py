@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 datasets = pytest.importorskip("datasets")
 trl = pytest.importorskip("trl")
@@ -118,6 +118,33 @@ def test_two_steps_are_the_same(name, tokenizer, tmp_path):
         assert (ours_weights[key] - want).abs().mean() < 1e-4, key
 
 
+@pytest.mark.skipif("1.9" not in trl.__version__, reason="PPO was in TRL up to 1.9")
+def test_two_steps_of_ppo_are_the_same(tokenizer, tmp_path):
+    ppo = pytest.importorskip("trl.experimental.ppo")
+    prompts = datasets.Dataset.from_dict({"input_ids": [tokenizer(row["prompt"]).input_ids for row in rows(16)]})
+
+    def run(name):
+        scalars = [tiny(LlamaForSequenceClassification, num_labels=1) for _ in range(2)]
+        config = ppo.PPOConfig(
+            output_dir=str(tmp_path / name), report_to="none", save_strategy="no", use_cpu=True, bf16=False, seed=3,
+            per_device_train_batch_size=4, num_mini_batches=1, num_ppo_epochs=2, total_episodes=8, response_length=6,
+            num_sample_generations=0, learning_rate=1e-2, disable_tqdm=True, local_rollout_forward_batch_size=4,
+        )  # fmt: skip
+        trainer = ppo.PPOTrainer(
+            args=config, processing_class=tokenizer, model=tiny(), ref_model=tiny(), reward_model=scalars[0],
+            value_model=scalars[1], train_dataset=prompts, eval_dataset=prompts,
+        )  # fmt: skip
+        trainer.train()
+        return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+    weights = run("theirs")
+    with patch() as patched:
+        ours = run("ours")
+        assert patched.calls["trl.trainer.utils.selective_log_softmax"] >= 4, str(patched)
+    for key, want in weights.items():
+        assert (ours[key] - want).abs().mean() < 1e-4, key
+
+
 def test_functions_are_the_same_function():
     logits = (3 * torch.randn(3, 5, V)).requires_grad_()
     index, mask = torch.randint(0, V, (3, 5)), torch.rand(3, 5) < 0.6
@@ -193,6 +220,8 @@ def test_statistics_of_the_logits(options):
     with patch() as patched:
         ours = run()
         assert patched.calls == {CHUNKED: 1}
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert all(x.dtype in (torch.float32, torch.bool) for x in run() if x is not None)
     assert theirs[4][::2].all()
     assert not theirs[4].all()
     for a, b in zip(ours, theirs, strict=True):

@@ -76,6 +76,23 @@ def test_policy_losses(kind, dtype, loss_mode, mode):
         hold(*both(patch, run, f"verl.trainer.ppo.core_algos.compute_policy_loss_{loss_mode}"), dtype)
 
 
+@pytest.mark.parametrize("loss_mode", ["vanilla", "cispo"])
+def test_statistics_and_limits_at_their_ends(loss_mode):
+    """Log-ratios beyond verl's clamp, and a lower limit that is none."""
+    log_probs, advantages = torch.randn(2, B, T)
+    old = log_probs + 30 * torch.randn(B, T)
+    config = actor_config(clip_ratio_low=1.5)
+    config.global_batch_info.update({"batch_num_tokens": torch.tensor(31), "dp_size": 1})
+
+    def run():
+        loss, statistics = core.get_policy_loss_fn(loss_mode)(
+            old, log_probs, advantages, masks()["holes"], config=config
+        )
+        return loss, *map(torch.tensor, statistics.values())
+
+    hold(*both(patch, run, f"verl.trainer.ppo.core_algos.compute_policy_loss_{loss_mode}"))
+
+
 def test_policy_losses_that_ours_has_not_go_to_verl():
     log_probs, old, advantages, mask = torch.randn(B, T), torch.randn(B, T), torch.randn(B, T), torch.ones(B, T).bool()
     far = log_probs - 12

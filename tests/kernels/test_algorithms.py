@@ -71,15 +71,20 @@ def test_losses(page, name):
     torch.testing.assert_close(gradient, expected.float(), rtol=1e-5, atol=1e-7)
 
 
-def test_pairs(page):
-    chosen, rejected, margin = page["chosen"], page["rejected"], page["margin"]
-    for name, difference in (
-        ("reward_model", chosen - rejected),
-        ("Llama_2", chosen - rejected - margin),
-        ("DPO", torch.zeros(3)),
-    ):
-        want = -torch.nn.functional.logsigmoid(difference).mean()
-        assert page[name][0].item() == pytest.approx(want.item(), rel=1e-5)
+@pytest.mark.parametrize("name", ["reward_model", "Llama_2", "DPO"])
+def test_pairs(page, name):
+    chosen, rejected = (page[x].detach().double().requires_grad_() for x in ("chosen", "rejected"))
+    ref_chosen, ref_rejected, margin = (page[x].double() for x in ("ref_chosen", "ref_rejected", "margin"))
+    difference = {
+        "reward_model": chosen - rejected,
+        "Llama_2": chosen - rejected - margin,
+        "DPO": 0.1 * ((chosen - ref_chosen) - (rejected - ref_rejected)),
+    }[name]
+    want, loss = -torch.nn.functional.logsigmoid(difference).mean(), page[name][0]
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    gradients = torch.autograd.grad(loss, (page["chosen"], page["rejected"]), retain_graph=True)
+    for got, expected in zip(gradients, torch.autograd.grad(want, (chosen, rejected)), strict=True):
+        torch.testing.assert_close(got, expected.float())
 
 
 def test_every_algorithm_of_the_page_is_tried(page):

@@ -26,6 +26,7 @@ OPTIONS = (
     {"surrogate": "cispo", "clip_range": 1.0, "clip_range_high": 4.0},
     {"surrogate": "cispo", "clip_range": 0.1, "log_ratio_clamp": 1.0},
     {"surrogate": "cispo", "ratio_level": "sequence"},
+    {"dual_clip": 1.5, "log_ratio_clamp": 2.0},
     {"beta": 0.3},
     {"beta": 0.3, "ratio_level": "sequence", "clip_range_high": 0.4},
 )
@@ -236,6 +237,58 @@ def test_nan_shows_in_its_sequence_alone(backend, position):
     assert torch.equal(gradient.isnan(), (mask * torch.tensor([[0], [1], [0]])).bool())
 
 
+@pytest.mark.parametrize(
+    "options", [{"ratio_level": "sequence"}, {"surrogate": "cispo"}, {"ref_logprobs": True, "beta": 0.2}], ids=str
+)
+def test_a_banned_token_gives_what_the_formula_gives(backend, options):
+    """−inf under the policy, under the old one, and under the reference."""
+    logprobs = torch.tensor([[-1.0, -math.inf, -2.0], [-1.0, -2.0, -3.0], [-1.0, -0.5, -0.1]], requires_grad=True)
+    old = torch.tensor([[-1.1, -3.0, -2.0], [-1.0, -2.5, -3.0], [-1.0, -math.inf, -0.2]])
+    if "ref_logprobs" in options:
+        options = options | {
+            "ref_logprobs": torch.tensor([[-1.0, -2.0, -2.0], [-1.0, -math.inf, -3.0], [-1.0, -1, -1]])
+        }
+    for row in range(3):
+        rows = {n: x[row : row + 1] for n, x in options.items() if n == "ref_logprobs"}
+        arguments = (logprobs[row : row + 1], old[row : row + 1], torch.ones(1), None)
+        loss, _ = ppo_policy_loss(*arguments, **options | rows)
+        (gradient,) = torch.autograd.grad(loss, logprobs)
+        with use_backend("reference"):
+            want, _ = ppo_policy_loss(*arguments, **options | rows)
+            (want_gradient,) = torch.autograd.grad(want, logprobs)
+        torch.testing.assert_close(loss, want, equal_nan=True)
+        torch.testing.assert_close(gradient, want_gradient, equal_nan=True)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (2, 3)])
+def test_nothing_unmasked_is_zero(backend, shape):
+    x = torch.full(shape, math.nan, requires_grad=True)
+    for options in OPTIONS:
+        loss, stats = ppo_policy_loss(
+            x, x, torch.zeros(shape[0]), torch.zeros(shape), ref_logprobs=x.detach(), **options
+        )
+        (gradient,) = torch.autograd.grad(loss, x)
+        assert loss == 0
+        assert (gradient == 0).all()
+        assert all(s == 0 for s in stats.values())
+
+
+@pytest.mark.runs("linear_ppo_policy_loss")
+def test_without_beta_the_reference_is_reported_alone(backend):
+    logprobs = torch.tensor([-1.0, -200.0, -2.0], requires_grad=True)
+    ref = torch.tensor([-1.5, -1.0, -2.0])  # e^199 is infinite
+    plain, _ = ppo_policy_loss(logprobs, logprobs.detach(), torch.ones(3), None)
+    loss, stats = ppo_policy_loss(logprobs, logprobs.detach(), torch.ones(3), None, ref_logprobs=ref)
+    assert torch.equal(loss, plain)
+    assert torch.equal(*(torch.autograd.grad(x, logprobs)[0] for x in (loss, plain)))
+    assert stats["ref_kl"] == math.inf
+    hidden, weight = 200 * torch.ones(1, 1), torch.tensor([[1.0], [-1.0]])
+    arguments = hidden, weight, torch.tensor([1]), None, torch.ones(1), None
+    linear, stats = linear_ppo_policy_loss(*arguments, ref_logprobs=torch.tensor([-1.0]))
+    assert linear == linear_ppo_policy_loss(*arguments)[0] == -1
+    assert stats["ref_kl"] == math.inf
+
+
 def test_the_reference_s_log_probs_are_a_constant(backend):
     logprobs, ref = (torch.randn(2, 3, requires_grad=True) for _ in range(2))
     loss, _ = ppo_policy_loss(logprobs, logprobs.detach(), torch.ones(2), None, ref_logprobs=ref, beta=0.1)
@@ -253,6 +306,10 @@ def test_the_reference_s_log_probs_are_a_constant(backend):
         ({"beta": 0.1}, "beta: is 0.1 without ref_logprobs"),
         ({"beta": -0.1, "ref_logprobs": lambda: torch.zeros(4)}, r"beta: is -0.1, must be finite and in \[0.0"),
         ({"beta": 0.1, "ref_logprobs": lambda: torch.zeros(3)}, r"ref_logprobs: has shape \(3,\), must be \(4,\)"),
+        (
+            {"advantages": lambda: torch.zeros(3)},
+            r"advantages: has shape \(3,\), must be \(4,\)",
+        ),
         ({"clip_range_high": 4.0}, r"clip_range_high: is 4.0, must be finite and in \(0.0, 1.0\]"),
     ],
 )
@@ -260,12 +317,13 @@ def test_the_reference_s_log_probs_are_a_constant(backend):
 def test_errors_name_the_argument(backend, options, message):
     zeros = torch.zeros(4)
     with pytest.raises(ValueError, match=message):
-        ppo_policy_loss(zeros, zeros, zeros, None, **oracles.here(options))
+        ppo_policy_loss(zeros, zeros, **{"advantages": zeros, "mask": None} | oracles.here(options))
     if "ratio_level" not in options:
         with pytest.raises(ValueError, match=message):
             linear_ppo_policy_loss(
-                torch.zeros(4, 6), torch.zeros(3, 6), zeros.long(), zeros, zeros, None, **oracles.here(options)
-            )
+                torch.zeros(4, 6), torch.zeros(3, 6), zeros.long(), zeros,
+                **{"advantages": zeros, "mask": None} | oracles.here(options),
+            )  # fmt: skip
 
 
 def test_advantages_of_a_row_are_not_taken_for_those_of_a_square(backend):

@@ -72,6 +72,7 @@ def test_a_prompt_without_a_pair_changes_nothing(backend):
     got = pairwise_ranking_loss(scores, ranks)
     want = pairwise_ranking_loss(scores[[0, 2]], ranks[[0, 2]])
     torch.testing.assert_close(got, want)
+    assert pairwise_ranking_loss(scores, torch.full((3, 4), 2)) == (0, 0)  # all ranks are tied
 
 
 def test_gradcheck(backend):

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from calls import NAMES, Recorder, calls
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 import rlhf_kernels as k
 from rlhf_kernels import backends
@@ -122,3 +123,22 @@ def test_forward_mode_says_that_it_is_not_there(native):
         assert torch.equal(k.kl_penalty(x, x), torch.zeros(3))
     with pytest.raises(RuntimeError, match="no forward-mode derivative"):
         torch.func.jvp(lambda y: k.kl_penalty(y, x), (x,), (torch.ones(3),))
+
+
+def test_transforms_are_refused_in_words(native):
+    x = torch.randn(4, 3)
+    with pytest.raises(RuntimeError, match=r"kl_penalty takes whole batches, and none of torch\.func's transforms"):
+        torch.vmap(k.kl_penalty)(x, x)
+    with pytest.raises(RuntimeError, match="takes whole batches"):
+        torch.func.grad(lambda y: k.kl_penalty(y, x).sum())(x)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fake_tensors_give_the_shapes(native, name):
+    """As tools do that plan memory or trace a model."""
+    call = calls()[name]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        results = call.run(**{n: mode.from_tensor(x) for n, x in call.tensors.items()})
+    for fake, real in zip(results, call.run(), strict=True):
+        assert isinstance(fake, FakeTensor)
+        assert (fake.shape, fake.dtype) == (real.shape, real.dtype)

@@ -55,6 +55,7 @@ def rows(*, banned: bool = False):
         logits[6:9, V // 2 :] = -torch.inf
     index = torch.randint(0, V, (N,))
     index[3:6], index[6:9] = V - 1, 1
+    index[5], index[8] = 0, V - 2  # banned where all of their part is
     index[0] = 7
     return logits, index, torch.arange(N) % 5 != 4
 
@@ -98,6 +99,11 @@ def from_logits():
             )
             alone = selective_log_softmax(own, index, mask=mask.float(), group=dist.group.WORLD)
             close(alone, selective_log_softmax(whole, index, mask=mask))
+            nothing = selective_log_softmax(own, index, mask=torch.zeros(N), group=dist.group.WORLD)
+            assert (nothing == 0).all()
+            (second,) = torch.autograd.grad(alone.sum(), own, create_graph=True)
+            with pytest.raises(RuntimeError, match="selective_log_softmax has no second derivative"):
+                second.sum().backward()
 
 
 def from_hidden_states():
@@ -139,6 +145,11 @@ def from_a_dtensor():
     close(got, want)
     (expected,), (gradient,) = slopes([want], variable), slopes([got], sharded)
     near(gradient.full_tensor(), expected)
+    few = distribute_tensor(torch.randn(2 * dist.get_world_size() - 3, D), mesh, [Shard(0)])
+    with pytest.raises(ValueError, match=r"weight: has . rows, too few for a part of them in each of . processes"):
+        linear_selective_log_softmax(hidden, few, index, group=mesh.get_group())
+    with pytest.raises(ValueError, match=r"bias: has shape \(300,\), must be \(237,\), one entry per row of weight"):
+        linear_selective_log_softmax(hidden, sharded, index, bias=torch.randn(300), group=mesh.get_group())
     with pytest.raises(TypeError, match="weight: is a DTensor, of which this process holds a part"):
         linear_selective_log_softmax(hidden, sharded, index)
     replicated = distribute_tensor(weight, mesh, [Replicate()])
@@ -153,12 +164,12 @@ def errors():
     group, rank = dist.group.WORLD, dist.get_rank()
     with pytest.raises(ValueError, match=r"group: process . holds .* tokens of the vocabulary and process"):
         selective_log_softmax(whole[:, : 5 + rank], index.clamp(max=3), group=group)
-    with pytest.raises(ValueError, match=r"index: processes . and . of the group have different ones"):
-        selective_log_softmax(part(whole), index if rank else index.flip(0) % 5, group=group)
+    with pytest.raises(ValueError, match=r"index: processes . and . of the group differ in index or mask"):
+        selective_log_softmax(part(whole), index if rank else index.flip(0), group=group)
     index[3] = V
     with pytest.raises(IndexError, match=rf"index: is {V} at position \(3,\), must be in \[0, {V}\)"):
         selective_log_softmax(part(whole), index, group=group)
-    with pytest.raises(RuntimeError, match="group: the reference has no part of a vocabulary"):
+    with pytest.raises(RuntimeError, match="group: needs a backend with kernels; float64 has no kernels"):
         selective_log_softmax(part(whole).double(), index, group=group)
 
 
@@ -191,6 +202,13 @@ def test_every_backend_takes_the_statistics_of_all_parts(backend, alone):
     got = selective_log_softmax_and_entropy(logits, index, mask=mask, group=alone)
     close(got, want)
     torch.testing.assert_close(slopes(got, logits), slopes(want, logits), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not backends.has("cpu"), reason="no native kernels in this install")
+def test_compiled_code_leaves_the_graph_for_it(alone):
+    logits, index, _ = rows()
+    compiled = torch.compile(lambda x, i: 2 * selective_log_softmax(x, i, group=alone))
+    close(compiled(logits, index), 2 * selective_log_softmax(logits, index))
 
 
 @pytest.mark.runs("linear_selective_log_softmax")

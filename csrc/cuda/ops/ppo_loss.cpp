@@ -30,7 +30,8 @@ std::tuple<Tensor, Tensor, Tensor> token_loss(const Launch& launch, const Tensor
   if (first.numel() == 0) return {launch.zeros({}), launch.zeros({statistics}), gradient};
   const Tensor mask = dense(wanted);
   Tensor loss = launch.empty({}), values = launch.empty({statistics});
-  cuda::TokenLoss in{{view_of(first), view_of(second), view_of(third), fourth ? view_of(*fourth) : View{}}, mask_of(mask), TokenRows(first).count,
+  cuda::TokenLoss in{{view_of(first), view_of(second), view_of(third), fourth ? view_of(*fourth) : View{}},
+                     mask_of(mask), TokenRows(first).count,
                      TokenRows(first).length, reduction_of(reduction), denominator.value_or(0.0),
                      with_gradient ? mutable_data<float>(gradient) : nullptr, mutable_data<float>(loss),
                      mutable_data<float>(values)};

@@ -95,7 +95,7 @@ struct PolicyOptions {
   bool cispo;             // −clip(ρ)·A·log π, in which ρ is a constant
   float least, largest;   // what the log-ratio is clamped to, without a gradient
   bool by_sequence;       // the log-ratio of a position is the mean of its row's
-  double beta;            // of the k3 penalty, where there is a reference policy
+  double beta;            // of the k3 penalty, where there is a reference policy; 0: it is only reported
 
   // From the op's own options.
   static PolicyOptions of(double clip_low, double clip_high, std::optional<double> dual_clip,
@@ -185,6 +185,19 @@ RLHF_HOST_DEVICE PolicyTerm<T> policy_term(T logprob, T log_ratio, T ratio, T ra
   }
   term.clipped = where_greater(clipped, unclipped, one, zero);
   return term;
+}
+
+// The statistics of an unmasked position, without that of the reference policy.
+template <class Statistics, class T>
+RLHF_HOST_DEVICE Statistics statistics_of(T log_ratio, const PolicyRatio<T>& ratio, const PolicyTerm<T>& term) {
+  Statistics here;
+  here.ratio = static_cast<float>(ratio.value);
+  here.log_ratio = static_cast<float>(log_ratio);
+  here.deviation = static_cast<float>(ratio.deviation);
+  here.kl = static_cast<float>(ratio.kl);
+  here.clipped = static_cast<float>(term.clipped);
+  here.dual_clipped = static_cast<float>(term.dual_clipped);
+  return here;
 }
 
 template <class T>
