@@ -7,6 +7,7 @@ masks in float32.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import sys
@@ -24,6 +25,7 @@ from cases import BACKWARD, FORWARD, OURS, Case, Implementation, Inputs
 from console import Console
 from measure import Effort, Group, Measurement, Row, Task, title
 from measure import measure as measure_case
+from without_gpu import stubbed
 
 import rlhf_kernels
 
@@ -47,7 +49,8 @@ class Function(NamedTuple):
 
     def load(self, *, patched: bool) -> Callable[..., Any]:
         """The library's own function, or what our patch puts in its place."""
-        module = importlib.import_module(self.module)
+        with stubbed() if self.library == "openrlhf" else contextlib.nullcontext():
+            module = importlib.import_module(self.module)
         owner, _, name = self.name.rpartition(".")
         place = getattr(module, owner) if owner else module
         if not patched:

@@ -4,52 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.abc
-import importlib.machinery
 import sys
-import types
-from unittest import mock
+from pathlib import Path
 
 import pytest
 import torch
 from ragged import B, T, V, both, hold, masks, no_further_from_the_truth
 
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+from without_gpu import stubbed
+
 pytest.importorskip("openrlhf")
 pytest.importorskip("peft")
-
-
-class Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Empty modules for what OpenRLHF imports, but needs only on GPUs."""
-
-    PACKAGES = ("deepspeed", "flash_attn", "vllm")
-
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in self.PACKAGES and name != "flash_attn.ops":
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)
-        return None
-
-    def create_module(self, spec):
-        module = types.ModuleType(spec.name)
-        module.__getattr__ = lambda name: mock.MagicMock()
-        return module
-
-    def exec_module(self, module):
-        pass
-
-
-stubs = Stubs()
-sys.meta_path.append(stubs)  # after the finders of what is installed
-try:
+with stubbed():
     loss = pytest.importorskip("openrlhf.models.loss", exc_type=ImportError)
     utils = pytest.importorskip("openrlhf.models.utils")
     with contextlib.suppress(ImportError):
         importlib.import_module("openrlhf.trainer.ppo_utils.experience_maker")
-finally:  # other libraries ask whether these are installed
-    sys.meta_path.remove(stubs)
-    for name in [name for name, module in sys.modules.items() if getattr(module, "__loader__", None) is stubs]:
-        del sys.modules[name]
 
-from rlhf_kernels.integrations.openrlhf import patch  # noqa: E402
+from rlhf_kernels.integrations.openrlhf import patch
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
