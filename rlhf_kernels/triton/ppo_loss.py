@@ -329,7 +329,7 @@ def _run(
         per_row = triton.cdiv(length, block)
     sums = torch.empty(rows * per_row * SUMS.value, dtype=torch.float64, device=device)
     _terms[(rows, per_row)](
-        *inputs, gradient, sums, size, length, per_row, **options, GRADIENT=with_gradient, BLOCK=block, num_warps=8
+        *inputs, gradient, sums, size, length, per_row, **options, GRADIENT=with_gradient, BLOCK=block, num_warps=4
     )  # fmt: skip
     width = triton.next_power_of_2(per_row)
     _finish[(rows, per_row) if with_gradient else (1, 1)](
