@@ -172,7 +172,7 @@ def linear_ppo_policy_loss(
     """
     hidden, weight, bias, temperature, softcap = _check_linear(hidden, weight, bias, temperature, softcap)
     rows = hidden.shape[:-1]
-    advantages = spread("advantages", advantages, hidden, rows)
+    advantages = spread("advantages", advantages, rows)
     for name, value in (("old_logprobs", old_logprobs), ("advantages", advantages)):
         if value is not None:
             checks.tensor(name, value, checks.FLOATS, hidden)

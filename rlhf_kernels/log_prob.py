@@ -194,11 +194,14 @@ def _backward(
         logits, index, wanted, ctx.temperature, entropies, maxima, log_sums, grad_logprobs,
         grad_entropies if ctx.with_entropy else None,
     )  # fmt: skip
-    if ctx.inplace:
-        run_kernel(ctx.backend, "selective_log_softmax_backward_", *arguments)
-        # Autograd then refuses a second pass over these logits.
-        torch.autograd.graph.increment_version(logits)
-        gradient = logits.detach()
-    else:
-        gradient = run_kernel(ctx.backend, "selective_log_softmax_backward", *arguments)
-    return {"logits": gradient}
+    return {"logits": gradient_of_logits(ctx.backend, ctx.inplace, *arguments)}
+
+
+def gradient_of_logits(backend: str | None, inplace: bool, logits: Tensor, *arguments: Any) -> Tensor:
+    """What the backward kernel gives with these arguments, in a new tensor or over the logits."""
+    if not inplace:
+        return run_kernel(backend, "selective_log_softmax_backward", logits, *arguments)
+    run_kernel(backend, "selective_log_softmax_backward_", logits, *arguments)
+    # Autograd then refuses a second pass over these logits.
+    torch.autograd.graph.increment_version(logits)
+    return logits.detach()

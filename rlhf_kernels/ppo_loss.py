@@ -86,7 +86,7 @@ def ppo_policy_loss(
     checks.tensor("logprobs", logprobs, checks.FLOATS)
     if old_logprobs is None:
         old_logprobs = logprobs.detach()
-    advantages = spread("advantages", advantages, logprobs, logprobs.shape)
+    advantages = spread("advantages", advantages, logprobs.shape)
     mask = _check_tokens(("logprobs", logprobs), ("old_logprobs", old_logprobs), ("advantages", advantages), mask)
     checks.choice("ratio_level", ratio_level, RATIO_LEVELS)
     if ratio_level == "sequence" and logprobs.dim() != 2:
@@ -166,15 +166,13 @@ def _check_tokens(
     return checks.mask("mask", mask, like, like.shape)
 
 
-def spread(name: str, value: Tensor, like: Tensor, shape: torch.Size) -> Tensor:
-    """A value per row (B,), if that is what there is, as one per position (B, T). The caller checks other shapes.
+def spread(name: str, value: Tensor, shape: torch.Size) -> Tensor:
+    """A value per row (B,), if that is what there is, as one per position (B, T). The caller checks all else.
 
     Raises:
-        TypeError: not a tensor of floating point.
-        ValueError: another device, or another number of rows.
+        ValueError: another number of rows.
     """
-    checks.tensor(name, value, checks.FLOATS, like)
-    if value.dim() == 1 and len(shape) == 2:
+    if isinstance(value, Tensor) and value.dim() == 1 and len(shape) == 2:
         checks.shape(name, value, shape[:1], f"one per row, or {tuple(shape)}, one per position")
         return value[:, None].expand(shape)
     return value

@@ -7,13 +7,14 @@ kernels take those as they take their own, so that each writes the gradient of i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlhf_kernels.log_prob import read_rows
+from rlhf_kernels.log_prob import gradient_of_logits, read_rows
 from rlhf_kernels.registration import differentiated_once, run_kernel
 
 ELSEWHERE = -1
@@ -174,10 +175,21 @@ def _whole(
     return _Row(logprob.float(), entropy, top.float(), log_sum.float())
 
 
-def _local(index: Tensor, wanted: Tensor, part: Part) -> tuple[Tensor, Tensor]:
-    """The index within this part, and where it is in it."""
+def _forward(
+    ctx: Any, run: Callable[[Tensor], tuple[Tensor, ...]], operands: tuple[Tensor | None, ...], index: Tensor,
+    wanted: Tensor, part: Part, backend: str, temperature: float, with_entropy: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Runs this part's kernel on the tokens within it, and saves what the backward kernel takes."""
     own = index - part.first
-    return own, wanted & (own >= 0) & (own < part.own)
+    inside = wanted & (own >= 0) & (own < part.own)
+    row = _whole(run(torch.where(inside, own, 0)), inside, index, wanted, part, temperature, with_entropy)
+    ctx.save_for_backward(
+        *operands, torch.where(inside, own, ELSEWHERE), wanted, row.entropies, row.maxima, row.log_sums
+    )
+    ctx.backend, ctx.temperature, ctx.with_entropy = backend, temperature, with_entropy
+    if not with_entropy:
+        ctx.mark_non_differentiable(row.entropies)
+    return row.logprobs, row.entropies
 
 
 class _LogProbs(torch.autograd.Function):
@@ -186,25 +198,14 @@ class _LogProbs(torch.autograd.Function):
         ctx: Any, logits: Tensor, index: Tensor, wanted: Tensor, part: Part, backend: str, temperature: float,
         inplace: bool, with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        own, inside = _local(index, wanted, part)
-        results = run_kernel(
-            backend,
-            "selective_log_softmax",
-            logits,
-            torch.where(inside, own, 0),
-            wanted,
-            temperature,
-            with_entropy,
-            False,
-        )
-        row = _whole(results, inside, index, wanted, part, temperature, with_entropy)
-        ctx.save_for_backward(
-            logits, torch.where(inside, own, ELSEWHERE), wanted, row.entropies, row.maxima, row.log_sums
-        )
-        ctx.backend, ctx.temperature, ctx.inplace, ctx.with_entropy = backend, temperature, inplace, with_entropy
-        if not with_entropy:
-            ctx.mark_non_differentiable(row.entropies)
-        return row.logprobs, row.entropies
+        ctx.inplace = inplace
+
+        def run(own: Tensor) -> Any:
+            return run_kernel(
+                backend, "selective_log_softmax", logits, own, wanted, temperature, with_entropy, False
+            )  # fmt: skip
+
+        return _forward(ctx, run, (logits,), index, wanted, part, backend, temperature, with_entropy)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
@@ -216,12 +217,7 @@ class _LogProbs(torch.autograd.Function):
             of_entropies if ctx.with_entropy else None,
         )  # fmt: skip
         with torch.no_grad():
-            if ctx.inplace:
-                run_kernel(ctx.backend, "selective_log_softmax_backward_", *arguments)
-                torch.autograd.graph.increment_version(logits)
-                of_logits = logits.detach()
-            else:
-                of_logits = run_kernel(ctx.backend, "selective_log_softmax_backward", *arguments)
+            of_logits = gradient_of_logits(ctx.backend, ctx.inplace, *arguments)
         results = of_logits, *[None] * 7
         return differentiated_once("selective_log_softmax", results, (*saved, *gradients))
 
@@ -232,25 +228,20 @@ class _LinearLogProbs(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, index: Tensor, wanted: Tensor, part: Part,
         backend: str, temperature: float, softcap: float | None, with_entropy: bool,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        own, inside = _local(index, wanted, part)
-        results = run_kernel(
-            backend, "linear_selective_log_softmax", hidden, weight, torch.where(inside, own, 0), wanted, bias,
-            temperature, softcap, with_entropy,
-        )  # fmt: skip
-        row = _whole(results, inside, index, wanted, part, temperature, with_entropy)
-        ctx.save_for_backward(
-            hidden, weight, torch.where(inside, own, ELSEWHERE), wanted, bias, row.entropies, row.maxima, row.log_sums
-        )
-        ctx.backend, ctx.temperature, ctx.softcap, ctx.with_entropy = backend, temperature, softcap, with_entropy
-        ctx.part = part
-        if not with_entropy:
-            ctx.mark_non_differentiable(row.entropies)
-        return row.logprobs, row.entropies
+        ctx.softcap, ctx.part = softcap, part
+
+        def run(own: Tensor) -> Any:
+            return run_kernel(
+                backend, "linear_selective_log_softmax", hidden, weight, own, wanted, bias, temperature, softcap,
+                with_entropy,
+            )  # fmt: skip
+
+        return _forward(ctx, run, (hidden, weight, bias), index, wanted, part, backend, temperature, with_entropy)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
-        hidden, weight, index, wanted, bias, entropies, maxima, log_sums = saved
+        hidden, weight, bias, index, wanted, entropies, maxima, log_sums = saved
         of_logprobs, of_entropies = gradients
         needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         with torch.no_grad():

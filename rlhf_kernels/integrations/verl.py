@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -122,15 +123,18 @@ def _value_loss(
 
 
 def _policy_loss(
-    old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor, loss_agg_mode: str, config: Any,
-    rollout_is_weights: Tensor | None, **options: Any,
+    old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor, loss_agg_mode: str | None = None,
+    config: Any = None, rollout_is_weights: Tensor | None = None, *, usual_mode: str = "token-mean",
+    with_dual_clip: bool = False, **options: Any,
 ) -> Any:  # fmt: skip
     """One of verl's losses by the options of ours, with verl's statistics."""
     if config is None or rollout_is_weights is not None or log_prob.dtype == torch.float64:
         return NotImplemented
     low, high = (config.clip_ratio if x is None else x for x in (config.clip_ratio_low, config.clip_ratio_high))
     counts = dict(config.global_batch_info)
-    reduction = _reduction(loss_agg_mode, **counts)
+    reduction = _reduction(loss_agg_mode or usual_mode, **counts)
+    if with_dual_clip:
+        options["dual_clip"] = config.get("clip_ratio_c", 3.0)
     largest = math.inf if options.get("surrogate") == "cispo" else 1
     if reduction is None or not (low > 0 and 0 < high <= largest):
         return NotImplemented
@@ -157,32 +161,6 @@ def _policy_loss(
     }
 
 
-def _vanilla(
-    old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor,
-    loss_agg_mode: str = "token-mean", config: Any = None, rollout_is_weights: Tensor | None = None,
-) -> Any:  # fmt: skip
-    dual_clip = None if config is None else config.get("clip_ratio_c", 3.0)
-    return _policy_loss(
-        old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights,
-        dual_clip=dual_clip, log_ratio_clamp=20.0,
-    )  # fmt: skip
-
-
-def _gspo(
-    old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor,
-    loss_agg_mode: str = "seq-mean-token-mean", config: Any = None, rollout_is_weights: Tensor | None = None,
-) -> Any:  # fmt: skip
-    return _policy_loss(
-        old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights,
-        ratio_level="sequence",
-    )  # fmt: skip
-
-
-def _cispo(
-    old_log_prob: Tensor, log_prob: Tensor, advantages: Tensor, response_mask: Tensor,
-    loss_agg_mode: str = "token-mean", config: Any = None, rollout_is_weights: Tensor | None = None,
-) -> Any:  # fmt: skip
-    return _policy_loss(
-        old_log_prob, log_prob, advantages, response_mask, loss_agg_mode, config, rollout_is_weights,
-        surrogate="cispo", log_ratio_clamp=20.0,
-    )  # fmt: skip
+_vanilla = partial(_policy_loss, with_dual_clip=True, log_ratio_clamp=20.0)
+_gspo = partial(_policy_loss, usual_mode="seq-mean-token-mean", ratio_level="sequence")
+_cispo = partial(_policy_loss, surrogate="cispo", log_ratio_clamp=20.0)
