@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import bounds
 import gae
+import log_prob
 import ppo_loss
 import step
 import torch
@@ -117,18 +118,18 @@ def cases(scale: str) -> Iterator[Case]:
     """Every function, at the size of its inputs."""
     (batch, length), (rows, vocabulary) = SIZES[scale]
     for function in FUNCTIONS:
-        of_logits = "logits" in function.takes
+        of_logits, of_rewards = "logits" in function.takes, "rewards" in function.takes
         yield Case(
             f"{function.library} {function.name}",
             f"N={rows} V={vocabulary}" if of_logits else f"B={batch} T={length}",
-            partial(_logits, rows, vocabulary) if of_logits else partial(_tokens, batch, length),
+            partial(log_prob.inputs, rows, vocabulary) if of_logits else partial(_tokens, batch, length),
             function.takes,
             function.truth,
             tuple(candidates(function)),
-            _work,
-            gradients=() if "rewards" in function.takes else function.takes[:1],
-            steps=(FORWARD,) if "rewards" in function.takes else (BACKWARD,),
-            valid=(lambda inputs: inputs["mask"] != 0) if "rewards" in function.takes else None,
+            (log_prob if of_logits else gae if of_rewards else ppo_loss).work,
+            gradients=() if of_rewards else function.takes[:1],
+            steps=(FORWARD,) if of_rewards else (BACKWARD,),
+            valid=(lambda inputs: inputs["mask"] != 0) if of_rewards else None,
         )  # fmt: skip
 
 
@@ -142,19 +143,6 @@ def candidates(function: Function) -> Iterator[Implementation]:
 def _tokens(batch: int, length: int, generator: torch.Generator, dtype: torch.dtype) -> Inputs:
     inputs = ppo_loss.inputs(batch, length, generator, dtype)
     return inputs | {"rewards": inputs["advantages"]}
-
-
-def _logits(rows: int, vocabulary: int, generator: torch.Generator, dtype: torch.dtype) -> Inputs:
-    logits = torch.randn(rows, vocabulary, generator=generator).to(dtype)
-    return {"logits": logits, "index": torch.randint(0, vocabulary, (rows,), generator=generator)}
-
-
-def _work(inputs: Inputs, _: str) -> Work:
-    if "logits" in inputs:
-        size = inputs["logits"].nbytes
-        return Work(size, size)
-    size = inputs["values"].nbytes
-    return Work(3 * size + inputs["mask"].nbytes, size)
 
 
 def plan(scale: str, effort: Effort) -> Iterator[tuple[str, Measurement]]:

@@ -71,7 +71,7 @@ def _case(
         TAKES,
         op,
         (ours(op), bare, *peers),
-        _work,
+        work,
         valid=_mask,
         remark=remark,
         adversarial=_adversarial if size == SIZES["cpu"][0] else None,
@@ -139,7 +139,8 @@ def _mask(inputs: Inputs) -> Tensor:
     return inputs["mask"] != 0
 
 
-def _work(inputs: Inputs, step: str) -> Work:
+def work(inputs: Inputs, step: str) -> Work:
+    """Rewards, values and the mask are read, and two tensors written."""
     return Work(2 * inputs["values"].nbytes + inputs["mask"].nbytes, 8 * inputs["mask"].numel())
 
 

@@ -65,11 +65,11 @@ def _case(op: Callable[..., Any], rows: int, size: int, steps: tuple[str, ...], 
     return Case(
         op.__name__,
         f"N={rows} V={size}",
-        partial(_inputs, rows, size),
+        partial(inputs, rows, size),
         TAKES,
         op,
         compared,
-        _work,
+        work,
         gradients=("logits",),
         steps=steps,
         rows=TAKES,
@@ -84,7 +84,8 @@ def _in_place(op: Callable[..., Any]) -> Implementation:
     return Implementation(name, lambda: partial(op, inplace_backward=True), overwrites="logits", steps=(BACKWARD,))
 
 
-def _inputs(rows: int, size: int, generator: torch.Generator, dtype: torch.dtype) -> Inputs:
+def inputs(rows: int, size: int, generator: torch.Generator, dtype: torch.dtype) -> Inputs:
+    """Logits and a token in each row."""
     device = generator.device
     logits = torch.randn(rows, size, generator=generator, device=device).mul_(4).to(dtype)
     return {"logits": logits, "index": torch.randint(size, (rows,), generator=generator, device=device)}
@@ -101,7 +102,7 @@ def _adversarial(inputs: Inputs) -> Inputs:
     return {"logits": logits, "index": index.clamp(max=logits.shape[1] - 1)}
 
 
-def _work(inputs: Inputs, step: str) -> Work:
+def work(inputs: Inputs, step: str) -> Work:
     """The logits are read; for the gradient they are read again, and as much is written."""
     size = inputs["logits"].nbytes
     return Work(read=size) if step == FORWARD else Work(read=2 * size, written=size)

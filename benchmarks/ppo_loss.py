@@ -38,7 +38,7 @@ def cases(scale: str) -> list[Case]:
             takes[op],
             op,
             (ours(op), eager(formula)),
-            _work,
+            work,
             gradients=takes[op][:1],
             steps=steps,
             adversarial=_adversarial,
@@ -73,7 +73,7 @@ def _adversarial(inputs: Inputs) -> Inputs:
     }
 
 
-def _work(inputs: Inputs, step: str) -> Work:
+def work(inputs: Inputs, step: str) -> Work:
     """Three tensors and the mask are read once; the gradient can be written in the same pass."""
     size = inputs["values"].nbytes
     return Work(3 * size + inputs["mask"].nbytes, 0 if step == FORWARD else size)
