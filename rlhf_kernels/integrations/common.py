@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlhf_kernels import checks
 from rlhf_kernels.log_prob import selective_log_softmax_and_entropy
+from rlhf_kernels.ranking_loss import pairwise_ranking_loss
 
 
 def are_plain(logits: Any, index: Tensor | None = None) -> bool:
@@ -21,6 +22,13 @@ def entropies(logits: Tensor) -> Tensor:
     """(...) entropies of (..., V) logits, float32 (float64 for float64 logits)."""
     index = torch.zeros(logits.shape[:-1], dtype=torch.long, device=logits.device)
     return selective_log_softmax_and_entropy(logits, index)[1]
+
+
+def pair_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """The mean of −log σ(chosen − rejected) over pairs, in the dtype of ``chosen``."""
+    scores = torch.stack([chosen.flatten(), rejected.flatten()], -1)
+    ranks = torch.arange(2, device=scores.device).expand(scores.shape)
+    return pairwise_ranking_loss(scores, ranks)[0].to(chosen.dtype)
 
 
 def divided_by(number: Any, by_token: bool) -> dict[str, Any]:

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from rlhf_kernels.gae import masked_gae
-from rlhf_kernels.integrations.common import are_plain, divided_by, entropies
+from rlhf_kernels.integrations.common import are_plain, divided_by, entropies, pair_loss
 from rlhf_kernels.integrations.patching import Integration, Target
 from rlhf_kernels.log_prob import selective_log_softmax
 from rlhf_kernels.ppo_loss import ppo_policy_loss, ppo_value_loss
-from rlhf_kernels.ranking_loss import pairwise_ranking_loss
 
 LEFT_ALONE = {
     "openrlhf.models.loss.LogExpLoss": "it overflows where a pair is far apart; PairWiseLoss is the same and does not",
@@ -101,17 +100,10 @@ def _value_loss(
     return loss if number is None else loss / number * dp_size
 
 
-def _pairs(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """The mean of −log σ(chosen − rejected)."""
-    scores = torch.stack([chosen.flatten(), rejected.flatten()], -1)
-    ranks = torch.arange(2, device=scores.device).expand(scores.shape)
-    return pairwise_ranking_loss(scores, ranks)[0].to(chosen.dtype)
-
-
 def _pairwise_loss(self: Any, chosen_reward: Tensor, reject_reward: Tensor, margin: Tensor | None = None) -> Any:
     if chosen_reward.shape != reject_reward.shape or (margin is not None and margin.shape != chosen_reward.shape):
         return NotImplemented
-    return _pairs(chosen_reward if margin is None else chosen_reward - margin, reject_reward)
+    return pair_loss(chosen_reward if margin is None else chosen_reward - margin, reject_reward)
 
 
 def _dpo_loss(
@@ -122,7 +114,7 @@ def _dpo_loss(
         return NotImplemented
     chosen = self.beta * (policy_chosen_logps - reference_chosen_logps)
     rejected = self.beta * (policy_rejected_logps - reference_rejected_logps)
-    return _pairs(chosen, rejected), chosen.detach(), rejected.detach()
+    return pair_loss(chosen, rejected), chosen.detach(), rejected.detach()
 
 
 def _gae(self: Any, values: Tensor, rewards: Tensor, action_mask: Tensor | None, gamma: float, lambd: float) -> Any:

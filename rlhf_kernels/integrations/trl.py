@@ -6,14 +6,16 @@ same function: of the same shapes and masks, with results of the same dtype. Wha
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf_kernels.integrations.common import are_plain, entropies, fold_scale
+from rlhf_kernels.integrations.common import are_plain, entropies, fold_scale, pair_loss
 from rlhf_kernels.integrations.patching import Integration, Target
 from rlhf_kernels.linear_log_prob import linear_selective_log_softmax_and_rank
 from rlhf_kernels.log_prob import selective_log_softmax, selective_log_softmax_and_entropy
@@ -21,13 +23,13 @@ from rlhf_kernels.log_prob import selective_log_softmax, selective_log_softmax_a
 LEFT_ALONE = {
     "trl.trainer.grpo_trainer.GRPOTrainer._compute_loss": "its forms of the loss are more than ppo_policy_loss has",
     "trl.trainer.rloo_trainer.RLOOTrainer._compute_loss": "it takes whole sequences for actions",
-    "trl.trainer.reward_trainer.RewardTrainer.compute_loss": "its loss is three operations on a number for each pair",
     "trl.experimental.ppo.ppo_trainer.masked_whiten": "it whitens what is there; ours does so within GAE",
 }
 
 
 def _find() -> tuple[list[Target], dict[str, str]]:
     utils = importlib.import_module("trl.trainer.utils")
+    rewards = importlib.import_module("trl.trainer.reward_trainer").RewardTrainer
     targets = [
         Target(
             utils, "selective_log_softmax", "selective_log_softmax", _log_softmax,
@@ -36,6 +38,10 @@ def _find() -> tuple[list[Target], dict[str, str]]:
         Target(
             utils, "entropy_from_logits", "selective_log_softmax_and_entropy", _entropy,
             {"040e498bee457afa": "1.16.0", "cfeed25ed40872ba": "1.9.2"},
+        ),
+        Target(
+            rewards, "compute_loss", "pairwise_ranking_loss", functools.partial(_reward_loss, rewards.compute_loss),
+            {"ec4fad890ecfab14": "1.16.0", "975ff55abeee1009": "1.9.2"},
         ),
     ]  # fmt: skip
     if _has_kernels():
@@ -97,6 +103,19 @@ def _log_softmax_and_entropy(
     results = selective_log_softmax_and_entropy(logits, index, temperature=temperature, mask=_as_mask(row_mask))
     logprobs, entropy = (x.to(_result_dtype(logits)) for x in results)
     return logprobs, entropy if entropy_requires_grad else entropy.detach()
+
+
+def _reward_loss(
+    theirs: Callable[..., Any], self: Any, model: Any, inputs: Any, return_outputs: bool = False,
+    num_items_in_batch: Any = None,
+) -> Any:  # fmt: skip
+    """TRL's own for the scores and for what it logs of them, and our loss of the scores."""
+    if self.args.center_rewards_coefficient is not None:
+        return NotImplemented
+    loss, outputs = theirs(self, model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+    chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
+    loss = pair_loss(chosen - inputs["margin"] if "margin" in inputs else chosen, rejected).to(loss.dtype)
+    return (loss, outputs) if return_outputs else loss
 
 
 OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")

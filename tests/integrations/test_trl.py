@@ -101,7 +101,25 @@ def trainer_of(name, tokenizer, tmp_path):
             model=tiny(), args=settings(trl.SFTConfig, tmp_path, max_length=32), processing_class=tokenizer,
             train_dataset=texts,
         )  # fmt: skip
+    if name.startswith("Reward"):
+        if name == "Reward with margins":
+            data = data.add_column("margin", [0.25 * i for i in range(len(data))])
+        return trl.RewardTrainer(
+            model=tiny(LlamaForSequenceClassification, num_labels=1), processing_class=tokenizer, train_dataset=data,
+            args=settings(trl.RewardConfig, tmp_path, max_length=32, disable_dropout=True),
+        )  # fmt: skip
     raise ValueError(name)
+
+
+@pytest.mark.parametrize("name", ["Reward", "Reward with margins"])
+def test_two_steps_of_the_reward_model_are_the_same(name, tokenizer, tmp_path):
+    figures, weights = two_steps(trainer_of(name, tokenizer, tmp_path / "theirs"))
+    with patch() as patched:
+        ours, ours_weights = two_steps(trainer_of(name, tokenizer, tmp_path / "ours"))
+        assert patched.calls == {"trl.trainer.reward_trainer.RewardTrainer.compute_loss": 2}, str(patched)
+    assert ours == pytest.approx(figures, rel=1e-4, abs=1e-5)
+    for key, want in weights.items():
+        assert (ours_weights[key] - want).abs().mean() < 1e-4, key
 
 
 @has_kernels
