@@ -52,6 +52,9 @@ class RunConfig(Settings):
     """Tokens in one forward pass, which bounds memory. Larger batches accumulate gradients, with the same result."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Precision of activations; weights stay in float32 (the paper, C: fp16 with fp32 master copies)."""
+    gradient_checkpointing: bool = False
+    """Keep only the input of each block for the backward pass, which runs the block again: a third more time, and much
+    less memory. The result is the same."""
     attention: str | None = None
     """Attention implementation of transformers, for example flash_attention_2 where flash-attn is installed; by default
     sdpa for models that have it, eager for the others."""
@@ -210,7 +213,8 @@ class PPOConfig(RunConfig):
     value_adam: Adam = field(default_factory=lambda: Adam(learning_rate=9e-6, eps=1e-5))
     """The value model's optimizer (C.4: learning rate 9e-6; 5e-6 for the 175B policy)."""
     ema_decay: float = 0.992
-    """Decay of the moving average of the policy's weights, per optimizer step; the average is what is kept (C.4)."""
+    """Decay of the moving average of the policy's weights, per optimizer step; the average is what is kept (C.4).
+    0: the policy itself is kept, which saves the memory of a model."""
     gamma_ptx: float = 0.0
     """γ of equation 2: weight of the language-modelling loss on pretraining text (C.4: 27.8). 0: plain PPO."""
     pretraining_data: Data = field(default_factory=list)
@@ -223,6 +227,8 @@ class PPOConfig(RunConfig):
     """Limits on tokens."""
     rollout_batch_size: int = 512
     """Completions sampled at a time, which bounds the memory of the key-value cache."""
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the weights of the models that are not trained: the reference and the reward model."""
     keep_every: int = 0
     """Also keep the policy's averaged weights every so many iterations, to study the course of training. 0: never."""
 

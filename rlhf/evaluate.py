@@ -44,7 +44,7 @@ from rlhf.reward import score
 from rlhf.rewards import RewardError, check_finite, decode, shown
 from rlhf.rollout import NotFiniteError, sample
 from rlhf.settings import ConfigError
-from rlhf.training import console, describing, find_device
+from rlhf.training import console, describing, find_device, require_processes
 from rlhf_kernels import linear_cross_entropy, linear_selective_log_softmax
 
 logger = logging.getLogger(__name__)
@@ -80,6 +80,7 @@ def win_rate(outcomes: Sequence[float]) -> Rate:
 
 def evaluate(config: EvaluateConfig) -> dict:
     """Runs the comparison, writes it to ``config.output_dir`` and returns the figures."""
+    require_processes(1)
     device = find_device(config.device)
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     check_same_tokenizer(tokenizer, name_of(config.model), config.baseline)
@@ -266,6 +267,7 @@ def pretraining_loss(model: LanguageModel, chunks: torch.Tensor, tokens_per_forw
 
 def generate(config: GenerateConfig) -> Path:
     """Writes ``config.samples`` completions of every prompt to ``completions.jsonl``, and returns its path."""
+    require_processes(1)
     device = find_device(config.device)
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     prompts = load_prompts(config, tokenizer, [config.model])

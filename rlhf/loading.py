@@ -250,14 +250,15 @@ def load(
     device: torch.device | str,
     *,
     new_head: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """Loads the weights of ``source`` into a model of ``config``, in float32 on ``device``. An object's are copied.
+    """Loads the weights of ``source`` into a model of ``config``, as ``dtype`` on ``device``. An object's are copied.
 
     Raises:
         ModelError: loading fails, or weights are NaN or infinite, or weights are missing that do not belong to a
             ``new_head``: a model with random parts would train without any sign that something is wrong.
     """
-    options: dict[str, Any] = {"config": config, "dtype": torch.float32, "output_loading_info": True}
+    options: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True}
     if attention:
         options["attn_implementation"] = attention
     if hasattr(config, "rescale_every"):

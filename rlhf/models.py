@@ -326,9 +326,14 @@ class ScalarModel(Backbone):
         return scalar
 
     @property
+    def head_name(self) -> str:
+        """What the type calls its projection to one label: GPT-2, Llama and most others `score`, a few `classifier`."""
+        return "score" if hasattr(self.model, "score") else "classifier"
+
+    @property
     def head(self) -> nn.Linear:
-        """The projection to one label: GPT-2, Llama and most others call it `score`, a few `classifier`."""
-        head: Any = self.model.get_submodule("score" if hasattr(self.model, "score") else "classifier")
+        """The projection to one label."""
+        head: Any = self.model.get_submodule(self.head_name)
         return head
 
     @property
@@ -347,7 +352,7 @@ class ScalarModel(Backbone):
 
     def forward(self, batch: Batch, positions: Tensor) -> Tensor:
         """(len(positions),) float32 scores at flat positions: ``batch.last`` for rewards, ``before`` for values."""
-        scores = self.head(self.hidden(batch, positions)).squeeze(-1).float()
+        scores = self.head(self.hidden(batch, positions).to(self.head.weight.dtype)).squeeze(-1).float()
         return scores if self.head.bias is not None else scores + self.bias
 
     def save(self, directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -360,8 +365,8 @@ class ScalarModel(Backbone):
     def card(self) -> str:
         """What someone who finds the saved model should know, in Markdown."""
         name = type(self.model).__name__
-        head = "score" if hasattr(self.model, "score") else "classifier"
-        reading = f"scores = model.{head}(model.base_model(input_ids).last_hidden_state)[..., 0]  # one for every token"
+        states = "model.base_model(input_ids).last_hidden_state"
+        reading = f"scores = model.{self.head_name}({states})[..., 0]  # one for every token"
         lines = ["# A reward or value model", "", "A completion's score is that of its last token:", ""]
         lines += ["```python", *loading_lines(self.model), reading, "```", ""]
         if self.head.bias is None and self.bias:

@@ -36,6 +36,7 @@ from rlhf.loading import (
     name_of,
     shared_context,
 )
+from rlhf.memory import freeze
 from rlhf.models import Backbone, LanguageModel, ScalarModel, unwrap
 from rlhf.rewards import RewardError, Rewards, load_functions, make_rewards
 from rlhf.rollout import NotFiniteError, sample
@@ -112,18 +113,22 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
     check(size % processes == 0, "minibatch_size", size, f"a multiple of the {processes} processes")
     options: Any = {"attention": config.attention, "device": run.device}
     policy = LanguageModel.load(config.policy, **options).eval()  # no dropout: ratios start at 1
-    reference, average = frozen_copy(policy), frozen_copy(policy)
-    reward_model = ScalarModel.load(config.reward_model, **options).eval() if config.reward_model else None
+    frozen_dtype = getattr(torch, config.frozen_dtype)
+    reference = freeze(copy.deepcopy(policy), frozen_dtype)
+    average = freeze(copy.deepcopy(policy)) if config.ema_decay else None
+    reward_model = None
+    if config.reward_model:
+        reward_model = freeze(ScalarModel.load(config.reward_model, **options).eval(), frozen_dtype)
     # Without a reward model to start from, the value model is the policy's backbone under a head of zeros.
     value = ScalarModel.load(config.value_model or config.reward_model or config.policy, **options).eval()
     ends = end_token_ids(config.policy, tokenizer)
-    rewards = make_rewards(config, reward_model and reward_model.requires_grad_(False), functions, tokenizer, ends)
+    rewards = make_rewards(config, reward_model, functions, tokenizer, ends)
     policy, value, policy_optimizer, value_optimizer = run.prepare(
         policy,
         value,
         make_optimizer(policy, config.adam),
         make_optimizer(value, config.value_adam),
-        also=[average],
+        also=[average] if average else [],
     )
     actors = Actors(policy, value, reference, rewards)
 
@@ -156,7 +161,8 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
                 )
             run.require_finite(**{name: stats[name] for name in ("policy_loss", "pretraining_loss") if name in stats})
             stats["gradient_norm"] = optimizer_step(run, policy, policy_optimizer, config.adam, factor)
-            update_average(average, run.accelerator.unwrap_model(policy), config.ema_decay)
+            if average:
+                update_average(average, unwrap(policy), config.ema_decay)
 
             stats["value_loss"] = value_step(run, value, minibatch)
             run.require_finite(value_loss=stats["value_loss"])
@@ -167,7 +173,7 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
         metrics["learning_rate"] = config.adam.learning_rate * factor
         run.log(iteration, metrics, show=["reward", "kl", "pretraining_loss"])
         if config.keep_every and (iteration + 1) % config.keep_every == 0:
-            run.save_model(average, tokenizer, f"iteration-{iteration + 1:06d}")
+            run.save_model(average or unwrap(policy), tokenizer, f"iteration-{iteration + 1:06d}")
 
     rows = {"episodes": iterations * config.batch_size, "iterations": iterations, "β": config.kl_coefficient}
     rows |= {"γ_ptx": config.gamma_ptx}
@@ -185,8 +191,8 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
         }
     curves = [["reward"], ["kl"], ["entropy"], ["value_loss"], ["response_tokens"], ["pretraining_loss"]]
     report.write(run, "PPO-ptx" if config.gamma_ptx else "PPO", rows, curves)
-    run.save_model(run.accelerator.unwrap_model(value), tokenizer, "value")
-    path = run.save_model(average, tokenizer)
+    run.save_model(unwrap(value), tokenizer, "value")
+    path = run.save_model(average or unwrap(policy), tokenizer)
     run.close()
     return path
 
@@ -335,11 +341,6 @@ def check_ratio(iteration: int, deviation: float, mixed_precision: str) -> None:
             deviation,
             RATIO_TOLERANCE[mixed_precision],
         )
-
-
-def frozen_copy(policy: LanguageModel) -> LanguageModel:
-    """The policy as it is now, out of the optimizer's reach."""
-    return copy.deepcopy(policy).requires_grad_(False)
 
 
 @torch.no_grad()

@@ -42,6 +42,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.batch import Batch
 from rlhf.config import Adam, RunConfig
 from rlhf.fields import first_line
+from rlhf.memory import recompute_blocks
 from rlhf.models import Backbone, unwrap
 from rlhf.settings import ConfigError, as_plain, flatten
 
@@ -129,11 +130,16 @@ class Run:
     def prepare(self, *models_and_optimizers: Any, also: Sequence[Any] = ()) -> list[Any]:
         """Places models and optimizers on their devices and brings them to the checkpoint's state, if there is one.
 
+        The models are those that are trained, so that ``gradient_checkpointing`` goes for them.
         ``also``: further objects with ``state_dict`` and ``load_state_dict`` that belong in the checkpoint.
         """
         if self.is_main:
             with describing(f"{self.directory}: cannot be used for output"):
                 self._open_directory()
+        if self.config.gradient_checkpointing:
+            for item in models_and_optimizers:
+                if isinstance(item, Backbone):
+                    recompute_blocks(item)
         prepared = [self.accelerator.prepare(item) for item in models_and_optimizers]
         self.accelerator.register_for_checkpointing(*also)
         if self.checkpoint:
@@ -376,7 +382,19 @@ def make_accelerator(config: RunConfig) -> accelerate.Accelerator:
             f"device: is {config.device!r}, but this process runs on {accelerator.device}; "
             "CUDA_VISIBLE_DEVICES chooses the GPUs"
         )
+    require_processes(accelerator.num_processes)
     return accelerator
+
+
+def require_processes(taking_part: int) -> None:
+    """Raises if a launcher started more processes than take part: each of them would be a run of its own.
+
+    Raises:
+        ConfigError: says how many there are.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != taking_part:
+        raise ConfigError(f"the launcher started {launched} processes, of which {taking_part} can take part")
 
 
 def find_device(name: Any) -> torch.device:

@@ -157,14 +157,14 @@ def test_penalty_alone_brings_the_policy_back(ppo_config, constant_reward, base,
 
 
 def change_reference(monkeypatch, change):
-    """Changes the reference, which is the first copy that a run takes of the policy."""
-    copy, count = ppo.frozen_copy, iter(range(2))
+    """Changes the reference, which is the first model that a run freezes."""
+    freeze, count = ppo.freeze, iter(range(3))
 
-    def first_is_other(policy):
-        copied = copy(policy)
-        return change(copied) if next(count) == 0 else copied
+    def first_is_other(*arguments):
+        frozen = freeze(*arguments)
+        return change(frozen) if next(count) == 0 else frozen
 
-    monkeypatch.setattr(ppo, "frozen_copy", first_is_other)
+    monkeypatch.setattr(ppo, "freeze", first_is_other)
 
 
 def perturbed(model):

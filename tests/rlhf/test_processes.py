@@ -88,9 +88,19 @@ def test_a_minibatch_that_processes_cannot_share(base, reward_model, data, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("stage", ["generate", "evaluate"])
+def test_processes_without_a_part_are_refused(stage, rlhf, base, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    out = ["--prompts", data.prompts, "--output_dir", tmp_path / "out"]
+    status, error = rlhf(stage, "--model", base, *(["--baseline", base] if stage == "evaluate" else []), *out)
+    assert status == 2
+    assert only_line(error) == f"rlhf {stage}: error: the launcher started 2 processes, of which 1 can take part"
+    assert not (tmp_path / "out").exists()
+
+
 def test_two_processes_sample_what_one_does(rlhf, base, reward_model, data, tmp_path):
-    """An episode is drawn with its number in the run, whichever process draws it."""
-    options = ["ppo", "--policy", base, "--reward_model", reward_model, "--prompts", data.prompts, "--device", "cpu"]
+    """An episode is drawn with its number in the run, whichever process draws it, on whatever device there is."""
+    options = ["ppo", "--policy", base, "--reward_model", reward_model, "--prompts", data.prompts]
     options += ["--episodes", 16, "--batch_size", 16, "--minibatch_size", 8, "--lengths.max_response_tokens", 8]
     for error, status in together(*options, "--output_dir", tmp_path / "two"):
         assert status == 0, error

@@ -32,7 +32,8 @@ ELSEWHERE = {
     "reward_model": "test_ppo", "value_model": "test_rewards", "reward": "test_rewards", "prompts": "test_ppo",
     "reward_weights": "test_rewards", "missing_eos_penalty": "test_rewards", "pretraining_data": "test_ppo",
     "pretraining_fraction": "test_sft", "residual_dropout": "test_sft", "keep_every": "test_ppo",
-    "epochs": "test_sft", "learning_rate": "test_sft",
+    "epochs": "test_sft", "learning_rate": "test_sft", "gradient_checkpointing": "test_memory",
+    "frozen_dtype": "test_memory",
 }  # fmt: skip
 
 

@@ -1,0 +1,82 @@
+"""What has a model take less memory: blocks that are run again in the backward pass, and 16-bit weights."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from rlhf import probe
+from rlhf.loading import ModelError, load
+from rlhf.models import Backbone, ScalarModel
+from rlhf_kernels.integrations.transformers import TOLERANCE, relative_error
+
+SomeModel = TypeVar("SomeModel", bound=Backbone)
+
+
+def blocks_of(model: Backbone) -> list[Any]:
+    """The blocks that the model repeats, in order: those that its type names for transformers, or its list of layers.
+
+    Raises:
+        ModelError: there is neither.
+    """
+    names = set(model.model._no_split_modules or ())
+    found = {name: module for name, module in model.inner.named_modules() if type(module).__name__ in names}
+    outermost = [module for name, module in found.items() if not any(name.startswith(f"{each}.") for each in found)]
+    if outermost:
+        return outermost
+    layers = model.model.config.get_text_config().num_hidden_layers
+    for module in model.inner.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == layers:
+            return list(module)
+    raise ModelError(f"{model.name}: which of its modules are its blocks can't be told")
+
+
+def recompute_blocks(model: Backbone) -> None:
+    """Keeps only each block's input for the backward pass, which runs the block once more (Chen et al. 2016).
+
+    transformers' own switch does so only in training mode, which turns dropout on as well.
+    """
+    for block in blocks_of(model):
+        block.forward = partial(_forward, block.forward)
+
+
+def _forward(forward: Any, *args: Any, **options: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*args, **options)
+    return checkpoint(forward, *args, use_reentrant=False, **options)
+
+
+@torch.no_grad()
+def freeze(model: SomeModel, dtype: torch.dtype = torch.float32) -> SomeModel:
+    """A model that is not trained: without gradients, its weights in ``dtype``. The head of a scalar model stays.
+
+    transformers casts the weights, since it knows those that a type wants in float32 and the buffers it computes.
+
+    Raises:
+        ModelError: hidden states differ from those before by more than rounding.
+    """
+    model.requires_grad_(False)
+    if dtype == torch.float32:
+        return model
+    whole = model.model
+    tokens = torch.tensor(probe.probe_sequences(model, (4,)), device=model.device)
+    with model.probing():
+        before = model.inner(tokens, use_cache=False).last_hidden_state.float()
+    model.model = load(
+        type(whole), whole, whole.config, whole.config._attn_implementation, model.device, dtype=dtype
+    ).requires_grad_(False)
+    model.model.train(whole.training)
+    if isinstance(model, ScalarModel):
+        model.model.set_submodule(model.head_name, whole.get_submodule(model.head_name))
+    with model.probing():
+        error = relative_error(model.inner(tokens, use_cache=False).last_hidden_state.float(), before)
+    if not error <= TOLERANCE[dtype]:
+        raise ModelError(
+            f"{model.name}: with weights in {str(dtype).removeprefix('torch.')}, its hidden states are off by "
+            f"{error:.2g} of their size; leave frozen_dtype at float32"
+        )
+    return model
