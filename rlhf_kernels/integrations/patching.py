@@ -8,7 +8,7 @@ import importlib.metadata
 import inspect
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -64,6 +64,7 @@ class Replacement:
     def __init__(self, target: Target):
         self.target = target
         self.calls = 0
+        self.in_place = True
         self.original = getattr(target.place, target.name)
         self.own = vars(target.place).get(target.name)  # None: it is inherited
 
@@ -81,7 +82,9 @@ class Replacement:
 
     def undo(self) -> None:
         """Puts the function back."""
-        self._put(self.ours, self.own)
+        if self.in_place:
+            self._put(self.ours, self.own)
+            self.in_place = False
 
     def _put(self, old: Any, new: Any) -> None:
         """Puts a method into its class, or a function wherever the library has it: by another name, in a registry."""
@@ -103,13 +106,15 @@ class Replacement:
 
 @dataclass
 class Patch:
-    """What was replaced, and what was left alone. As a context manager it puts everything back at its end."""
+    """What was replaced, and what was left alone. As a context manager it puts back at its end what it replaced."""
 
     library: str
     version: str
     replaced: list[Replacement]
     left_alone: dict[str, str]
     """Functions that are like ours but not the same, and how they differ."""
+    outer: bool = True
+    """Whether nothing was replaced before. The end of a block inside another patch puts nothing back."""
 
     def __str__(self) -> str:
         lines = [f"rlhf_kernels in {self.library} {self.version}:"]
@@ -124,8 +129,8 @@ class Patch:
 
     def unpatch(self) -> None:
         """Puts everything back."""
-        while self.replaced:
-            self.replaced.pop().undo()
+        for replacement in self.replaced:
+            replacement.undo()
 
     def __enter__(self) -> Self:
         return self
@@ -133,7 +138,8 @@ class Patch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.unpatch()
+        if self.outer:
+            self.unpatch()
 
 
 class Integration:
@@ -148,18 +154,20 @@ class Integration:
         """Replaces the library's functions in this process, until :meth:`unpatch` or the end of a ``with`` block of it.
 
         Returns:
-            What was replaced and how often each ran, and what was left alone and why; ``print`` shows it.
+            What was replaced and how often each ran, and what was left alone and why; ``print`` shows it, also after
+            everything was put back.
 
         Raises:
             ImportError: the library is not installed.
             ChangedFunctionError: a function is not that of a release tried; nothing was replaced then.
         """
-        if self.in_force is None or not self.in_force.replaced:
-            targets, left_alone = self.find()
-            version = importlib.metadata.version(self.library)
-            for target in targets:
-                target.check(version)
-            self.in_force = Patch(self.library, version, [Replacement(target) for target in targets], left_alone)
+        if self.in_force is not None and any(replacement.in_place for replacement in self.in_force.replaced):
+            return replace(self.in_force, outer=False)
+        targets, left_alone = self.find()
+        version = importlib.metadata.version(self.library)
+        for target in targets:
+            target.check(version)
+        self.in_force = Patch(self.library, version, [Replacement(target) for target in targets], left_alone)
         return self.in_force
 
     def unpatch(self) -> None:

@@ -57,7 +57,8 @@ def log_probs(
         input_ids: (B, T) int64 on the model's device, padded on either side, or packed.
         attention_mask: (B, T), or of another shape that the model takes; goes to the model. What a (B, T) one masks
             gives 0.
-        position_ids: (B, T), goes to the model. Where it is 0 a packed sequence begins, whose first token gives 0.
+        position_ids: (B, T), or (3, B, T) as models of images have them; goes to the model. Where it is 0 a packed
+            sequence begins, whose first token gives 0.
         mask: (B, T) bool or {0, 1}: the tokens whose log-probs are wanted, such as those of the response. Rows that
             count nowhere are not multiplied.
         logits_to_keep: k: only the last k tokens, k < T.
@@ -133,19 +134,28 @@ class Head:
     @property
     def weight(self) -> Tensor:
         """(V, D), with what adapters add to it. Inside the module's ``forward``: elsewhere it may be a shard."""
-        layer = getattr(self.module, "base_layer", self.module)
-        weight = _whole(layer.weight)
-        if layer is not self.module and not self.module.disable_adapters and not self.module.merged:
-            for adapter in self.module.active_adapters:
-                if adapter in self.module.lora_A:
-                    weight = weight + self.module.get_delta_weight(adapter).to(weight.dtype)
+        weight = _whole(getattr(self.module, "base_layer", self.module).weight)
+        for adapter in self._adapters:
+            weight = weight + self.module.get_delta_weight(adapter).to(weight.dtype)
         return weight
 
     @property
     def bias(self) -> Tensor | None:
-        """(V,), or None."""
+        """(V,), with what adapters add to it, or None."""
         bias = getattr(getattr(self.module, "base_layer", self.module), "bias", None)
-        return None if bias is None else _whole(bias)
+        bias = None if bias is None else _whole(bias)
+        for adapter in self._adapters:
+            if (own := self.module.lora_B[adapter].bias) is not None:
+                own = own * self.module.scaling[adapter]
+                bias = own if bias is None else bias + own.to(bias.dtype)
+        return bias
+
+    @property
+    def _adapters(self) -> list[str]:
+        """Those that the module adds to its product when it runs."""
+        if not hasattr(self.module, "base_layer") or self.module.disable_adapters or self.module.merged:
+            return []
+        return [adapter for adapter in self.module.active_adapters if adapter in self.module.lora_A]
 
 
 def logit_transform(config: Any) -> tuple[float | None, float]:
@@ -203,7 +213,8 @@ def _check_linear_layer(module: Any, name: str) -> None:
             raise UnsupportedModelError(f"{name}: its head is a {type(module).__name__}, must be a torch.nn.Linear")
         return
     if not isinstance(module.base_layer, nn.Linear) or not hasattr(module, "lora_A"):
-        raise UnsupportedModelError(f"{name}: its head is a {type(module).__name__}, must be a Linear, or LoRA on one")
+        kind = f"{type(module).__module__.rpartition('.')[0]}.{type(module).__name__}"
+        raise UnsupportedModelError(f"{name}: its head is a {kind}, must be a torch.nn.Linear, or LoRA on one")
     active = [adapter for adapter in module.active_adapters if adapter in module.lora_A]
     for adapter in active:
         if getattr(module, "use_dora", {}).get(adapter) or adapter in getattr(module, "lora_variant", {}):
@@ -232,6 +243,10 @@ def _run(
     checks.tensor("input_ids", input_ids, checks.INDICES)
     if input_ids.dim() != 2 or input_ids.shape[1] < 2:
         raise ValueError(f"input_ids: has shape {tuple(input_ids.shape)}, must be (B, T) with T at least 2")
+    for argument in ("labels", "return_dict"):
+        if inputs.get(argument) is not None:
+            raise ValueError(f"{argument}: is given, must be left out; no logits are made, nor a loss of them")
+    inputs = {name: x for name, x in inputs.items() if name != "use_cache"}  # there is none in a whole pass
     length = input_ids.shape[1]
     keep = length - 1 if logits_to_keep is None else checks.integer("logits_to_keep", logits_to_keep)
     if not 0 < keep < length:
@@ -268,7 +283,8 @@ def _wanted(
         seen = attention_mask != 0
         wanted = wanted & seen & seen.roll(1, 1)
     if position_ids is not None and position_ids.shape[-2:] == input_ids.shape[-2:]:
-        wanted = wanted & (position_ids != 0)
+        # Models of images and text have several positions for each token. All are 0 where a sequence begins.
+        wanted = wanted & (position_ids.reshape(-1, *input_ids.shape) != 0).any(0)
     return wanted
 
 
@@ -329,6 +345,8 @@ def _check_once(model: nn.Module, head: Head, input_ids: Tensor) -> None:
     if not found:
         raise UnsupportedModelError(f"{type(causal).__name__}: its forward did not call its head")
     logits, dtype = found[0]
+    if torch.is_autocast_enabled(input_ids.device.type):  # the states may be more precise than what follows
+        dtype = max(dtype, torch.get_autocast_dtype(input_ids.device.type), key=TOLERANCE.__getitem__)
     if not (error := relative_error(logits, expected)) <= TOLERANCE[dtype]:
         raise UnsupportedModelError(
             f"{type(causal).__name__}: its logits are not its last hidden states times its output embeddings "

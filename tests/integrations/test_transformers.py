@@ -11,7 +11,13 @@ import pytest
 import torch
 from model_types import tiny
 from torch import nn
-from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    LlamaForCausalLM,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from rlhf_kernels.integrations.transformers import UnsupportedModelError, log_probs, log_probs_and_entropy
 
@@ -129,6 +135,40 @@ def test_lora(peft, ids, targets, tied):
         torch.testing.assert_close(log_probs(model, ids), naive(model, ids)[0])
 
 
+def test_a_bias_of_an_adapter(peft, ids):
+    model = tiny("llama", V, 2)
+    model.lm_head = nn.Linear(32, V)
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["lm_head"], lora_bias=True, lora_alpha=32))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    hold(model.eval(), ids, {}, torch.ones_like(ids[:, 1:]))
+
+
+@pytest.mark.parametrize("model_type", ["granite", "gemma2"])
+def test_the_first_call_may_be_under_autocast(peft, model_type, ids):
+    for model in (
+        tiny(model_type, V, 2),
+        peft.get_peft_model(tiny(model_type, V, 2), peft.LoraConfig(target_modules=["lm_head"])),
+    ):
+        with torch.autocast("cpu", torch.bfloat16):
+            got, want = log_probs(model, ids, use_cache=False), naive(model, ids)[0]
+        assert (got - want).norm() < 0.05 * want.norm()
+
+
+def test_positions_of_images_and_text(ids):
+    """Three for each token."""
+    qwen = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = qwen | {"vocab_size": V, "num_key_value_heads": 2, "pad_token_id": 0}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
+    vision = {"depth": 1, "hidden_size": 32, "num_heads": 4, "intermediate_size": 48, "out_hidden_size": 32}
+    model = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=text | rope, vision_config=vision, image_token_id=1, video_token_id=2)
+    ).eval()
+    positions = torch.arange(ids.shape[1]).expand(3, *ids.shape)
+    torch.testing.assert_close(log_probs(model, ids, position_ids=positions), naive(model, ids)[0])
+
+
 def test_a_copy_of_the_head_that_peft_trains(peft, ids):
     config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])
     model = peft.get_peft_model(tiny("mistral", V, 2), config).eval()
@@ -182,6 +222,8 @@ def test_models_whose_logits_are_something_else_are_refused(ids):
         ({"input_ids": torch.ones(2, 3)}, TypeError, "input_ids: has dtype torch.float32"),
         ({"logits_to_keep": 12}, ValueError, r"logits_to_keep: is 12, must be in \[1, 11\]"),
         ({"mask": torch.ones(2, 11)}, ValueError, r"mask: has shape \(2, 11\), must be \(2, 12\)"),
+        ({"labels": torch.ones(2, 12)}, ValueError, "labels: is given, must be left out; no logits are made"),
+        ({"return_dict": False}, ValueError, "return_dict: is given, must be left out"),
         ({"temperature": 0.0}, ValueError, "temperature: is 0.0, must be"),
     ],
 )

@@ -196,14 +196,18 @@ def test_functions_are_the_same_function():
 def test_everything_is_put_back():
     before = {name: getattr(utils, name) for name in ("selective_log_softmax", "entropy_from_logits")}
     first = patch()
-    assert patch() is first
+    with patch() as second:
+        assert second.replaced is first.replaced
+    assert first.replaced[0].in_place, "the end of a block inside puts nothing back"
     assert all(getattr(utils, name) is not function for name, function in before.items())
     text = str(first)
     assert "trl.trainer.utils.selective_log_softmax -> selective_log_softmax, 0 calls" in text
     assert "left alone" in text
     unpatch()
-    with patch():
-        pass
+    with patch() as third:
+        utils.entropy_from_logits(torch.randn(3, V))
+    assert sum(third.calls.values()) == 1
+    assert "entropy_from_logits -> selective_log_softmax_and_entropy, 1 calls" in str(third)
     assert all(getattr(utils, name) is function for name, function in before.items())
 
 
