@@ -53,8 +53,8 @@ class RunConfig(Settings):
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """Precision of activations; weights stay in float32 (the paper, C: fp16 with fp32 master copies)."""
     gradient_checkpointing: bool = False
-    """Keep only the input of each block for the backward pass, which runs the block again: up to a third more time, much
-    less memory. The result is the same."""
+    """Keep only the input of each block for the backward pass, which runs the block again: up to a third more time and
+    much less memory. The result is the same."""
     attention: str | None = None
     """Attention implementation of transformers, for example flash_attention_2 where flash-attn is installed; by default
     sdpa for models that have it, eager for the others."""
