@@ -32,6 +32,7 @@ def together(*arguments, processes=2):
     """Starts the command as torchrun would, and returns each process's status and errors."""
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
         "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": str(free_port()),
@@ -99,7 +100,7 @@ def test_processes_without_a_part_are_refused(stage, rlhf, base, data, tmp_path,
 
 
 def test_two_processes_sample_what_one_does(rlhf, base, reward_model, data, tmp_path):
-    """An episode is drawn with its number in the run, whichever process draws it, on whatever device there is."""
+    """An episode is drawn with its number in the run, whichever process draws it. No device is named."""
     options = ["ppo", "--policy", base, "--reward_model", reward_model, "--prompts", data.prompts]
     options += ["--episodes", 16, "--batch_size", 16, "--minibatch_size", 8, "--lengths.max_response_tokens", 8]
     for error, status in together(*options, "--output_dir", tmp_path / "two"):
