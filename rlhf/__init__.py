@@ -33,12 +33,12 @@ from rlhf.settings import ConfigError
 
 if TYPE_CHECKING:
     from rlhf import evaluate, ppo, reward, sft
+    from rlhf.checkpoints import RunError
     from rlhf.fields import DataError
     from rlhf.loading import ModelError
-    from rlhf.training import RunError
 
 STAGES = ("evaluate", "ppo", "reward", "sft")
-ERRORS = {"DataError": "rlhf.fields", "ModelError": "rlhf.loading", "RunError": "rlhf.training"}
+ERRORS = {"DataError": "rlhf.fields", "ModelError": "rlhf.loading", "RunError": "rlhf.checkpoints"}
 
 
 def __getattr__(name: str) -> Any:

@@ -6,8 +6,8 @@ import sys
 
 from rlhf import interrupts
 
-TRAIN = {"accelerate", "datasets", "jsonargparse", "matplotlib", "rich", "safetensors", "tensorboard", "tokenizers",
-         "transformers", "yaml"}  # fmt: skip
+TRAIN = {"accelerate", "datasets", "jsonargparse", "matplotlib", "peft", "psutil", "rich", "safetensors", "tensorboard",
+         "tokenizers", "transformers", "yaml"}  # fmt: skip
 
 
 def main() -> int:

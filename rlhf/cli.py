@@ -7,6 +7,7 @@ import importlib
 import itertools
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -204,10 +205,11 @@ def run_stage(stage: str, settings: dict[str, Any], resume: bool) -> int:
     try:
         config = make_config(**settings)
         # Imported here, so that --help and bad settings do not wait for torch and transformers.
-        from rlhf import data, loading, training
+        from rlhf import checkpoints, data, loading, processes, training
 
         logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-        logging.getLogger("rlhf").setLevel(logging.INFO)
+        # What one process has to say, all have; errors are not logged, but raised.
+        logging.getLogger("rlhf").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
         training.quiet_libraries()
         module, _, name = function.partition(":")
         start = getattr(importlib.import_module(module), name)
@@ -215,18 +217,25 @@ def run_stage(stage: str, settings: dict[str, Any], resume: bool) -> int:
     except ConfigError as error:
         print(f"rlhf {stage}: error: {error}", file=sys.stderr)
         return 2
+    hint = "; go on with --resume" if stage in RESUMABLE else ""
     try:
         start(config, **({"resume": resume} if stage in RESUMABLE else {}))
     except (ConfigError, data.DataError, loading.ModelError) as error:
         print(f"rlhf {stage}: error: {error}", file=sys.stderr)
         return 2
-    except training.RunError as error:
+    except checkpoints.RunError as error:
         print(f"rlhf {stage}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        hint = "; go on with --resume" if stage in RESUMABLE else ""
         print(f"\nrlhf {stage}: interrupted{hint}", file=sys.stderr)
         return 130
+    except RuntimeError as error:
+        if not processes.another_has_ended(error):
+            raise
+        print(
+            f"rlhf {stage}: error: another process of this run has ended, so this one ends too{hint}", file=sys.stderr
+        )
+        return 1
     return 0
 
 

@@ -55,6 +55,9 @@ class RunConfig(Settings):
     gradient_checkpointing: bool = False
     """Keep only the input of each block for the backward pass, which runs the block again: up to a third more time and
     much less memory. The result is the same."""
+    sharding: Literal["none", "full"] = "none"
+    """How several processes hold the models: none: each of them whole; full: each its part of every weight, of all
+    models, gathered block by block when a model runs."""
     attention: str | None = None
     """Attention implementation of transformers, for example flash_attention_2 where flash-attn is installed; by default
     sdpa for models that have it, eager for the others."""
@@ -288,6 +291,8 @@ class GenerateConfig(Settings):
     """The tokenizer, by default the one beside the model."""
     batch_size: int = 512
     """Completions sampled at a time."""
+    sharding: Literal["none", "full"] = "none"
+    """How several processes hold the model: none: each of them whole; full: each its part of every weight."""
     device: str | None = None
     """cpu, cuda, ...; by default the best there is."""
 
@@ -330,6 +335,8 @@ class EvaluateConfig(Settings):
     """The tokenizer, by default the one beside the model."""
     batch_size: int = 512
     """Completions sampled at a time."""
+    sharding: Literal["none", "full"] = "none"
+    """How several processes hold the model: none: each of them whole; full: each its part of every weight."""
     tokens_per_forward: int = 16384
     """Tokens in one forward pass, which bounds memory."""
     device: str | None = None

@@ -60,6 +60,11 @@ class Example:
         """The prompt and the completion as a batch takes them."""
         return Group(self.prompt_ids, [self.completion_ids])
 
+    @property
+    def idle(self) -> Example:
+        """An example with nothing to learn, for a process that only takes part."""
+        return Example(self.prompt_ids[:1], [])
+
 
 @dataclass(frozen=True)
 class RankedExample:
@@ -73,6 +78,11 @@ class RankedExample:
     def group(self) -> Group:
         """The prompt and the completions as a batch takes them: all go through the model in one forward pass."""
         return Group(self.prompt_ids, self.completion_ids)
+
+    @property
+    def idle(self) -> RankedExample:
+        """An example without a pair, for a process that only takes part."""
+        return RankedExample(self.prompt_ids[:1], [self.completion_ids[0][:1]], [1])
 
 
 @dataclass(frozen=True)

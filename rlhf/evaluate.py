@@ -16,6 +16,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.batch import Group, groups_of_one
+from rlhf.checkpoints import describing
 from rlhf.config import EvaluateConfig, GenerateConfig
 from rlhf.data import Limits, PromptExample, read_prompts, read_texts, tokenize_prompts, tokenize_texts
 from rlhf.fields import type_and_line
@@ -39,12 +41,14 @@ from rlhf.loading import (
 )
 from rlhf.models import LanguageModel, ScalarModel
 from rlhf.objects import described, is_function
+from rlhf.processes import Processes
 from rlhf.report import markdown_table, number
 from rlhf.reward import score
 from rlhf.rewards import RewardError, check_finite, decode, shown
 from rlhf.rollout import NotFiniteError, sample
 from rlhf.settings import ConfigError
-from rlhf.training import console, describing, find_device, require_processes
+from rlhf.sharding import Passes, place
+from rlhf.training import console
 from rlhf_kernels import linear_cross_entropy, linear_selective_log_softmax
 
 logger = logging.getLogger(__name__)
@@ -80,8 +84,7 @@ def win_rate(outcomes: Sequence[float]) -> Rate:
 
 def evaluate(config: EvaluateConfig) -> dict:
     """Runs the comparison, writes it to ``config.output_dir`` and returns the figures."""
-    require_processes(1)
-    device = find_device(config.device)
+    processes = Processes(config.device)
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     check_same_tokenizer(tokenizer, name_of(config.model), config.baseline)
     sources = [config.model, config.baseline, None if is_python_judge(config.judge) else config.judge]
@@ -90,12 +93,12 @@ def evaluate(config: EvaluateConfig) -> dict:
     if texts:
         check_context("pretraining_tokens", config.pretraining_tokens, config.model, config.baseline)
     chunks = tokenize_texts(texts, tokenizer, length=config.pretraining_tokens) if texts else None
-    reward_model, judge = load_judge(config, tokenizer)
+    reward_model, judge = load_judge(config, tokenizer, processes)
     output = Path(config.output_dir)
     with describing(f"{output}: cannot be used for output"):
         output.mkdir(parents=True, exist_ok=True)
 
-    models = {name: LanguageModel.load(source, device=device).eval() for name, source in sides(config)}
+    models = {name: load_model(source, config, processes) for name, source in sides(config)}
     figures: dict = {name: described(getattr(config, name)) for name in ("model", "baseline", "judge", "seed")}
     figures["prompts"] = len(prompts)
     records: list[dict[str, Any]] = [{"prompt": example.text, **further_fields(example)} for example in prompts]
@@ -104,12 +107,12 @@ def evaluate(config: EvaluateConfig) -> dict:
         samples = {}
         for name, model in models.items():
             ends = end_token_ids(getattr(config, name), tokenizer)
-            samples[name] = sample_all(model, ids, ends, config)
+            samples[name] = sample_all(model, ids, ends, config, processes)
             for record, response in zip(records, samples[name], strict=True):
                 record[name] = decode(tokenizer, response, ends)
-        figures["kl"] = kl_between(models["model"], models["baseline"], ids, samples["model"], config)
+        figures["kl"] = kl_between(models["model"], models["baseline"], ids, samples["model"], config, processes)
         if reward_model:
-            scores = rewards_of(reward_model.to(device), ids, samples, config.tokens_per_forward)
+            scores = rewards_of(reward_model, ids, samples, config.tokens_per_forward, processes)
             for name, values in scores.items():
                 check_judged(f"judge: the score of the {name}'s completion", values, prompts)
             figures["reward"] = {name: values.mean().item() for name, values in scores.items()}
@@ -118,19 +121,24 @@ def evaluate(config: EvaluateConfig) -> dict:
                 for a, b in zip(*map(torch.Tensor.tolist, scores.values()), strict=True)
             ]
         elif judge:
-            outcomes = [
-                judged(judge, example, record["model"], record["baseline"])
-                for example, record in zip(prompts, records, strict=True)
-            ]
+            share = processes.share(list(zip(prompts, records, strict=True)))
+            outcomes = processes.joined(
+                [judged(judge, example, record["model"], record["baseline"]) for example, record in share]
+            )
         if judge or reward_model:
             figures["win_rate"] = asdict(win_rate(outcomes))
             for record, outcome in zip(records, outcomes, strict=True):
                 record["outcome"] = outcome
     if chunks is not None:
-        losses = {name: pretraining_loss(model, chunks, config.tokens_per_forward) for name, model in models.items()}
+        losses = {
+            name: pretraining_loss(model, chunks, config.tokens_per_forward, processes)
+            for name, model in models.items()
+        }
         figures["pretraining_loss"] = losses
         figures["alignment_tax"] = losses["model"] - losses["baseline"]
     check_figures(figures)
+    if not processes.is_main:
+        return figures
 
     with describing(f"{output}: results could not be written"):
         (output / "completions.jsonl").write_text("".join(map(as_line, records)))
@@ -192,7 +200,14 @@ def is_python_judge(judge: Any) -> bool:
     return is_function(judge)
 
 
-def load_judge(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[ScalarModel | None, Judge | None]:
+def load_model(source: Any, config: EvaluateConfig | GenerateConfig, processes: Processes) -> LanguageModel:
+    """A model to sample from, whole in every process or split over them."""
+    return place(LanguageModel.load(source, device=processes.device).eval(), config.sharding, processes)
+
+
+def load_judge(
+    config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase, processes: Processes
+) -> tuple[ScalarModel | None, Judge | None]:
     """The reward model or the Python function that ``config.judge`` names."""
     judge: Any = config.judge
     if judge is None:
@@ -201,41 +216,52 @@ def load_judge(config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase) -> tu
         return None, load_function("judge", judge)
     check_reward_config(judge)
     check_same_tokenizer(tokenizer, name_of(config.model), judge)
-    return ScalarModel.load(judge).eval(), None
+    return place(ScalarModel.load(judge, device=processes.device).eval(), config.sharding, processes), None
 
 
-def sample_all(model: LanguageModel, ids: list[list[int]], ends: frozenset[int], config) -> list[list[int]]:  # noqa: ANN001
-    """One completion per prompt, as token ids."""
+def sample_all(
+    model: LanguageModel,
+    ids: list[list[int]],
+    ends: frozenset[int],
+    config: EvaluateConfig | GenerateConfig,
+    processes: Processes,
+) -> list[list[int]]:
+    """One completion per prompt, as token ids. Each process samples its share."""
     try:
         completions = sample(
             model,
-            ids,
+            processes.share(ids),
             end_token_ids=ends,
             max_new_tokens=config.lengths.max_response_tokens,
             temperature=config.temperature,
             batch_size=config.batch_size,
             seed=config.seed,
+            streams=processes.share(range(len(ids))),
         )
     except NotFiniteError as error:
         raise ModelError(f"{model.name}: {error}; was its training run stopped at a NaN?") from error
-    return [completion.tokens for completion in completions]
+    return processes.joined([completion.tokens for completion in completions])
 
 
 def rewards_of(
-    reward_model: ScalarModel, prompts: list[list[int]], samples: Mapping[str, list[list[int]]], tokens_per_forward: int
+    reward_model: ScalarModel,
+    prompts: list[list[int]],
+    samples: Mapping[str, list[list[int]]],
+    tokens_per_forward: int,
+    processes: Processes,
 ) -> dict[str, torch.Tensor]:
     """The score of every model's completion of every prompt. Those of a prompt share it; equal ones tie exactly."""
-    groups: list[Group] = []
-    places: dict[str, list[int]] = {name: [] for name in samples}
-    count = 0
-    for prompt, *answers in zip(prompts, *samples.values(), strict=True):
-        distinct = list(dict.fromkeys(map(tuple, answers)))
-        for name, answer in zip(samples, answers, strict=True):
-            places[name].append(count + distinct.index(tuple(answer)))
-        groups.append(Group(prompt, distinct))
-        count += len(distinct)
-    scores = score(reward_model, groups, tokens_per_forward)
-    return {name: scores[at] for name, at in places.items()}
+    answers = list(zip(*samples.values(), strict=True))
+    groups = [
+        Group(prompt, list(dict.fromkeys(map(tuple, each)))) for prompt, each in zip(prompts, answers, strict=True)
+    ]
+    share = processes.share(groups)
+    scores = score(reward_model, share, tokens_per_forward).cpu().split([len(group.responses) for group in share])
+    found = [
+        [scores[group.responses.index(tuple(answer))] for answer in each]
+        for group, each, scores in zip(groups, answers, processes.joined(scores), strict=True)
+    ]
+    return {name: torch.stack(values) for name, values in zip(samples, zip(*found, strict=True), strict=True)}
 
 
 @torch.no_grad()
@@ -245,39 +271,47 @@ def kl_between(
     prompts: list[list[int]],
     responses: list[list[int]],
     config: EvaluateConfig,
+    processes: Processes,
 ) -> float:
     """Mean over the model's own completions of log π_model − log π_baseline, in nats per completion."""
     difference = 0.0
+    groups = processes.share(groups_of_one(prompts, responses))
     for sign, each in ((1, model), (-1, baseline)):
-        for batch in each.batches(groups_of_one(prompts, responses), config.tokens_per_forward):
-            logprobs = each(batch, linear_selective_log_softmax, temperature=config.temperature)
-            difference += sign * logprobs.double().sum().item()
-    return difference / len(prompts)
+        op = partial(each.forward, op=linear_selective_log_softmax, temperature=config.temperature)
+        with Passes(each) as passes:
+            for batch in each.batches(groups, config.tokens_per_forward):
+                difference += sign * passes(op, batch).double().sum().item()
+    return sum(processes.joined([difference])) / len(prompts)
 
 
 @torch.no_grad()
-def pretraining_loss(model: LanguageModel, chunks: torch.Tensor, tokens_per_forward: int) -> float:
+def pretraining_loss(
+    model: LanguageModel, chunks: torch.Tensor, tokens_per_forward: int, processes: Processes
+) -> float:
     """Mean loss per token on (chunks, length) pretraining text, in nats. A chunk's first token is not predicted."""
     loss = 0.0
-    for part in chunks.split(max(1, tokens_per_forward // chunks.shape[1])):
-        batch = model.lay_out([Group(row[:1], [row[1:]]) for row in part.tolist()])
-        loss += model(batch, linear_cross_entropy, reduction="sum").item()
-    return loss / (chunks.shape[0] * (chunks.shape[1] - 1))
+    op = partial(model.forward, op=linear_cross_entropy, reduction="sum")
+    groups = processes.share([Group(row[:1], [row[1:]]) for row in chunks.tolist()])
+    with Passes(model) as passes:
+        for batch in model.batches(groups, tokens_per_forward):
+            loss += passes(op, batch).item()
+    return sum(processes.joined([loss])) / (chunks.shape[0] * (chunks.shape[1] - 1))
 
 
 def generate(config: GenerateConfig) -> Path:
     """Writes ``config.samples`` completions of every prompt to ``completions.jsonl``, and returns its path."""
-    require_processes(1)
-    device = find_device(config.device)
+    processes = Processes(config.device)
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     prompts = load_prompts(config, tokenizer, [config.model])
     output = Path(config.output_dir) / "completions.jsonl"
     if output.exists():
         raise ConfigError(f"output_dir: {output} exists; choose another directory, or remove it first")
-    model = LanguageModel.load(config.model, device=device).eval()
+    model = load_model(config.model, config, processes)
     ends = end_token_ids(config.model, tokenizer)
     repeated = [example.prompt_ids for example in prompts for _ in range(config.samples)]
-    responses = [decode(tokenizer, ids, ends) for ids in sample_all(model, repeated, ends, config)]
+    responses = [decode(tokenizer, ids, ends) for ids in sample_all(model, repeated, ends, config, processes)]
+    if not processes.is_main:
+        return output
     if empty := sum(not text.strip() for text in responses):
         logger.warning("%d of %d completions are empty, which a record of rankings may not have", empty, len(responses))
     temporary = output.with_name(output.name + ".tmp")

@@ -6,7 +6,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from rlhf import probe
@@ -17,30 +16,12 @@ from rlhf_kernels.integrations.transformers import TOLERANCE, relative_error
 SomeModel = TypeVar("SomeModel", bound=Backbone)
 
 
-def blocks_of(model: Backbone) -> list[Any]:
-    """The blocks that the model repeats, in order: those that its type names for transformers, or its list of layers.
-
-    Raises:
-        ModelError: there is neither.
-    """
-    names = set(model.model._no_split_modules or ())
-    found = {name: module for name, module in model.inner.named_modules() if type(module).__name__ in names}
-    outermost = [module for name, module in found.items() if not any(name.startswith(f"{each}.") for each in found)]
-    if outermost:
-        return outermost
-    layers = model.model.config.get_text_config().num_hidden_layers
-    for module in model.inner.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == layers:
-            return list(module)
-    raise ModelError(f"{model.name}: which of its modules are its blocks can't be told")
-
-
 def recompute_blocks(model: Backbone) -> None:
     """Keeps only each block's input for the backward pass, which runs the block once more (Chen et al. 2016).
 
     transformers' own switch does so only in training mode, which turns dropout on as well.
     """
-    for block in blocks_of(model):
+    for block in model.blocks:
         block.forward = partial(_forward, block.forward)
 
 

@@ -33,6 +33,7 @@ from rlhf.loading import (
     loading_lines,
     name_of,
 )
+from rlhf.sharding import whole
 from rlhf_kernels.integrations.transformers import TOLERANCE, logit_transform, transformed
 
 if TYPE_CHECKING:
@@ -74,6 +75,24 @@ class Backbone(nn.Module):
         """The part that gives hidden states, without a head."""
         base = self.model.base_model
         return base if base is not self.model else base.get_submodule("model")  # the type misnames its backbone
+
+    @property
+    def blocks(self) -> list[Any]:
+        """The blocks that the model repeats, in order: those that its type names for transformers, or its layers.
+
+        Raises:
+            ModelError: there is neither.
+        """
+        names = set(self.model._no_split_modules or ())
+        found = {name: module for name, module in self.inner.named_modules() if type(module).__name__ in names}
+        outermost = [module for name, module in found.items() if not any(name.startswith(f"{each}.") for each in found)]
+        if outermost:
+            return outermost
+        layers = self.model.config.get_text_config().num_hidden_layers
+        for module in self.inner.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == layers:
+                return list(module)
+        raise ModelError(f"{self.name}: which of its modules are its blocks can't be told")
 
     @property
     def name(self) -> str:
@@ -161,9 +180,18 @@ class Backbone(nn.Module):
         ).last_hidden_state
         return states.flatten(0, 1)[positions]
 
-    def save(self, directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Writes weights (safetensors), configuration and tokenizer, as ``from_pretrained`` reads them."""
-        self.model.save_pretrained(directory)
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Calls a function that runs the model. A sharded model has its weights outside of blocks gathered for it."""
+        return function(*args)
+
+    def save(
+        self, directory: Path, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor] | None = None
+    ) -> None:
+        """Writes weights (safetensors), configuration and tokenizer, as ``from_pretrained`` reads them.
+
+        ``weights`` are those of all processes, if each holds only a part of them.
+        """
+        self.model.save_pretrained(directory, state_dict=weights)
         tokenizer.save_pretrained(directory)
 
 
@@ -340,7 +368,7 @@ class ScalarModel(Backbone):
     def bias(self) -> float:
         """The constant that is added to the head's product, in reward units."""
         if self.head.bias is not None:
-            return self.head.bias.item()
+            return whole(self.head.bias.detach()).item()
         return getattr(self.model.config, "reward_bias", 0.0)
 
     @bias.setter
@@ -355,11 +383,13 @@ class ScalarModel(Backbone):
         scores = self.head(self.hidden(batch, positions).to(self.head.weight.dtype)).squeeze(-1).float()
         return scores if self.head.bias is not None else scores + self.bias
 
-    def save(self, directory: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    def save(
+        self, directory: Path, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor] | None = None
+    ) -> None:
         """Also writes which token is padding, since other tools read the score at the last token that is not."""
         distinct = tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id
         self.model.config.pad_token_id = tokenizer.pad_token_id if distinct else None
-        super().save(directory, tokenizer)
+        super().save(directory, tokenizer, weights)
         (directory / "README.md").write_text(self.card())
 
     def card(self) -> str:

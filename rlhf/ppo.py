@@ -13,6 +13,7 @@ model is the moving average of the policy's weights.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 from collections.abc import Callable, Sequence
@@ -22,8 +23,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from rlhf import report
+from rlhf.average import MovingAverage
 from rlhf.batch import Batch, Group, Layout, groups_of_one
 from rlhf.config import PPOConfig, warmup_from_tenth
 from rlhf.data import Limits, PromptExample, read_prompts, read_texts, tokenize_prompts
@@ -42,6 +45,7 @@ from rlhf.rewards import RewardError, Rewards, load_functions, make_rewards
 from rlhf.rollout import NotFiniteError, sample
 from rlhf.settings import check
 from rlhf.sft import language_model_step, pretraining_examples
+from rlhf.sharding import Passes
 from rlhf.training import (
     Run,
     RunError,
@@ -50,8 +54,6 @@ from rlhf.training import (
     batch_indices,
     make_optimizer,
     optimizer_step,
-    process_share,
-    sum_over_processes,
 )
 from rlhf_kernels import linear_ppo_policy_loss, linear_selective_log_softmax, ppo_advantages, ppo_value_loss
 
@@ -77,6 +79,12 @@ class Episode:
     def group(self) -> Group:
         """The prompt and the completion as a batch takes them."""
         return Group(self.prompt, [self.response])
+
+    @property
+    def idle(self) -> Episode:
+        """An episode with nothing to learn, for a process that only takes part."""
+        none = self.logprobs[:0]
+        return Episode(self.prompt[:1], [], none, none, none, none)
 
 
 @dataclass(frozen=True)
@@ -109,25 +117,25 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
     run = Run("ppo", config, resume=resume)
     if run.finished:
         return run.directory / "model"
-    processes, size = run.accelerator.num_processes, config.minibatch_size
+    processes, size = run.processes.count, config.minibatch_size
     check(size % processes == 0, "minibatch_size", size, f"a multiple of the {processes} processes")
     options: Any = {"attention": config.attention, "device": run.device}
     policy = LanguageModel.load(config.policy, **options).eval()  # no dropout: ratios start at 1
     frozen_dtype = getattr(torch, config.frozen_dtype)
-    reference = freeze(copy.deepcopy(policy), frozen_dtype)
-    average = freeze(copy.deepcopy(policy)) if config.ema_decay else None
+    reference = run.place(freeze(copy.deepcopy(policy), frozen_dtype))
+    policy = run.place(policy)
+    average = MovingAverage(policy, config.ema_decay) if config.ema_decay else None
     reward_model = None
     if config.reward_model:
-        reward_model = freeze(ScalarModel.load(config.reward_model, **options).eval(), frozen_dtype)
+        reward_model = run.place(freeze(ScalarModel.load(config.reward_model, **options).eval(), frozen_dtype))
     # Without a reward model to start from, the value model is the policy's backbone under a head of zeros.
-    value = ScalarModel.load(config.value_model or config.reward_model or config.policy, **options).eval()
+    source = config.value_model or config.reward_model or config.policy
+    value = run.place(ScalarModel.load(source, **options).eval())
     ends = end_token_ids(config.policy, tokenizer)
     rewards = make_rewards(config, reward_model, functions, tokenizer, ends)
-    policy, value, policy_optimizer, value_optimizer = run.prepare(
-        policy,
-        value,
-        make_optimizer(policy, config.adam),
-        make_optimizer(value, config.value_adam),
+    policy, policy_optimizer, value, value_optimizer = run.prepare(
+        (policy, make_optimizer(policy, config.adam)),
+        (value, make_optimizer(value, config.value_adam)),
         also=[average] if average else [],
     )
     actors = Actors(policy, value, reference, rewards)
@@ -136,18 +144,17 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
     for iteration in run.steps(iterations, unit="iterations"):
         chosen = batch_indices(len(prompts), config.batch_size, iteration, seed=config.seed)
         numbers = list(range(iteration * config.batch_size, (iteration + 1) * config.batch_size))
-        asked = [prompts[i] for i in process_share(run, chosen)]
-        episodes, metrics = collect(run, actors, asked, process_share(run, numbers))
+        episodes, metrics = collect(run, actors, [prompts[i] for i in chosen], numbers)
         factor = warmup_from_tenth(iteration, config.warmup_iterations)
 
         minibatches = config.batch_size // config.minibatch_size * config.inner_epochs
         for number in range(minibatches):
-            picked = batch_indices(len(episodes), config.minibatch_size // processes, number, seed=iteration)
-            minibatch = [episodes[i] for i in picked]
+            picked = batch_indices(len(episodes), config.minibatch_size, number, seed=iteration)
+            minibatch = run.processes.share([episodes[i] for i in picked])
             stats = policy_step(run, policy, minibatch)
             if number == 0:
-                metrics["ratio_max_deviation"] = stats["ratio_max_deviation"]
-                check_ratio(iteration, stats["ratio_max_deviation"], config.mixed_precision)
+                metrics["ratio_max_deviation"] = max(run.processes.joined([stats["ratio_max_deviation"]]))
+                check_ratio(iteration, metrics["ratio_max_deviation"], config.mixed_precision)
             if config.gamma_ptx:
                 chunks = batch_indices(
                     len(pretraining),
@@ -157,12 +164,12 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
                 )
                 # Its gradient adds to the policy loss's before the one optimizer step (C.4).
                 stats["pretraining_loss"] = language_model_step(
-                    run, policy, process_share(run, [pretraining[i] for i in chunks]), weight=config.gamma_ptx
+                    run, policy, run.processes.share([pretraining[i] for i in chunks]), weight=config.gamma_ptx
                 )
             run.require_finite(**{name: stats[name] for name in ("policy_loss", "pretraining_loss") if name in stats})
             stats["gradient_norm"] = optimizer_step(run, policy, policy_optimizer, config.adam, factor)
             if average:
-                update_average(average, unwrap(policy), config.ema_decay)
+                average.update()
 
             stats["value_loss"] = value_step(run, value, minibatch)
             run.require_finite(value_loss=stats["value_loss"])
@@ -173,7 +180,7 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
         metrics["learning_rate"] = config.adam.learning_rate * factor
         run.log(iteration, metrics, show=["reward", "kl", "pretraining_loss"])
         if config.keep_every and (iteration + 1) % config.keep_every == 0:
-            run.save_model(average or unwrap(policy), tokenizer, f"iteration-{iteration + 1:06d}")
+            save_policy(run, policy, average, tokenizer, f"iteration-{iteration + 1:06d}")
 
     rows = {"episodes": iterations * config.batch_size, "iterations": iterations, "β": config.kl_coefficient}
     rows |= {"γ_ptx": config.gamma_ptx}
@@ -192,9 +199,17 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
     curves = [["reward"], ["kl"], ["entropy"], ["value_loss"], ["response_tokens"], ["pretraining_loss"]]
     report.write(run, "PPO-ptx" if config.gamma_ptx else "PPO", rows, curves)
     run.save_model(unwrap(value), tokenizer, "value")
-    path = run.save_model(average or unwrap(policy), tokenizer)
+    path = save_policy(run, policy, average, tokenizer, "model")
     run.close()
     return path
+
+
+def save_policy(
+    run: Run, policy: LanguageModel, average: MovingAverage | None, tokenizer: PreTrainedTokenizerBase, name: str
+) -> Path:
+    """Writes the moving average of the policy, or the policy itself if there is none, and returns where."""
+    with average.in_place() if average else contextlib.nullcontext():
+        return run.save_model(unwrap(policy), tokenizer, name)
 
 
 @torch.no_grad()
@@ -203,9 +218,11 @@ def collect(
 ) -> tuple[list[Episode], dict[str, float]]:
     """Samples a completion for every prompt and works out its rewards and advantages. Each model runs once.
 
-    ``numbers`` are those of the episodes in the run: an episode is the same however they are shared out.
+    ``numbers`` are those of the episodes in the run: an episode is the same however they are shared out. Each process
+    samples and scores its share. Then all of them have all episodes.
     """
     config: PPOConfig = run.config
+    examples, numbers = run.processes.share(examples), run.processes.share(numbers)
     prompts = [example.prompt_ids for example in examples]
     ends = actors.rewards.end_token_ids
     try:
@@ -227,37 +244,45 @@ def collect(
     groups = groups_of_one(prompts, responses)
     laid_out: dict[Layout, list[Batch]] = {}
 
-    def each(model: Any, read: Callable[[Batch], Tensor]) -> Tensor:
+    def each(model: Any, read: Callable[[Any, Batch], Tensor]) -> Tensor:
         """Lays the completions out in batches for ``model`` and joins what ``read`` returns for each batch."""
         inner: Backbone = unwrap(model)
         if inner.layout not in laid_out:
             laid_out[inner.layout] = list(inner.batches(groups, config.tokens_per_forward))
-        found = []
-        for batch in laid_out[inner.layout]:
-            with run.accelerator.autocast():
-                found.append(read(batch))
-        return torch.cat(found)
+        with Passes(inner) as passes, run.accelerator.autocast():
+            return torch.cat([passes(read, inner, batch) for batch in laid_out[inner.layout]])
 
-    reference, value_model, reward_model = actors.reference, actors.value, actors.rewards.model
     ref_logprobs = each(
-        reference, lambda batch: reference(batch, linear_selective_log_softmax, temperature=config.temperature)
+        actors.reference,
+        lambda model, batch: model.forward(batch, linear_selective_log_softmax, temperature=config.temperature),
     )
-    value = each(value_model, lambda batch: value_model(batch, batch.before))
-    scores = each(reward_model, lambda batch: reward_model(batch, batch.last)) if reward_model else None
-    ended = [response[-1] in ends for response in responses]
+    value = each(actors.value, lambda model, batch: model.forward(batch, batch.before))
+    scores = None
+    if actors.rewards.model:
+        scores = each(actors.rewards.model, lambda model, batch: model.forward(batch, batch.last))
     try:
-        score = actors.rewards.total(scores, examples, responses).to(run.device)
+        score = actors.rewards.total(scores, examples, responses)
     except RewardError as error:
         raise RunError(f"step {run.step}: {error}; {run.last_checkpoint()}") from error
-    score = score - config.missing_eos_penalty * ~torch.tensor(ended, device=run.device)
+
+    # Advantages are normalised over the whole batch, and minibatches are drawn from it, on any number of processes.
+    sizes = [len(response) for response in responses]
+    per_token = [tensor.cpu().split(sizes) for tensor in (ref_logprobs, value)]
+    kept = [completion.logprobs for completion in completions]
+    shares = list(zip(prompts, responses, kept, *per_token, score.tolist(), strict=True))
+    columns: Any = zip(*run.processes.joined(shares), strict=True)
+    prompts, responses, *per_token, scores = columns
+    logprobs, ref_logprobs, value = (torch.cat(tensors) for tensors in per_token)
     run.require_finite(
         log_probability_of_the_reference=ref_logprobs.sum().item(), value_of_the_value_model=value.sum().item()
     )
+    logprobs, ref_logprobs, value = (tensor.to(run.device) for tensor in (logprobs, ref_logprobs, value))
+    ended = torch.tensor([response[-1] in ends for response in responses], device=run.device)
+    score = torch.tensor(scores, device=run.device) - config.missing_eos_penalty * ~ended
 
     # One flat entry per response token, completion after completion; cu_seqlens says where each begins.
     lengths = torch.tensor([len(response) for response in responses])
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(run.device)
-    logprobs = torch.cat([completion.logprobs for completion in completions]).to(run.device)
     advantages, returns, _, kl = ppo_advantages(
         score,
         logprobs,
@@ -271,23 +296,16 @@ def collect(
         whiten=config.whiten_advantages,
         cu_seqlens=cu_seqlens,
     )
-    per_token = [tensor.split(lengths.tolist()) for tensor in (logprobs, value, advantages, returns)]
-    episodes = [Episode(*parts) for parts in zip(prompts, responses, *per_token, strict=True)]
-
-    count = sum_over_processes(run, len(prompts))
-    sums: dict[str, Any] = {
-        "reward": score.sum(),
-        "kl": kl.sum(),
-        "response_tokens": lengths.sum(),
-        "ended": sum(ended),
-    }
-    return episodes, {name: (sum_over_processes(run, value) / count).item() for name, value in sums.items()}
+    parts = [tensor.split(lengths.tolist()) for tensor in (logprobs, value, advantages, returns)]
+    episodes = [Episode(*each) for each in zip(prompts, responses, *parts, strict=True)]
+    sums = {"reward": score.sum(), "kl": kl.sum(), "response_tokens": lengths.sum(), "ended": ended.sum()}
+    return episodes, {name: (total / len(episodes)).item() for name, total in sums.items()}
 
 
 def policy_step(run: Run, policy: LanguageModel, episodes: list[Episode]) -> dict[str, float]:
     """Accumulates the gradient of the clipped policy loss over a minibatch, and returns its statistics."""
     config: PPOConfig = run.config
-    tokens = sum_over_processes(run, sum(len(episode.response) for episode in episodes)).item()
+    tokens = run.processes.sum(sum(len(episode.response) for episode in episodes)).item()
     sums: dict[str, float] = {}
     deviation = 0.0
     for part, batch in accumulate(run, policy, episodes):
@@ -306,14 +324,14 @@ def policy_step(run: Run, policy: LanguageModel, episodes: list[Episode]) -> dic
         deviation = max(deviation, stats["ratio_max_deviation"].item())
         for name, value in {"policy_loss": loss, **stats}.items():
             sums[name] = sums.get(name, 0.0) + value.item() * share
-    means = {name: sum_over_processes(run, value).item() for name, value in sums.items()}
+    means = {name: run.processes.sum(value).item() for name, value in sums.items()}
     return means | {"ratio_max_deviation": deviation}
 
 
 def value_step(run: Run, value_model: ScalarModel, episodes: list[Episode]) -> float:
     """Accumulates the gradient of the clipped value loss over a minibatch, and returns the loss."""
     config: PPOConfig = run.config
-    tokens = sum_over_processes(run, sum(len(episode.response) for episode in episodes)).item()
+    tokens = run.processes.sum(sum(len(episode.response) for episode in episodes)).item()
     loss_sum = 0.0
     for part, batch in accumulate(run, value_model, episodes):
         with run.accelerator.autocast():
@@ -328,7 +346,7 @@ def value_step(run: Run, value_model: ScalarModel, episodes: list[Episode]) -> f
         share = len(batch.targets) / tokens
         backward(run, loss, share)
         loss_sum += loss.item() * share
-    return sum_over_processes(run, loss_sum).item()
+    return run.processes.sum(loss_sum).item()
 
 
 def check_ratio(iteration: int, deviation: float, mixed_precision: str) -> None:
@@ -341,9 +359,3 @@ def check_ratio(iteration: int, deviation: float, mixed_precision: str) -> None:
             deviation,
             RATIO_TOLERANCE[mixed_precision],
         )
-
-
-@torch.no_grad()
-def update_average(average: LanguageModel, policy: LanguageModel, decay: float) -> None:
-    """Average ← decay · average + (1 − decay) · policy."""
-    torch._foreach_lerp_(list(average.parameters()), list(policy.parameters()), 1 - decay)

@@ -35,6 +35,7 @@ from rlhf.data import (
 )
 from rlhf.loading import load_tokenizer, shared_context
 from rlhf.models import ScalarModel, unwrap
+from rlhf.sharding import Passes
 from rlhf.training import (
     Run,
     accumulate,
@@ -43,8 +44,6 @@ from rlhf.training import (
     hold_out,
     make_optimizer,
     optimizer_step,
-    process_share,
-    sum_over_processes,
 )
 from rlhf_kernels import pairwise_ranking_loss
 
@@ -63,8 +62,8 @@ def train(config: RewardConfig, *, resume: bool = False) -> Path:
     if run.finished:
         return run.directory / "model"
     model = ScalarModel.load(config.model, attention=config.attention, device=run.device)
-    model.eval()  # no dropout: the paper names it for SFT alone
-    model, optimizer = run.prepare(model, make_optimizer(model, config.adam))
+    model = run.place(model.eval())  # no dropout: the paper names it for SFT alone
+    model, optimizer = run.prepare((model, make_optimizer(model, config.adam)))
 
     steps = math.ceil(config.epochs * len(training) / config.batch_size)
     for step in run.steps(steps):
@@ -73,7 +72,7 @@ def train(config: RewardConfig, *, resume: bool = False) -> Path:
         factor = cosine_to_tenth(step, steps)
         # A short last batch may leave a process without a share. It still runs, on an example without a pair, since the
         # other processes wait for its gradient.
-        share = process_share(run, batch) or [RankedExample(batch[0].prompt_ids, batch[0].completion_ids[:1], [1])]
+        share = run.processes.share(batch) or [batch[0].idle]
         loss, accuracy = ranking_step(run, model, share, prompts=len(batch))
         run.require_finite(loss=loss)
         norm = optimizer_step(run, model, optimizer, config.adam, factor)
@@ -81,7 +80,7 @@ def train(config: RewardConfig, *, resume: bool = False) -> Path:
         metrics |= {"learning_rate": config.adam.learning_rate * factor, "gradient_norm": norm}
         run.log(step, metrics, show=["loss", "accuracy"])
 
-    reward_model = run.accelerator.unwrap_model(model)
+    reward_model = unwrap(model)
     rows: dict[str, float] = {
         "prompts": len(training),
         "pairs": sum(pair_count(comparisons[i]) for i in training),
@@ -114,7 +113,7 @@ def ranking_step(run: Run, model: ScalarModel, comparisons: list[RankedExample],
         backward(run, loss, share)
         loss_sum += loss.item() * share
         accuracy_sum += accuracy.item() * share
-    return sum_over_processes(run, loss_sum).item(), sum_over_processes(run, accuracy_sum).item()
+    return run.processes.sum(loss_sum).item(), run.processes.sum(accuracy_sum).item()
 
 
 @torch.no_grad()
@@ -127,8 +126,9 @@ def ranking_accuracy(model: ScalarModel, comparisons: list[RankedExample], token
 @torch.no_grad()
 def score(model: ScalarModel, groups: Sequence[Group], tokens_per_forward: int) -> Tensor:
     """(S,) rewards of all responses, in order."""
-    batches = unwrap(model).batches(groups, tokens_per_forward)
-    return torch.cat([model(batch, batch.last) for batch in batches])
+    with Passes(model) as passes:
+        scores = [passes(model.forward, batch, batch.last) for batch in model.batches(groups, tokens_per_forward)]
+    return torch.cat(scores) if scores else torch.zeros(0, device=model.device)
 
 
 def rank_arguments(comparisons: list[RankedExample], device: torch.device) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rlhf.decoding import Decoder, decoding_layers
 from rlhf.models import LanguageModel, unwrap
+from rlhf.sharding import Passes
 from rlhf_kernels import sample_tokens
 
 
@@ -49,7 +50,8 @@ def sample(
 
     ``streams`` has a number for each, such as that of an episode, with which its tokens are drawn; None numbers them
     from 0 on. Prompts of similar length are sampled together, so that little of a batch is padding. Temperature 0 takes
-    the likeliest token; the log-probs are then those at temperature 1.
+    the likeliest token; the log-probs are then those at temperature 1. All processes that share a sharded model call
+    this together.
 
     Raises:
         NotFiniteError: the model's logits are NaN or infinite.
@@ -60,10 +62,11 @@ def sample(
     was_training = module.training
     module.eval()
     try:
-        with decoding_layers(module.inner):
+        with decoding_layers(module.inner), Passes(module, gathered=True) as passes:
             for members in sampling_batches(module, prompts, batch_size):
                 sampler = Sampler(seed, torch.tensor([streams[i] for i in members], device=module.device), temperature)
-                sampled = sample_batch(module, [prompts[i] for i in members], end_token_ids, max_new_tokens, sampler)
+                decoder = Decoder(module, [prompts[i] for i in members], module.decoding)
+                sampled = sample_batch(decoder, passes, end_token_ids, max_new_tokens, sampler)
                 completions.update(zip(members, sampled, strict=True))
     finally:
         module.train(was_training)
@@ -109,23 +112,18 @@ class Sampler:
 
 @torch.no_grad()
 def sample_batch(
-    model: LanguageModel,
-    prompts: list[Sequence[int]],
-    end_token_ids: Collection[int],
-    max_new_tokens: int,
-    sampler: Sampler,
+    decoder: Decoder, passes: Passes, end_token_ids: Collection[int], max_new_tokens: int, sampler: Sampler
 ) -> list[Completion]:
     """One batch: prefill over the prompts, then a token at a time."""
-    device = model.device
+    size, device = len(sampler.streams), sampler.streams.device
     ends = torch.tensor(sorted(end_token_ids), device=device)
 
-    rows = torch.arange(len(prompts), device=device)  # which completion each row of the batch is
-    tokens = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long, device=device)
-    logprobs = torch.zeros(len(prompts), max_new_tokens, device=device)
-    count = torch.full((len(prompts),), max_new_tokens, device=device)
-    decoder = Decoder(model, prompts, model.decoding)
+    rows = torch.arange(size, device=device)  # which completion each row of the batch is
+    tokens = torch.zeros(size, max_new_tokens, dtype=torch.long, device=device)
+    logprobs = torch.zeros(size, max_new_tokens, device=device)
+    count = torch.full((size,), max_new_tokens, device=device)
     for step in range(max_new_tokens):
-        drawn, logprobs[rows, step] = sampler.draw(decoder.logits(), rows, step)
+        drawn, logprobs[rows, step] = sampler.draw(passes(decoder.logits), rows, step)
         tokens[rows, step] = drawn
 
         ended = torch.isin(drawn, ends)

@@ -38,8 +38,6 @@ from rlhf.training import (
     hold_out,
     make_optimizer,
     optimizer_step,
-    process_share,
-    sum_over_processes,
 )
 from rlhf_kernels import linear_cross_entropy
 
@@ -64,7 +62,8 @@ def train(config: SFTConfig, *, resume: bool = False) -> Path:
     model = LanguageModel.load(
         config.model, residual_dropout=config.residual_dropout, attention=config.attention, device=run.device
     )
-    model, optimizer = run.prepare(model, make_optimizer(model, config.adam))
+    model = run.place(model)
+    model, optimizer = run.prepare((model, make_optimizer(model, config.adam)))
     validation = [examples[i] for i in held_out]
 
     pretraining_size = max(1, round(config.batch_size * config.pretraining_fraction)) if pretraining else 0
@@ -82,7 +81,7 @@ def train(config: SFTConfig, *, resume: bool = False) -> Path:
         model.train()
         # A short last batch may leave a process without a share. It still runs, on an empty completion, since the other
         # processes wait for its gradient.
-        share = process_share(run, batch) or [Example(batch[0].prompt_ids, [])]
+        share = run.processes.share(batch) or [batch[0].idle]
         loss = language_model_step(run, model, share)
         run.require_finite(loss=loss)
         norm = optimizer_step(run, model, optimizer, config.adam, factor)
@@ -98,7 +97,7 @@ def train(config: SFTConfig, *, resume: bool = False) -> Path:
         rows["held-out loss after"] = run.history[-1]["held_out_loss"]
     report.write(run, "Supervised fine-tuning", rows, curves=[["loss", "held_out_loss"], ["learning_rate"]])
     # The model is saved last, since its presence means that the run is finished.
-    path = run.save_model(run.accelerator.unwrap_model(model), tokenizer)
+    path = run.save_model(unwrap(model), tokenizer)
     run.close()
     return path
 
@@ -113,13 +112,13 @@ def pretraining_examples(texts: list[str], tokenizer: PreTrainedTokenizerBase, l
 
 def language_model_step(run: Run, model: LanguageModel, examples: list[Example], weight: float = 1.0) -> float:
     """Accumulates the gradient of ``weight`` times the mean loss per completion token. Returns the mean itself."""
-    tokens = sum_over_processes(run, sum(len(example.completion_ids) for example in examples)).item()
+    tokens = run.processes.sum(sum(len(example.completion_ids) for example in examples)).item()
     loss_sum = 0.0
     for _, batch in accumulate(run, model, examples):
         loss = token_loss(run, model, batch)
         backward(run, loss, weight / tokens)
         loss_sum += loss.item()
-    return sum_over_processes(run, loss_sum).item() / tokens
+    return run.processes.sum(loss_sum).item() / tokens
 
 
 @torch.no_grad()

@@ -26,37 +26,52 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
-import accelerate
 import torch
 import transformers
 import yaml
-from accelerate.state import AcceleratorState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.batch import Batch
+from rlhf import checkpoints
+from rlhf.batch import Batch, Group
+from rlhf.checkpoints import RunError, describing, flush, write_whole
 from rlhf.config import Adam, RunConfig
-from rlhf.fields import first_line
 from rlhf.memory import recompute_blocks
 from rlhf.models import Backbone, unwrap
+from rlhf.processes import Processes
 from rlhf.settings import ConfigError, as_plain, flatten
+from rlhf.sharding import is_sharded, largest, local, place, whole, whole_weights
 
 logger = logging.getLogger(__name__)
 console = Console(stderr=True)
 
 # Settings that may differ when a run is resumed: they say where it runs and how often it saves, not what it computes.
-FREE_ON_RESUME = {"output_dir", "checkpoint_every", "device"}
+FREE_ON_RESUME = {"output_dir", "checkpoint_every", "device", "sharding"}
 # These may differ too, although they change what is computed: a run that diverged can only go on with lower rates.
 LEARNING_RATES = {"adam.learning_rate", "value_adam.learning_rate"}
 
 
-class RunError(RuntimeError):
-    """A run that cannot start, go on or save itself. The message says what is safe and what to do."""
+SomeModel = TypeVar("SomeModel", bound=Backbone)
+
+
+class Example(Protocol):
+    """What a model is trained on."""
+
+    @property
+    def group(self) -> Group:
+        """Its prompt and responses."""
+
+    @property
+    def idle(self) -> Any:
+        """An example of the same kind with nothing to learn, for a process that only takes part."""
+
+
+SomeExample = TypeVar("SomeExample", bound=Example)
 
 
 class Run:
@@ -68,12 +83,13 @@ class Run:
         self.settings = {"stage": stage, **as_plain(config)}
         self.directory = Path(config.output_dir)
         self.step = 0
-        self.accelerator = make_accelerator(config)
+        self.processes = Processes(config.device, config.mixed_precision)
+        self.accelerator = self.processes.accelerator
         if self.is_main:
             with describing(f"{self.directory}: cannot be used for output"):
                 self._check_directory(resume)
         self.accelerator.wait_for_everyone()
-        self.checkpoint = latest_checkpoint(self.directory) if resume else None
+        self.checkpoint = checkpoints.latest(self.directory) if resume else None
 
     def _check_directory(self, resume: bool) -> None:
         """Raises if the directory cannot be written to, or holds another run or one that is not to be resumed.
@@ -115,42 +131,50 @@ class Run:
     @property
     def device(self) -> torch.device:
         """Where tensors go."""
-        return self.accelerator.device
+        return self.processes.device
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and shows progress."""
-        return self.accelerator.is_main_process
+        return self.processes.is_main
 
     @property
     def finished(self) -> bool:
         """Whether the run has saved its model already."""
         return (self.directory / "model").exists()
 
-    def prepare(self, *models_and_optimizers: Any, also: Sequence[Any] = ()) -> list[Any]:
-        """Places models and optimizers on their devices and brings them to the checkpoint's state, if there is one.
+    def place(self, model: SomeModel) -> SomeModel:
+        """A model as the settings have it: its blocks run again in the backward pass, its weights are split."""
+        if self.config.gradient_checkpointing and any(p.requires_grad for p in model.parameters()):
+            recompute_blocks(model)
+        return place(model, self.config.sharding, self.processes)
 
-        The models are those that are trained, so that ``gradient_checkpointing`` goes for them.
+    def prepare(self, *trained: tuple[Backbone, torch.optim.Optimizer], also: Sequence[Any] = ()) -> list[Any]:
+        """Models and optimizers, ready for training on all processes and in the checkpoint's state if there is one.
+
         ``also``: further objects with ``state_dict`` and ``load_state_dict`` that belong in the checkpoint.
         """
         if self.is_main:
             with describing(f"{self.directory}: cannot be used for output"):
                 self._open_directory()
-        if self.config.gradient_checkpointing:
-            for item in models_and_optimizers:
-                if isinstance(item, Backbone):
-                    recompute_blocks(item)
-        prepared = [self.accelerator.prepare(item) for item in models_and_optimizers]
-        self.accelerator.register_for_checkpointing(*also)
+        self._state: dict[str, Any] = {f"trained_{i}": checkpoints.Trained(*pair) for i, pair in enumerate(trained)}
+        self._state |= {f"also_{i}": item for i, item in enumerate(also)}
+        prepared = []
+        for model, optimizer in trained:
+            prepared.append(model if is_sharded(model) else self.accelerator.prepare(model))
+            prepared.append(self.accelerator.prepare(optimizer))
+        if self.accelerator.scaler:
+            self._state["loss_scale"] = self.accelerator.scaler
         if self.checkpoint:
-            self.accelerator.load_state(str(self.checkpoint))
+            with describing(f"{self.checkpoint}: could not be read"):
+                checkpoints.read(self._state, self.checkpoint)
         self._open_metrics(self.first_step)
         return prepared
 
     @property
     def first_step(self) -> int:
         """The step to begin with: 0, or the one after the checkpoint's."""
-        return int(self.checkpoint.name.removeprefix("checkpoint-")) if self.checkpoint else 0
+        return checkpoints.step_of(self.checkpoint) if self.checkpoint else 0
 
     def _open_metrics(self, first_step: int) -> None:
         """Opens the metrics for appending. Drops what was logged after the checkpoint, since those steps run again."""
@@ -198,7 +222,7 @@ class Run:
 
     def seed_step(self, step: int) -> None:
         """Seeds everything random in this step, in this process."""
-        rank = self.accelerator.process_index
+        rank = self.processes.number
         digest = hashlib.sha256(f"{self.stage}/{self.config.seed}/{step}/{rank}".encode()).digest()
         torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
@@ -218,24 +242,24 @@ class Run:
 
     def save_checkpoint(self, step: int) -> None:
         """Writes ``checkpoint-<step>`` whole. Older ones are removed only after the next step has run without error."""
-        target = self.directory / checkpoint_name(step)
+        target = self.directory / checkpoints.name_of_step(step)
         temporary = target.with_suffix(".tmp")
         with describing(
             f"{target}: could not be written; {self.last_checkpoint()}; free some space and go on with --resume",
             temporary,
         ):
-            self.accelerator.save_state(str(temporary))
+            checkpoints.write(self._state, temporary)
             self._publish(temporary, target)
 
     def last_checkpoint(self) -> str:
         """For error messages: from which checkpoint a run that stops here can go on."""
-        found = latest_checkpoint(self.directory)
+        found = checkpoints.latest(self.directory)
         return f"{found.name} is intact" if found else "there is no checkpoint yet"
 
     def _remove_older_checkpoints(self) -> None:
         """Removes all checkpoints but the newest."""
         if self.is_main:
-            for older in checkpoints(self.directory)[:-1]:
+            for older in checkpoints.complete(self.directory)[:-1]:
                 shutil.rmtree(older)
 
     def require_finite(self, **quantities: float) -> None:
@@ -247,9 +271,9 @@ class Run:
         bad = [(name.replace("_", " "), value) for name, value in quantities.items() if not math.isfinite(value)]
         if not bad:
             return
-        found = checkpoints(self.directory)
+        found = checkpoints.complete(self.directory)
         # If the very next step after a checkpoint fails, the checkpoint is bad: its weights may be finite but huge.
-        if found and found[-1].name == checkpoint_name(self.step):
+        if found and found[-1].name == checkpoints.name_of_step(self.step):
             if self.is_main:
                 shutil.rmtree(found[-1])
             found.pop()
@@ -262,14 +286,16 @@ class Run:
 
     def save_model(self, model: Backbone, tokenizer: PreTrainedTokenizerBase, name: str = "model") -> Path:
         """Writes a model under ``name``, whole or not at all, and returns where."""
-        self.require_finite(sum_of_the_trained_weights=float(sum(p.detach().abs().sum() for p in model.parameters())))
+        size = sum(float(local(parameter.detach()).abs().sum()) for parameter in model.parameters())
+        self.require_finite(sum_of_the_trained_weights=self.processes.sum(size).item())
         target = self.directory / name
         temporary = target.with_name(target.name + ".tmp")
         with describing(
             f"{target}: could not be written; checkpoints are intact; free some space and --resume", temporary
         ):
+            weights = whole_weights(model) if is_sharded(model) else None  # all processes give their parts
             if self.is_main:
-                model.save(temporary, tokenizer)
+                model.save(temporary, tokenizer, weights)
             self._publish(temporary, target)
         return target
 
@@ -295,58 +321,12 @@ class Run:
             )
 
 
-@contextlib.contextmanager
-def describing(what: str, half_written: Path | None = None) -> Iterator[None]:
-    """Turns whatever goes wrong inside into a :class:`RunError` of one line, and removes what was half written."""
-    try:
-        yield
-    except RunError:
-        raise
-    except Exception as error:
-        if half_written:
-            shutil.rmtree(half_written, ignore_errors=True)
-        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else first_line(error)
-        raise RunError(f"{what}: {reason}") from error
-
-
 def quiet_libraries() -> None:
     """Silences libraries, which report every file and every tied weight. We report what matters of it ourselves."""
     for library in ("accelerate", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that a kill leaves the old file or the new one, never a part of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
-def flush(path: Path) -> None:
-    """Forces a file or a directory entry onto the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def checkpoint_name(step: int) -> str:
-    """The directory of the checkpoint from which ``step`` goes on."""
-    return f"checkpoint-{step:06d}"
-
-
-def checkpoints(directory: Path) -> list[Path]:
-    """The complete checkpoints in a run's directory, oldest first."""
-    return sorted(path for path in directory.glob("checkpoint-*") if path.suffix != ".tmp")
-
-
-def latest_checkpoint(directory: Path) -> Path | None:
-    """The newest complete checkpoint in a run's directory."""
-    found = checkpoints(directory)
-    return found[-1] if found else None
 
 
 def holds_run(directory: Path) -> bool:
@@ -363,79 +343,25 @@ def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
             return
 
 
-def make_accelerator(config: RunConfig) -> accelerate.Accelerator:
-    """Devices, processes and precision, as the launcher and the settings have them.
-
-    Raises:
-        ConfigError: a device that is not there, or a precision that it does not have.
-    """
-    device = find_device(config.device)
-    if config.mixed_precision == "fp16" and device.type == "cpu":
-        raise ConfigError("mixed_precision: is 'fp16', which CPUs have not; bf16 runs on them")
-    # accelerate keeps devices and precision for the whole process; a second run in it may have others.
-    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    accelerator = accelerate.Accelerator(
-        mixed_precision=config.mixed_precision, cpu=device.type == "cpu", step_scheduler_with_optimizer=False
-    )
-    if config.device and device.index not in (None, accelerator.device.index):
-        raise ConfigError(
-            f"device: is {config.device!r}, but this process runs on {accelerator.device}; "
-            "CUDA_VISIBLE_DEVICES chooses the GPUs"
-        )
-    require_processes(accelerator.num_processes)
-    return accelerator
-
-
-def require_processes(taking_part: int) -> None:
-    """Raises if a launcher started more processes than take part: each of them would be a run of its own.
-
-    Raises:
-        ConfigError: says how many there are.
-    """
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != taking_part:
-        raise ConfigError(f"the launcher started {launched} processes, of which {taking_part} can take part")
-
-
-def find_device(name: Any) -> torch.device:
-    """The device of a setting, or the best there is.
-
-    Raises:
-        ConfigError: torch knows no such device, or sees none here.
-    """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except (RuntimeError, TypeError) as error:
-        raise ConfigError(f"device: is {name!r}, must be cpu, cuda or another device of torch") from error
-    module: Any = getattr(torch, device.type, None)
-    count = module.device_count() if device.type != "cpu" and hasattr(module, "device_count") else 0
-    if device.type != "cpu" and (device.index or 0) >= count:
-        raise ConfigError(f"device: is {name!r}, but torch {torch.__version__} sees {count} devices of that type here")
-    return device
-
-
 def make_optimizer(model: nn.Module, adam: Adam) -> torch.optim.Optimizer:
-    """Adam over a model's parameters."""
-    return torch.optim.Adam(
-        model.parameters(), lr=adam.learning_rate, betas=(adam.beta1, adam.beta2), eps=adam.eps, fused=True
-    )
+    """Adam over the parameters of a model that are trained."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.Adam(trained, lr=adam.learning_rate, betas=(adam.beta1, adam.beta2), eps=adam.eps, fused=True)
 
 
 def optimizer_step(run: Run, model: nn.Module, optimizer: torch.optim.Optimizer, adam: Adam, factor: float) -> float:
     """One clipped step at ``factor`` times the peak learning rate. Returns the gradient's norm before clipping."""
     for group in optimizer.param_groups:
         group["lr"] = adam.learning_rate * factor
-    norm = run.accelerator.clip_grad_norm_(model.parameters(), adam.max_grad_norm)
+    norm = float(whole(run.accelerator.clip_grad_norm_(model.parameters(), adam.max_grad_norm)))
     scaler = run.accelerator.scaler
     # In fp16 the loss scale is found by trying: a step whose gradients overflow is skipped, and the scale is halved. So
     # an infinite norm is an error only without a scale, or once the scale is below 1.
     if scaler is None or scaler.get_scale() < 1:
-        run.require_finite(gradient_norm=float(norm))
+        run.require_finite(gradient_norm=norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return float(norm)
+    return norm
 
 
 @functools.lru_cache(maxsize=16)
@@ -469,31 +395,27 @@ def hold_out(count: int, fraction: float, seed: int) -> tuple[list[int], list[in
     return sorted(order[held_out:]), sorted(order[:held_out])
 
 
-def accumulate(run: Run, model: nn.Module, examples: Sequence[Any]) -> Iterator[tuple[list[Any], Batch]]:
+def accumulate(
+    run: Run, model: nn.Module, examples: Sequence[SomeExample]
+) -> Iterator[tuple[list[SomeExample], Batch]]:
     """The examples of one optimizer step in parts of ``tokens_per_forward``, each with its batch.
 
     Every part gets a forward pass and a :func:`backward` of its own. Gradients add up; processes exchange them once,
-    at the last part. An example is any object with a ``group``.
+    at the last part. Those of a sharded model exchange them with every part, so there all processes have equally many.
     """
     inner: Backbone = unwrap(model)
-    parts = inner.parts([example.group for example in examples], run.config.tokens_per_forward)
-    for number, indices in enumerate(parts, start=1):
-        part = [examples[i] for i in indices]
-        with run.accelerator.no_sync(model) if number < len(parts) else contextlib.nullcontext():
+    indices = inner.parts([example.group for example in examples], run.config.tokens_per_forward)
+    parts = [[examples[i] for i in part] for part in indices]
+    sharded = is_sharded(inner)
+    if sharded:
+        parts += [[examples[0].idle]] * (largest(len(parts), run.device) - len(parts))
+    for number, part in enumerate(parts, start=1):
+        waits = not sharded and number < len(parts)
+        with run.accelerator.no_sync(model) if waits else contextlib.nullcontext():
             yield part, inner.lay_out([example.group for example in part])
 
 
 def backward(run: Run, loss: Tensor, share: float) -> None:
     """Adds the gradient of ``share * loss``. The sum of these over all parts and processes is the step's loss."""
-    # DDP averages gradients over processes, but their sum is needed.
-    run.accelerator.backward(loss * (share * run.accelerator.num_processes))
-
-
-def process_share(run: Run, items: list[Any]) -> list[Any]:
-    """This process's share of a global batch."""
-    return items[run.accelerator.process_index :: run.accelerator.num_processes]
-
-
-def sum_over_processes(run: Run, value: float | Tensor) -> Tensor:
-    """The sum of a number over all processes."""
-    return run.accelerator.reduce(torch.as_tensor(value, dtype=torch.float32, device=run.device), reduction="sum")
+    # DDP and FSDP average gradients over processes, but their sum is needed.
+    run.accelerator.backward(loss * (share * run.processes.count))

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from rich.progress import Progress
 
-from rlhf.training import RunError, console, quiet_libraries
+from rlhf.checkpoints import RunError
+from rlhf.training import console, quiet_libraries
 
 
 class Background:

@@ -28,6 +28,7 @@ import yaml
 from torch import Tensor
 
 from rlhf import ppo, reward, sft
+from rlhf.checkpoints import RunError, write_whole
 from rlhf.config import Adam, LengthConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf.data import Limits, read_comparisons, tokenize_comparisons, tokenize_texts
 from rlhf.demo import report
@@ -39,8 +40,9 @@ from rlhf.demo.world import STOP_WORD, Instruction, World, answer_page
 from rlhf.evaluate import pretraining_loss, win_rate
 from rlhf.loading import load_tokenizer
 from rlhf.models import LanguageModel, ScalarModel
+from rlhf.processes import Processes
 from rlhf.rollout import sample
-from rlhf.training import RunError, console, holds_run, read_metrics, write_whole
+from rlhf.training import console, holds_run, read_metrics
 
 LENGTHS = LengthConfig(max_prompt_tokens=32, max_response_tokens=40)
 SHOTS = 2
@@ -288,7 +290,7 @@ def measure(config: DemoConfig, data: Data, chunks: Tensor, name: str, path: Pat
     answers = sample_texts(path, [instruction.prompt for instruction in data.evaluation], f"{name} {config.seed}")
     model = LanguageModel.load(str(path)).eval()
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return Measured(answers, parameters, pretraining_loss(model, chunks, 8192))
+    return Measured(answers, parameters, pretraining_loss(model, chunks, 8192, Processes("cpu")))
 
 
 def few_shot_answers(config: DemoConfig, data: Data, base: Path) -> list[str]:

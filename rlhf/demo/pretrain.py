@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from rlhf import report
 from rlhf.config import Adam, RunConfig, cosine_to_tenth
-from rlhf.models import LanguageModel
+from rlhf.models import LanguageModel, unwrap
 from rlhf.sft import language_model_step, pretraining_examples
 from rlhf.training import Run, batch_indices, holds_run, make_optimizer, optimizer_step
 
@@ -78,7 +78,7 @@ def pretrain(
     chunks = pretraining_examples(list(documents), tokenizer, CHUNK)
     model = LanguageModel(GPT2LMHeadModel(config))
     adam = Adam(learning_rate=size.learning_rate)
-    model, optimizer = run.prepare(model, make_optimizer(model, adam))
+    model, optimizer = run.prepare((model, make_optimizer(model, adam)))
     for step in run.steps(size.steps):
         batch = [chunks[i] for i in batch_indices(len(chunks), size.batch_size, step, seed=seed)]
         loss = language_model_step(run, model, batch)
@@ -89,6 +89,6 @@ def pretrain(
     report.write(
         run, "Pretraining", {"parameters": parameters, "tokens": size.steps * size.batch_size * CHUNK}, [["loss"]]
     )
-    path = run.save_model(run.accelerator.unwrap_model(model), tokenizer)
+    path = run.save_model(unwrap(model), tokenizer)
     run.close()
     return path

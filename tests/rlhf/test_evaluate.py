@@ -9,13 +9,13 @@ import torch
 from tools import write_jsonl
 
 from rlhf import evaluate as evaluation
+from rlhf.checkpoints import RunError
 from rlhf.config import EvaluateConfig, GenerateConfig, LengthConfig
 from rlhf.data import DataError
 from rlhf.evaluate import Rate, evaluate, generate, win_rate
 from rlhf.loading import ModelError, load_tokenizer
 from rlhf.models import LanguageModel, ScalarModel
 from rlhf.settings import ConfigError
-from rlhf.training import RunError
 
 
 @pytest.fixture(scope="module")

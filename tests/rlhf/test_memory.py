@@ -8,21 +8,17 @@ import pytest
 import torch
 from model_types import TYPES, tiny
 from safetensors.torch import load_file
-from tools import metrics
+from tools import metrics, weights
 from torch import nn
 
 from rlhf import ppo, reward, sft
 from rlhf.batch import groups_of_one
 from rlhf.loading import ModelError, load
-from rlhf.memory import blocks_of, freeze, recompute_blocks
+from rlhf.memory import freeze, recompute_blocks
 from rlhf.models import LanguageModel, ScalarModel
 from rlhf_kernels import linear_cross_entropy, linear_selective_log_softmax
 
 PROMPTS, RESPONSES = [[5, 6, 7], [8, 9]], [[10, 11, 12, 13], [14, 15]]
-
-
-def weights(directory):
-    return load_file(Path(directory) / "model/model.safetensors")
 
 
 def saved_bytes(model, step):
@@ -96,7 +92,7 @@ def test_types(model_type, tokenizer, tmp_path):
     """Of every type, the blocks are found, give the same gradient when run again, and run in bfloat16."""
     tiny(model_type, len(tokenizer), tokenizer.eos_token_id).save_pretrained(tmp_path)
     plain, recomputing = (LanguageModel.load(tmp_path).eval() for _ in range(2))
-    assert len(blocks_of(plain)) == plain.model.config.get_text_config().num_hidden_layers
+    assert len(plain.blocks) == plain.model.config.get_text_config().num_hidden_layers
     recompute_blocks(recomputing)
     for model in (plain, recomputing):
         model(model.lay_out(groups_of_one(PROMPTS, RESPONSES)), linear_cross_entropy).backward()

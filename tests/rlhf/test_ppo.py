@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from tools import metrics, write_jsonl
 
 from rlhf import ppo
+from rlhf.average import MovingAverage
+from rlhf.checkpoints import RunError
 from rlhf.config import Adam, LengthConfig, warmup_from_tenth
 from rlhf.data import Limits, PromptExample, read_prompts, read_texts, tokenize_prompts
 from rlhf.loading import load_tokenizer
@@ -19,7 +21,6 @@ from rlhf.models import LanguageModel, ScalarModel
 from rlhf.rewards import make_rewards
 from rlhf.rollout import Completion, sample
 from rlhf.sft import mean_loss, pretraining_examples
-from rlhf.training import RunError
 
 
 def weights(path):
@@ -251,15 +252,18 @@ def test_advantages_are_worked_out_on_the_run_s_device(ppo_config, open_run, bas
     run, actors, _ = collected(ppo_config(missing_eos_penalty=1.0), open_run, base, reward_model)
     devices = []
 
+    class SeenError(Exception):
+        pass
+
     def advantages(score, logprobs, ref_logprobs, values, mask, *, cu_seqlens, **_):
-        devices.extend(tensor.device.type for tensor in (score, logprobs, cu_seqlens))
-        return values, values, values, values
+        devices.extend(tensor.device.type for tensor in (score, logprobs, ref_logprobs, values, cu_seqlens))
+        raise SeenError  # a tensor on this device has no values
 
     monkeypatch.setattr(ppo, "ppo_advantages", advantages)
-    monkeypatch.setattr(ppo, "sum_over_processes", lambda run, value: torch.tensor(1.0))
     monkeypatch.setattr(type(run), "device", torch.device("meta"))
-    ppo.collect(run, actors, [PromptExample([5, 6, 7], ""), PromptExample([9], "")], [0, 1])
-    assert devices == ["meta"] * 3
+    with pytest.raises(SeenError):
+        ppo.collect(run, actors, [PromptExample([5, 6, 7], ""), PromptExample([9], "")], [0, 1])
+    assert devices == ["meta"] * 5
 
 
 @pytest.mark.parametrize(
@@ -360,17 +364,19 @@ def test_accumulated_gradients_give_the_same_weights(ppo_config, tmp_path):
         assert first == pytest.approx(second, rel=1e-3, abs=1e-4)
 
 
-def test_average_of_weights(lm):
-    policy, average = LanguageModel(lm.model), LanguageModel.load(lm.model.name_or_path)
-    before = {name: tensor.clone() for name, tensor in average.state_dict().items()}
-    moved = LanguageModel.load(lm.model.name_or_path)
+def test_average_of_weights(base):
+    moved = LanguageModel.load(base)
+    average = MovingAverage(moved, 0.992)
+    before = {name: tensor.detach().clone() for name, tensor in moved.named_parameters()}
     with torch.no_grad():
         for parameter in moved.parameters():
             parameter.add_(torch.randn_like(parameter))
-    ppo.update_average(average, moved, 0.992)
-    for name, tensor in average.named_parameters():
-        torch.testing.assert_close(tensor, 0.992 * before[name] + 0.008 * moved.state_dict()[name])
-    assert policy.model.name_or_path == average.model.name_or_path
+    after = {name: tensor.detach().clone() for name, tensor in moved.named_parameters()}
+    average.update()
+    with average.in_place():
+        for name, tensor in moved.named_parameters():
+            torch.testing.assert_close(tensor.detach(), 0.992 * before[name] + 0.008 * after[name])
+    assert all(torch.equal(tensor, after[name]) for name, tensor in moved.named_parameters())
 
 
 def test_average_is_what_is_kept(ppo_config, base):

@@ -20,11 +20,11 @@ from tools import only_line, tiny_gpt2
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import rlhf
+from rlhf.checkpoints import RunError
 from rlhf.loading import ModelError, load_tokenizer
 from rlhf.models import ScalarModel
 from rlhf.objects import described
 from rlhf.records import DataError
-from rlhf.training import RunError
 
 
 def records(path):

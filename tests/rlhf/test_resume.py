@@ -11,13 +11,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
-import accelerate
 import pytest
 import yaml
 from tools import metrics, model_files, only_line, run_here, start
 
 from rlhf import ppo, reward, sft, training
-from rlhf.training import RunError, latest_checkpoint
+from rlhf.checkpoints import RunError
+from rlhf.checkpoints import latest as latest_checkpoint
 
 CHECKPOINT_EVERY = 4
 STAGES = ["sft", "reward", "ppo", "ppo-ptx"]
@@ -215,7 +215,7 @@ def test_no_space_left(interrupted, rlhf, monkeypatch, earlier):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(accelerate.Accelerator, "save_state", full)
+        patch.setattr("torch.distributed.checkpoint.save", full)
         code, error = rlhf(*interrupted.command, "--resume")
     assert code == 1
     line = only_line(error)

@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from tools import metrics, only_line, write_jsonl
 
 from rlhf import ppo
+from rlhf.checkpoints import RunError
 from rlhf.config import Adam, PPOConfig
 from rlhf.data import PromptExample
 from rlhf.models import ScalarModel
 from rlhf.rewards import RewardError, Rewards, check_finite, load_functions
 from rlhf.settings import ConfigError
-from rlhf.training import RunError
 
 
 def count_w05(prompts, completions, **fields):

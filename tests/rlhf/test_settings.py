@@ -17,6 +17,7 @@ import torch
 from tools import WORDS, metrics
 
 from rlhf import ppo, reward, sft, training
+from rlhf.average import MovingAverage
 from rlhf.config import Adam, PPOConfig, RewardConfig, SFTConfig
 from rlhf.data import Example, Limits, read_comparisons, tokenize_comparisons
 from rlhf.demo.pretrain import make_tokenizer
@@ -33,7 +34,7 @@ ELSEWHERE = {
     "reward_weights": "test_rewards", "missing_eos_penalty": "test_rewards", "pretraining_data": "test_ppo",
     "pretraining_fraction": "test_sft", "residual_dropout": "test_sft", "keep_every": "test_ppo",
     "epochs": "test_sft", "learning_rate": "test_sft", "gradient_checkpointing": "test_memory",
-    "frozen_dtype": "test_memory",
+    "frozen_dtype": "test_memory", "sharding": "test_sharding",
 }  # fmt: skip
 
 
@@ -55,12 +56,13 @@ def watched_ppo(ppo_config, monkeypatch):
     calls = defaultdict(list)
     watch(monkeypatch, calls, ppo, "sample", "ppo_advantages", "linear_ppo_policy_loss", "linear_selective_log_softmax")
     watch(
-        monkeypatch, calls, ppo, "ppo_value_loss", "make_optimizer", "optimizer_step", "update_average", "batch_indices"
+        monkeypatch, calls, ppo, "ppo_value_loss", "make_optimizer", "optimizer_step", "MovingAverage", "batch_indices"
     )
     watch(
         monkeypatch, calls, ppo, "language_model_step", "tokenize_prompts", "pretraining_examples", "warmup_from_tenth"
     )
     watch(monkeypatch, calls, training, "batch_indices")
+    watch(monkeypatch, calls, MovingAverage, "update")
     config = ppo_config(
         episodes=36,
         batch_size=12,
@@ -127,8 +129,9 @@ def test_ppo_settings(watched_ppo):
         assert settings is (config.adam if i % 2 == 0 else config.value_adam)
         assert (group["betas"], group["eps"]) == ((settings.beta1, settings.beta2), settings.eps)
         assert factor == pytest.approx(0.1 + 0.9 * (i // (2 * 6)) / 5)
-    assert {arguments[2] for arguments, _ in calls["update_average"]} == {0.61}
-    assert len(calls["update_average"]) == steps
+    ((averaged, decay), _), *more = calls["MovingAverage"]
+    assert (averaged is policy, decay, more) == (True, 0.61, [])
+    assert len(calls["update"]) == steps
     assert all_of(calls, "language_model_step", "weight") == {3.7}
     assert {len(arguments[2]) for arguments, _ in calls["language_model_step"]} == {4 * 3}
     assert {len(e.prompt_ids + e.completion_ids) for call in calls["language_model_step"] for e in call[0][2]} == {10}
@@ -264,19 +267,12 @@ def test_every_setting_is_watched():
 
 
 class TwoAlike:
-    """An accelerator of two processes with the same data: averaged gradients stay the same, and sums are doubled."""
+    """Two processes with the same data: averaged gradients stay the same, and sums are doubled."""
 
-    def __init__(self, accelerator):
-        self.accelerator = accelerator
+    count = 2
 
-    num_processes = 2
-
-    def reduce(self, value, reduction):
-        assert reduction == "sum"
-        return 2 * value
-
-    def __getattr__(self, name):
-        return getattr(self.accelerator, name)
+    def sum(self, value):
+        return 2 * torch.as_tensor(value)
 
 
 def gradients(model):
@@ -317,7 +313,7 @@ def test_gradient_of_two_processes_is_that_of_one(
     """Both processes have the same batch, so the mean over both batches has the gradient of one batch alone."""
     run = open_run("ppo", ppo_config(tokens_per_forward=tokens_per_forward))
     alone, expected = losses(kind, run, base, reward_model, data, prompts=4)
-    monkeypatch.setattr(run, "accelerator", TwoAlike(run.accelerator))
+    monkeypatch.setattr(run, "processes", TwoAlike())
     both, found = losses(kind, run, base, reward_model, data, prompts=8)
     assert both == pytest.approx(alone, rel=1e-5)
     assert any(gradient.abs().max() > 1e-4 for gradient in expected)

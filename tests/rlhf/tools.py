@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
+from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf import cli
@@ -58,3 +61,79 @@ def only_line(error):
     assert re.match(r"rlhf( \w+)?: error: ", lines[0])
     assert error.rstrip().splitlines()[-1] == lines[0], error
     return lines[0]
+
+
+CODE = """
+import json, os, sys
+import torch
+torch.set_num_threads(1)
+from rlhf import sharding, training
+from rlhf.__main__ import main
+
+held = []
+def place(model, *arguments, _place=sharding.place):
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    model = _place(model, *arguments)
+    held.append(sum(sharding.local(parameter).numel() for parameter in model.parameters()) / whole)
+    return model
+
+sharding.place = training.place = place  # evaluate, which is imported later, has this one as well
+if os.environ.get("NO_ROOM"):
+    sharding.fits = lambda model: False
+if stop := os.environ.get("STOP_AFTER"):
+    def steps(run, *arguments, _steps=training.Run.steps, **options):
+        for step in _steps(run, *arguments, **options):
+            if step == int(stop):
+                sys.stdout.flush()
+                run.accelerator.wait_for_everyone()
+                os._exit(0)
+            yield step
+    training.Run.steps = steps
+status = main()
+if status == 0:
+    print(json.dumps(held))
+sys.exit(status)
+"""
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+def begin_together(*arguments, processes=2, **environment):
+    """Starts the command as torchrun would."""
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(free_port()),
+    } | environment  # fmt: skip
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", CODE, *map(str, arguments)],
+            env=environment | {"RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(processes)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(processes)
+    ]
+
+
+def together(*arguments, **options):
+    """Runs the command as torchrun would, and returns of each process its errors, status and what it printed last: the
+    shares of the models' weights that it held, as JSON."""
+    started = begin_together(*arguments, **options)
+    try:
+        ended = [(*process.communicate(timeout=120), process.returncode) for process in started]
+        return [(error, status, ([*out.splitlines(), "[]"][-2:-1] or ["[]"])[0]) for out, error, status in ended]
+    finally:
+        for process in started:
+            process.kill()
+
+
+def weights(directory):
+    return load_file(Path(directory) / "model/model.safetensors")

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
+from rlhf.checkpoints import RunError
 from rlhf.demo import experiment
 from rlhf.demo.config import DemoConfig
-from rlhf.training import RunError
 
 TINY = {
     "documents": 300,
