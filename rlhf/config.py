@@ -39,6 +39,29 @@ class Adam(Settings):
 
 
 @dataclass
+class LoRA(Settings):
+    """An adapter of low rank instead of training all weights (Hu et al. 2021). Not in the paper."""
+
+    rank: int = 0
+    """Rank of the change of each weight. 0: no adapter, all weights are trained."""
+    alpha: float | None = None
+    """The change is multiplied by alpha / rank; by default twice the rank."""
+    dropout: float = 0.0
+    """Dropout before the adapter, in SFT; the other stages use none."""
+    target_modules: list[str] | str = "all-linear"
+    """Which layers have one: names or a regular expression as peft takes them; all-linear is all but the head."""
+    merge: bool = False
+    """Save the whole model with the change in its weights, and not the adapter alone."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.rank >= 0, "rank", self.rank, "at least 0")
+        check(self.alpha is None or self.alpha > 0, "alpha", self.alpha, "above 0")
+        check(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
+        check(bool(self.target_modules), "target_modules", self.target_modules, "all-linear, or names of layers")
+
+
+@dataclass
 class RunConfig(Settings):
     """What every training stage shares."""
 
@@ -58,6 +81,11 @@ class RunConfig(Settings):
     sharding: Literal["none", "full"] = "none"
     """How several processes hold the models: none: each of them whole; full: each its part of every weight, of all
     models, gathered block by block when a model runs."""
+    lora: LoRA = field(default_factory=LoRA)
+    """An adapter that is trained instead of all weights."""
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the weights that are not trained: PPO's reference and reward model, and all but the adapter with
+    lora.rank."""
     attention: str | None = None
     """Attention implementation of transformers, for example flash_attention_2 where flash-attn is installed; by default
     sdpa for models that have it, eager for the others."""
@@ -70,6 +98,8 @@ class RunConfig(Settings):
         super().__post_init__()
         check(bool(self.output_dir), "output_dir", self.output_dir, "a directory")
         check(self.checkpoint_every > 0, "checkpoint_every", self.checkpoint_every, "at least 1")
+        frozen = self.lora.rank > 0 or isinstance(self, PPOConfig)
+        check(frozen or self.frozen_dtype == "float32", "frozen_dtype", self.frozen_dtype, "float32 without lora.rank")
         check(self.tokens_per_forward > 0, "tokens_per_forward", self.tokens_per_forward, "at least 1")
 
 
@@ -230,8 +260,6 @@ class PPOConfig(RunConfig):
     """Limits on tokens."""
     rollout_batch_size: int = 512
     """Completions sampled at a time, which bounds the memory of the key-value cache."""
-    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the weights of the models that are not trained: the reference and the reward model."""
     keep_every: int = 0
     """Also keep the policy's averaged weights every so many iterations, to study the course of training. 0: never."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -28,6 +29,7 @@ from transformers import (
 )
 from transformers.activations import FastGELUActivation, NewGELUActivation
 from transformers.modeling_layers import GenericForSequenceClassification
+from transformers.utils import find_adapter_config_file
 
 from rlhf.data import turn_end
 from rlhf.fields import first_line
@@ -59,11 +61,34 @@ def directory_of(path: str | Path) -> str:
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
             raise ModelError(f"{path}: no such directory")
         return path
-    if (directory / "config.json").exists() or not (directory / "config.yaml").exists():
+    if (
+        any((directory / name).exists() for name in ("config.json", "adapter_config.json"))
+        or not (directory / "config.yaml").exists()
+    ):
         return str(directory)
     if not (directory / "model").is_dir():
         raise ModelError(f"{path}: the run there has no model yet; go on with --resume {path}")
     return str(directory / "model")
+
+
+def adapter_of(source: ModelSource) -> str | None:
+    """The path or hub name of a model that is an adapter of peft's, which has the rest of its weights elsewhere."""
+    if not isinstance(source, (str, Path)):
+        return None
+    path = directory_of(source)
+    try:
+        return path if find_adapter_config_file(path) else None
+    except OSError:
+        return None
+
+
+def base_of(adapter: str) -> str:
+    """Where the model is to which an adapter belongs."""
+    found = find_adapter_config_file(adapter)
+    base = json.loads(Path(found).read_text()).get("base_model_name_or_path") if found else None
+    if not base:
+        raise ModelError(f"{adapter}: its adapter_config.json does not say to which model it belongs")
+    return str(base)
 
 
 # Tokenizers ------------------------------------------------------------------------------------------------------
@@ -83,6 +108,8 @@ def load_tokenizer(source: TokenizerSource) -> PreTrainedTokenizerBase:
         try:
             tokenizer = AutoTokenizer.from_pretrained(path)
         except (OSError, ValueError) as error:
+            if adapter := adapter_of(name):
+                return load_tokenizer(base_of(adapter))
             raise ModelError(f"{name}: no tokenizer could be loaded from there: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{name}: the tokenizer has no eos_token, so no response could end; set one and save it again")
@@ -120,6 +147,8 @@ def end_token_ids(source: ModelSource, tokenizer: PreTrainedTokenizerBase) -> fr
         try:
             generation: Any = GenerationConfig.from_pretrained(directory_of(source))
         except OSError:  # a model need not have a generation_config
+            if adapter := adapter_of(source):
+                return end_token_ids(base_of(adapter), tokenizer)
             generation = load_config(source)
     else:
         generation = source.generation_config or source.config
@@ -138,6 +167,8 @@ def load_config(source: ModelSource) -> Any:
     try:
         return AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
+        if adapter := adapter_of(source):
+            return load_config(base_of(adapter))
         raise ModelError(f"{source}: no model could be loaded from there: {first_line(error)}") from error
 
 
@@ -254,6 +285,8 @@ def load(
 ) -> PreTrainedModel:
     """Loads the weights of ``source`` into a model of ``config``, as ``dtype`` on ``device``. An object's are copied.
 
+    An adapter's change goes into the weights of the model to which it belongs.
+
     Raises:
         ModelError: loading fails, or weights are NaN or infinite, or weights are missing that do not belong to a
             ``new_head``: a model with random parts would train without any sign that something is wrong.
@@ -264,6 +297,8 @@ def load(
     if hasattr(config, "rescale_every"):
         config.rescale_every = 0  # RWKV halves its weights for evaluation, and would save the halved ones
     name, path = name_of(source), None
+    if adapter := adapter_of(source):
+        return load_merged(auto, adapter, config, attention, device, dtype=dtype)
     if isinstance(source, (str, Path)):
         path = directory_of(source)
     else:
@@ -282,12 +317,46 @@ def load(
     if missing:
         listed = f"{', '.join(missing[:3])} ({len(missing)} in all)"
         raise ModelError(f"{name}: lacks weights of {type(model).__name__}: {listed}")
+    check_weights(name, model)
+    use_fused_gelu(model)
+    return model.to(device)
+
+
+def load_merged(
+    auto: Any,
+    adapter: str,
+    config: Any,
+    attention: str | None,
+    device: torch.device | str,
+    *,
+    dtype: torch.dtype,
+) -> PreTrainedModel:
+    """The model to which an adapter belongs, with the adapter's change in its weights."""
+    import peft  # takes a second, which only those wait for who have an adapter
+
+    base, classifier = base_of(adapter), is_classifier(config)
+    try:
+        settings = peft.PeftConfig.from_pretrained(adapter)
+        new_head = classifier and not is_classifier(load_config(base))
+        if new_head and not getattr(settings, "modules_to_save", None):
+            raise ModelError(f"{adapter}: lacks the head of {config.architectures[0]}, and {base} has none")
+        model = load(auto, base, config, attention, device, new_head=new_head, dtype=dtype)
+        adapted: Any = peft.PeftModel.from_pretrained(model, adapter, config=settings)
+        merged: PreTrainedModel = adapted.merge_and_unload()
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(f"{adapter}: the adapter could not be loaded: {first_line(error)}") from error
+    check_weights(adapter, merged)
+    return merged.requires_grad_(True)
+
+
+def check_weights(name: str, model: nn.Module) -> None:
+    """Raises if a weight is NaN or infinite."""
     spoilt = [key for key, weight in model.named_parameters() if not all_finite(weight)]
     if spoilt:
         listed = f"{', '.join(spoilt[:3])} ({len(spoilt)} in all)"
         raise ModelError(f"{name}: has weights that are NaN or infinite: {listed}; was its training stopped at a NaN?")
-    use_fused_gelu(model)
-    return model.to(device)
 
 
 def use_fused_gelu(model: nn.Module) -> None:

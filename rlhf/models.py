@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf import probe
+from rlhf import lora, probe
 from rlhf.batch import Batch, Group, Layout, lay_out, split
 from rlhf.decoding import Decoding, linear
 from rlhf.fields import type_and_line
@@ -34,7 +34,7 @@ from rlhf.loading import (
     name_of,
 )
 from rlhf.sharding import whole
-from rlhf_kernels.integrations.transformers import TOLERANCE, logit_transform, transformed
+from rlhf_kernels.integrations.transformers import TOLERANCE, Head, active_head, logit_transform, transformed
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -185,13 +185,22 @@ class Backbone(nn.Module):
         return function(*args)
 
     def save(
-        self, directory: Path, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor] | None = None
+        self,
+        directory: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        weights: dict[str, Tensor] | None = None,
+        *,
+        merged: bool = True,
     ) -> None:
         """Writes weights (safetensors), configuration and tokenizer, as ``from_pretrained`` reads them.
 
-        ``weights`` are those of all processes, if each holds only a part of them.
+        ``weights`` are those of all processes, if each holds only a part of them. A model that has an adapter is
+        ``merged`` with it, or the adapter is written alone.
         """
-        self.model.save_pretrained(directory, state_dict=weights)
+        if not lora.has_adapter(self.model):
+            self.model.save_pretrained(directory, state_dict=weights)
+        else:
+            (lora.save_merged if merged else lora.save_adapter)(self.model, directory, weights)
         tokenizer.save_pretrained(directory)
 
 
@@ -260,11 +269,19 @@ class LanguageModel(Backbone):
         auto = AutoModelForCausalLM if isinstance(source, (str, Path)) else type(source)
         return cls.made_of(load(auto, source, config, attention, device), source)
 
+    @property
+    def projection(self) -> tuple[Tensor, Tensor | None]:
+        """(V, D) weight and (V,) bias of the head, with what an adapter adds to them."""
+        head: Any = self.model.get_output_embeddings()
+        if hasattr(head, "base_layer"):
+            head = Head.of(self.model)
+        return head.weight, getattr(head, "bias", None)
+
     @torch.no_grad()
     def project(self, states: Tensor) -> Tensor:
         """(..., V) float32 logits of (..., D) last hidden states, as the model's own head makes them."""
-        head: Any = self.model.get_output_embeddings()
-        product = linear(states, head.weight, getattr(head, "bias", None))
+        weight, bias = self.projection
+        product = linear(states, weight.to(states.dtype), bias)
         return transformed(product, self.softcap, self.own_temperature)
 
     @torch.no_grad()
@@ -277,13 +294,13 @@ class LanguageModel(Backbone):
         self, batch: Batch, op: Callable[..., Any], *args: Any, temperature: float = 1.0, **options: Any
     ) -> Any:
         """Calls ``op(hidden, weight, targets, *args, ...)``, a ``linear_*`` op, with this model's projection."""
-        head = self.model.get_output_embeddings()
+        hidden, (weight, bias) = self.hidden(batch, batch.before), self.projection
         return op(
-            self.hidden(batch, batch.before),
-            head.weight,
+            hidden,
+            weight,
             batch.targets,
             *args,
-            bias=getattr(head, "bias", None),
+            bias=bias,
             softcap=self.softcap,
             temperature=temperature * self.own_temperature,
             **options,
@@ -361,8 +378,7 @@ class ScalarModel(Backbone):
     @property
     def head(self) -> nn.Linear:
         """The projection to one label."""
-        head: Any = self.model.get_submodule(self.head_name)
-        return head
+        return active_head(self.model.get_submodule(self.head_name))
 
     @property
     def bias(self) -> float:
@@ -384,12 +400,17 @@ class ScalarModel(Backbone):
         return scores if self.head.bias is not None else scores + self.bias
 
     def save(
-        self, directory: Path, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor] | None = None
+        self,
+        directory: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        weights: dict[str, Tensor] | None = None,
+        *,
+        merged: bool = True,
     ) -> None:
         """Also writes which token is padding, since other tools read the score at the last token that is not."""
         distinct = tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id
         self.model.config.pad_token_id = tokenizer.pad_token_id if distinct else None
-        super().save(directory, tokenizer, weights)
+        super().save(directory, tokenizer, weights, merged=merged)
         (directory / "README.md").write_text(self.card())
 
     def card(self) -> str:

@@ -39,7 +39,7 @@ from rlhf.loading import (
     name_of,
     shared_context,
 )
-from rlhf.memory import freeze
+from rlhf.lora import without_adapter
 from rlhf.models import Backbone, LanguageModel, ScalarModel, unwrap
 from rlhf.rewards import RewardError, Rewards, load_functions, make_rewards
 from rlhf.rollout import NotFiniteError, sample
@@ -121,16 +121,19 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
     check(size % processes == 0, "minibatch_size", size, f"a multiple of the {processes} processes")
     options: Any = {"attention": config.attention, "device": run.device}
     policy = LanguageModel.load(config.policy, **options).eval()  # no dropout: ratios start at 1
-    frozen_dtype = getattr(torch, config.frozen_dtype)
-    reference = run.place(freeze(copy.deepcopy(policy), frozen_dtype))
-    policy = run.place(policy)
+    # With an adapter the policy is its own reference, and the value model the reward model: each without the adapter.
+    adapted = config.lora.rank > 0
+    reference = None if adapted else run.place_frozen(copy.deepcopy(policy))
+    policy = run.place_trained(policy, config.policy)
     average = MovingAverage(policy, config.ema_decay) if config.ema_decay else None
-    reward_model = None
-    if config.reward_model:
-        reward_model = run.place(freeze(ScalarModel.load(config.reward_model, **options).eval(), frozen_dtype))
     # Without a reward model to start from, the value model is the policy's backbone under a head of zeros.
     source = config.value_model or config.reward_model or config.policy
-    value = run.place(ScalarModel.load(source, **options).eval())
+    reward_model = None
+    if config.reward_model and not (adapted and source == config.reward_model):
+        reward_model = run.place_frozen(ScalarModel.load(config.reward_model, **options).eval())
+    value = run.place_trained(ScalarModel.load(source, **options).eval(), source, merged=True)
+    if config.reward_model and not reward_model:
+        reward_model = value
     ends = end_token_ids(config.policy, tokenizer)
     rewards = make_rewards(config, reward_model, functions, tokenizer, ends)
     policy, policy_optimizer, value, value_optimizer = run.prepare(
@@ -138,8 +141,10 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
         (value, make_optimizer(value, config.value_adam)),
         also=[average] if average else [],
     )
-    actors = Actors(policy, value, reference, rewards)
+    actors = Actors(policy, value, reference or unwrap(policy), rewards)
 
+    # With an adapter on weights in 16 bits, activations are in 16 bits as well.
+    precision = "bf16" if adapted and config.frozen_dtype == "bfloat16" else config.mixed_precision
     iterations = config.episodes // config.batch_size
     for iteration in run.steps(iterations, unit="iterations"):
         chosen = batch_indices(len(prompts), config.batch_size, iteration, seed=config.seed)
@@ -154,7 +159,7 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
             stats = policy_step(run, policy, minibatch)
             if number == 0:
                 metrics["ratio_max_deviation"] = max(run.processes.joined([stats["ratio_max_deviation"]]))
-                check_ratio(iteration, metrics["ratio_max_deviation"], config.mixed_precision)
+                check_ratio(iteration, metrics["ratio_max_deviation"], precision)
             if config.gamma_ptx:
                 chunks = batch_indices(
                     len(pretraining),
@@ -198,7 +203,7 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
         }
     curves = [["reward"], ["kl"], ["entropy"], ["value_loss"], ["response_tokens"], ["pretraining_loss"]]
     report.write(run, "PPO-ptx" if config.gamma_ptx else "PPO", rows, curves)
-    run.save_model(unwrap(value), tokenizer, "value")
+    run.save_model(unwrap(value), tokenizer, "value", merged=True)  # for a further run to start from
     path = save_policy(run, policy, average, tokenizer, "model")
     run.close()
     return path
@@ -244,19 +249,20 @@ def collect(
     groups = groups_of_one(prompts, responses)
     laid_out: dict[Layout, list[Batch]] = {}
 
-    def each(model: Any, read: Callable[[Any, Batch], Tensor]) -> Tensor:
+    def each(model: Any, read: Callable[[Any, Batch], Tensor], *, trained: bool = False) -> Tensor:
         """Lays the completions out in batches for ``model`` and joins what ``read`` returns for each batch."""
         inner: Backbone = unwrap(model)
         if inner.layout not in laid_out:
             laid_out[inner.layout] = list(inner.batches(groups, config.tokens_per_forward))
-        with Passes(inner) as passes, run.accelerator.autocast():
+        adapter = contextlib.nullcontext() if trained else without_adapter(inner.model)
+        with adapter, Passes(inner) as passes, run.accelerator.autocast():
             return torch.cat([passes(read, inner, batch) for batch in laid_out[inner.layout]])
 
     ref_logprobs = each(
         actors.reference,
         lambda model, batch: model.forward(batch, linear_selective_log_softmax, temperature=config.temperature),
     )
-    value = each(actors.value, lambda model, batch: model.forward(batch, batch.before))
+    value = each(actors.value, lambda model, batch: model.forward(batch, batch.before), trained=True)
     scores = None
     if actors.rewards.model:
         scores = each(actors.rewards.model, lambda model, batch: model.forward(batch, batch.last))

@@ -62,7 +62,7 @@ def train(config: RewardConfig, *, resume: bool = False) -> Path:
     if run.finished:
         return run.directory / "model"
     model = ScalarModel.load(config.model, attention=config.attention, device=run.device)
-    model = run.place(model.eval())  # no dropout: the paper names it for SFT alone
+    model = run.place_trained(model.eval(), config.model)  # no dropout: the paper names it for SFT alone
     model, optimizer = run.prepare((model, make_optimizer(model, config.adam)))
 
     steps = math.ceil(config.epochs * len(training) / config.batch_size)

@@ -62,7 +62,7 @@ def train(config: SFTConfig, *, resume: bool = False) -> Path:
     model = LanguageModel.load(
         config.model, residual_dropout=config.residual_dropout, attention=config.attention, device=run.device
     )
-    model = run.place(model)
+    model = run.place_trained(model, config.model)
     model, optimizer = run.prepare((model, make_optimizer(model, config.adam)))
     validation = [examples[i] for i in held_out]
 

@@ -106,7 +106,9 @@ class Passes:
 
     def __call__(self, function: Callable[..., Result], *args: Any) -> Result:
         """What the function returns, called where the model's weights are."""
-        if self.sharded and not self.gather:
+        if not self.sharded:
+            return function(*args)
+        if not self.gather:
             largest(1, self.model.device)
         return self.model.run(function, *args)
 

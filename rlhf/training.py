@@ -41,7 +41,9 @@ from rlhf import checkpoints
 from rlhf.batch import Batch, Group
 from rlhf.checkpoints import RunError, describing, flush, write_whole
 from rlhf.config import Adam, RunConfig
-from rlhf.memory import recompute_blocks
+from rlhf.loading import ModelSource
+from rlhf.lora import add_adapter
+from rlhf.memory import freeze, recompute_blocks
 from rlhf.models import Backbone, unwrap
 from rlhf.processes import Processes
 from rlhf.settings import ConfigError, as_plain, flatten
@@ -143,9 +145,21 @@ class Run:
         """Whether the run has saved its model already."""
         return (self.directory / "model").exists()
 
-    def place(self, model: SomeModel) -> SomeModel:
-        """A model as the settings have it: its blocks run again in the backward pass, its weights are split."""
-        if self.config.gradient_checkpointing and any(p.requires_grad for p in model.parameters()):
+    def place_frozen(self, model: SomeModel) -> SomeModel:
+        """A model that is not trained, as the settings have such: in their precision, its weights split or whole."""
+        frozen = freeze(model, getattr(torch, self.config.frozen_dtype))
+        return place(frozen, self.config.sharding, self.processes)
+
+    def place_trained(self, model: SomeModel, source: ModelSource, *, merged: bool | None = None) -> SomeModel:
+        """A model from ``source`` that is trained, as the settings have such, with an adapter if they ask for one.
+
+        ``merged`` is what :meth:`save_model` is given.
+        """
+        if self.config.lora.rank:
+            freeze(model, getattr(torch, self.config.frozen_dtype))
+            torch.manual_seed(self.config.seed)
+            add_adapter(model, self.config.lora, source, merged=self._merged(merged))
+        if self.config.gradient_checkpointing:
             recompute_blocks(model)
         return place(model, self.config.sharding, self.processes)
 
@@ -284,8 +298,13 @@ class Run:
             f"--resume {self.directory} would {again}"
         )
 
-    def save_model(self, model: Backbone, tokenizer: PreTrainedTokenizerBase, name: str = "model") -> Path:
-        """Writes a model under ``name``, whole or not at all, and returns where."""
+    def save_model(
+        self, model: Backbone, tokenizer: PreTrainedTokenizerBase, name: str = "model", *, merged: bool | None = None
+    ) -> Path:
+        """Writes a model under ``name``, whole or not at all, and returns where.
+
+        Whether an adapter is ``merged`` is for the settings to say if it isn't given.
+        """
         size = sum(float(local(parameter.detach()).abs().sum()) for parameter in model.parameters())
         self.require_finite(sum_of_the_trained_weights=self.processes.sum(size).item())
         target = self.directory / name
@@ -295,9 +314,12 @@ class Run:
         ):
             weights = whole_weights(model) if is_sharded(model) else None  # all processes give their parts
             if self.is_main:
-                model.save(temporary, tokenizer, weights)
+                model.save(temporary, tokenizer, weights, merged=self._merged(merged))
             self._publish(temporary, target)
         return target
+
+    def _merged(self, merged: bool | None) -> bool:
+        return bool(self.config.lora.merge if merged is None else merged)
 
     def _publish(self, temporary: Path, target: Path) -> None:
         """Gives a complete directory its final name. It is flushed before that, so that it survives a power cut."""

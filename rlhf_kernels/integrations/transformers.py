@@ -126,7 +126,7 @@ class Head:
         config: Any = causal.config
         if getattr(config, "is_encoder_decoder", False):
             raise UnsupportedModelError(f"{name} has an encoder and a decoder; only decoders are served")
-        module = _active(embeddings)
+        module = active_head(embeddings)
         _check_linear_layer(module, name)
         softcap, temperature = logit_transform(config)
         return cls(module, softcap, temperature)
@@ -197,7 +197,7 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def _active(embeddings: Any) -> Any:
+def active_head(embeddings: Any) -> Any:
     """The module that multiplies: PEFT keeps a trained copy beside the original."""
     copies = getattr(embeddings, "modules_to_save", None)
     if copies is None:

@@ -159,13 +159,13 @@ def test_penalty_alone_brings_the_policy_back(ppo_config, constant_reward, base,
 
 def change_reference(monkeypatch, change):
     """Changes the reference, which is the first model that a run freezes."""
-    freeze, count = ppo.freeze, iter(range(3))
+    place, count = ppo.Run.place_frozen, iter(range(3))
 
     def first_is_other(*arguments):
-        frozen = freeze(*arguments)
+        frozen = place(*arguments)
         return change(frozen) if next(count) == 0 else frozen
 
-    monkeypatch.setattr(ppo, "freeze", first_is_other)
+    monkeypatch.setattr(ppo.Run, "place_frozen", first_is_other)
 
 
 def perturbed(model):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tools import metrics, only_line, together, weights
+from tools import metrics, only_line, start, together, weights
 
 
 @pytest.mark.long_for(stage=["sft"])
@@ -41,12 +41,12 @@ def test_a_minibatch_that_processes_cannot_share(base, reward_model, data, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_processes_that_cannot_be_joined(rlhf, base, data, tmp_path, monkeypatch):
+def test_processes_that_cannot_be_joined(base, data, tmp_path, monkeypatch):
     """A launcher that says how many there are, but not where they meet."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    out = ["--prompts", data.prompts, "--output_dir", tmp_path / "out"]
-    status, error = rlhf("generate", "--model", base, *out)
-    assert status == 2
+    process = start("generate", "--model", base, "--prompts", data.prompts, "--output_dir", tmp_path / "out")
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 2
     assert only_line(error).startswith("rlhf generate: error: the processes that were started can't be joined: ")
     assert "MASTER_ADDR" in error
     assert not (tmp_path / "out").exists()

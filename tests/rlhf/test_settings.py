@@ -35,6 +35,8 @@ ELSEWHERE = {
     "pretraining_fraction": "test_sft", "residual_dropout": "test_sft", "keep_every": "test_ppo",
     "epochs": "test_sft", "learning_rate": "test_sft", "gradient_checkpointing": "test_memory",
     "frozen_dtype": "test_memory", "sharding": "test_sharding",
+    "rank": "test_lora", "alpha": "test_lora", "dropout": "test_lora", "target_modules": "test_lora",
+    "merge": "test_lora",
 }  # fmt: skip
 
 

@@ -13,11 +13,12 @@ import torch
 from test_resume import arguments
 from tools import begin_together, metrics, model_files, only_line, run_here, together, weights
 
-STAGES = ["sft", "reward", "ppo", "ppo-ptx"]
+STAGES = ["sft", "reward", "ppo", "ppo-ptx", "ppo with lora"]
 
 
 def command(stage, base, reward_model, data, *more):
     """The short run of a stage. Its last batches are smaller than the others, and parts are small."""
+    stage, _, adapter = stage.partition(" with ")
     settings = arguments(stage, base, reward_model, data)
     # A key's bias has a gradient of rounding alone. With a smaller ε Adam would make steps of that.
     own = {
@@ -25,6 +26,7 @@ def command(stage, base, reward_model, data, *more):
         "reward": ["--epochs", 2, "--batch_size", 5, "--adam.eps", 1e-5],
     }
     steps = own.get(stage, ["--episodes", 24, "--ema_decay", 0.5])
+    steps += ["--lora.rank", 4, "--lora.merge", "true", "--adam.learning_rate", 0.01] if adapter else []
     return [*settings, *steps, "--tokens_per_forward", 48, *more]
 
 
@@ -52,13 +54,13 @@ def one(tmp_path_factory, base, reward_model, data):
     return make
 
 
-@pytest.mark.long_for(stage=["ppo"])
+@pytest.mark.long_for(stage=["sft", "reward", "ppo-ptx", "ppo with lora"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_stages(stage, one, base, reward_model, data, tmp_path):
     settings = command(stage, base, reward_model, data, "--sharding", "full", "--output_dir", tmp_path / "two")
     for error, status, held in together(*settings):
         assert status == 0, error
-        assert len(json.loads(held)) == (4 if stage.startswith("ppo") else 1)
+        assert len(json.loads(held)) == {"ppo": 4, "ppo-ptx": 4, "ppo with lora": 2}.get(stage, 1)
         assert max(json.loads(held)) <= 0.55
     assert_same(tmp_path / "two", one(stage))
 
