@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, ClassVar
@@ -44,6 +44,9 @@ STAGES = {
     "generate": (GenerateConfig, "rlhf.evaluate:generate", "sample completions, for reading or for ranking"),
     "demo": (DemoConfig, "rlhf.demo.experiment:run", "the whole experiment in miniature, on two CPU cores"),
 }
+PLAN = "memory on each device and speed of a run, before anything is loaded: rlhf plan ppo --config ..."
+# What a run must have and a plan does not look at.
+NOT_PLANNED = {"sft": ["data"], "reward": ["data"], "ppo": ["prompts", "pretraining_data"]}
 RESUMABLE = {"sft", "reward", "ppo", "demo"}
 RESUME_HELP = "go on from the last checkpoint in output_dir; --resume DIRECTORY alone takes the settings from there too"
 
@@ -91,6 +94,7 @@ def make_parser() -> Parser:
             # A run's config.yaml names its stage. It can be given as --config, so the parser must know that key.
             sub.add_argument("--stage", default=name, help=argparse.SUPPRESS)
         subcommands.add_subcommand(name, sub, help=summary)
+    subcommands.add_subcommand("plan", Parser(prog="rlhf plan", description=PLAN), help=PLAN)
     return parser
 
 
@@ -115,6 +119,50 @@ def recipe(name: str) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point. Returns 0, 2 for bad input or settings, 1 for a run that could not go on, 130 when interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["plan"]:
+        return plan(given[1:])
+    stage, settings = parse(given)
+    if settings is None:
+        return 2
+    resume = settings.pop("resume", False)
+    return run_stage(stage, settings, resume)
+
+
+def plan(words: list[str]) -> int:
+    """Prints what a run of a stage would take."""
+    parser = argparse.ArgumentParser(prog="rlhf plan", description=PLAN, allow_abbrev=False)
+    parser.add_argument("stage", choices=sorted(NOT_PLANNED), help="the stage; its settings follow")
+    parser.add_argument("--devices", type=int, default=1, help="how many processes, each with a device (default: 1)")
+    parser.add_argument("--tflops", type=float, help="a device's rate of matmuls in TFLOP/s (default: measured here)")
+    parser.add_argument("--bandwidth", type=float, help="a device's memory bandwidth in GB/s (default: measured here)")
+    options, rest = parser.parse_known_args(words)
+    if options.devices < 1:
+        parser.error(f"devices: is {options.devices}, must be at least 1")
+    unseen = [f"--{name}=-" for name in ("output_dir", *NOT_PLANNED[options.stage])]
+    stage, settings = parse([options.stage, *unseen, *rest])
+    if settings is None:
+        return 2
+    settings.pop("resume", None)
+    return run_stage(stage, settings, None, lambda config: show_plan(config, options))
+
+
+def show_plan(config: Any, options: argparse.Namespace) -> None:
+    """Works the plan out, with this machine's own rates where none are given."""
+    import torch
+
+    from rlhf.plan import Machine, measured_machine, plan, show
+
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision, torch.float32)
+    if options.tflops and options.bandwidth:
+        on_gpu = config.device != "cpu"
+        machine = Machine(options.devices, options.tflops * 1e12, options.bandwidth * 1e9, on_gpu)
+    else:
+        machine = measured_machine(options.devices, config.device, dtype)
+    show(plan(config, machine), machine)
+
+
+def parse(given: list[str]) -> tuple[str, dict[str, Any] | None]:
+    """The stage and its settings, or None for those if something is wrong with them, which is printed."""
     stage = given[0] if given else ""
     try:
         argv = expand(given)
@@ -129,10 +177,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_stage(stage, settings.pop("stage", stage))
     except ConfigError as error:  # `run_stage` catches those about the values of a stage's settings
         print(f"rlhf {stage}: error: {error}", file=sys.stderr)
-        return 2
-    resume = settings.pop("resume", False)
+        return stage, None
     settings.pop("config", None)
-    return run_stage(stage, settings, resume)
+    return stage, settings
 
 
 def check_stage(stage: str, other: str) -> None:
@@ -199,8 +246,10 @@ def split_options(words: Sequence[str], *names: str) -> list[str]:
     return [part for word in words for part in (word.split("=", 1) if word.split("=", 1)[0] in names else [word])]
 
 
-def run_stage(stage: str, settings: dict[str, Any], resume: bool) -> int:
-    """Runs one stage. Prints an error that a user can fix as one line."""
+def run_stage(
+    stage: str, settings: dict[str, Any], resume: bool | None, instead: Callable[[Any], None] | None = None
+) -> int:
+    """Runs one stage, or something else with its settings. Prints an error that a user can fix as one line."""
     make_config, function, _ = STAGES[stage]
     try:
         config = make_config(**settings)
@@ -212,14 +261,14 @@ def run_stage(stage: str, settings: dict[str, Any], resume: bool) -> int:
         logging.getLogger("rlhf").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
         training.quiet_libraries()
         module, _, name = function.partition(":")
-        start = getattr(importlib.import_module(module), name)
+        start = instead or getattr(importlib.import_module(module), name)
         interrupts.allow()
     except ConfigError as error:
         print(f"rlhf {stage}: error: {error}", file=sys.stderr)
         return 2
     hint = "; go on with --resume" if stage in RESUMABLE else ""
     try:
-        start(config, **({"resume": resume} if stage in RESUMABLE else {}))
+        start(config, **({} if instead or stage not in RESUMABLE else {"resume": resume}))
     except (ConfigError, data.DataError, loading.ModelError) as error:
         print(f"rlhf {stage}: error: {error}", file=sys.stderr)
         return 2

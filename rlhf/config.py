@@ -258,6 +258,9 @@ class PPOConfig(RunConfig):
     """Length of the chunks that pretraining text is cut into."""
     lengths: LengthConfig = field(default_factory=LengthConfig)
     """Limits on tokens."""
+    rollout: Literal["loop", "paged"] = "loop"
+    """How completions are sampled: loop: token by token, to the same bits on any number of processes; paged: by
+    transformers' continuous batching, made for GPUs, whose draws are not reproducible to the bit."""
     rollout_batch_size: int = 512
     """Completions sampled at a time, which bounds the memory of the key-value cache."""
     keep_every: int = 0
@@ -290,6 +293,7 @@ class PPOConfig(RunConfig):
         clip = self.value_clip_range
         check(clip is None or clip > 0, "value_clip_range", clip, "above 0, or null for no clipping")
         check(self.temperature > 0, "temperature", self.temperature, "above 0")
+        check(self.rollout == "loop" or self.sharding == "none", "rollout", self.rollout, "loop with sharding full")
         check(self.warmup_iterations >= 0, "warmup_iterations", self.warmup_iterations, "at least 0")
         check(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1)")
         check(self.gamma_ptx >= 0, "gamma_ptx", self.gamma_ptx, "γ ≥ 0")

@@ -58,6 +58,14 @@ class Backbone(nn.Module):
             self.shares_prompts = self._shares_prompts()
 
     @classmethod
+    def outline(cls, model: PreTrainedModel) -> Self:
+        """A model whose parts are looked at, and that is not tried."""
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.model = model
+        return self
+
+    @classmethod
     def made_of(cls, model: PreTrainedModel, source: ModelSource) -> Self:
         """Wraps a model that was loaded. Errors say where it was loaded from."""
         try:

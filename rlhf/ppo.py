@@ -41,6 +41,7 @@ from rlhf.loading import (
 )
 from rlhf.lora import without_adapter
 from rlhf.models import Backbone, LanguageModel, ScalarModel, unwrap
+from rlhf.paged import check_paged, sample_paged
 from rlhf.rewards import RewardError, Rewards, load_functions, make_rewards
 from rlhf.rollout import NotFiniteError, sample
 from rlhf.settings import check
@@ -100,6 +101,8 @@ class Actors:
 def train(config: PPOConfig, *, resume: bool = False) -> Path:
     """Optimises ``config.policy`` against its rewards and returns the directory of the result."""
     functions = load_functions(config)
+    if config.rollout == "paged":
+        check_paged()
     records = read_prompts(config.prompts)
     texts = read_texts(config.pretraining_data) if config.gamma_ptx else []
     tokenizer = load_tokenizer(config.tokenizer or config.policy)
@@ -231,17 +234,17 @@ def collect(
     prompts = [example.prompt_ids for example in examples]
     ends = actors.rewards.end_token_ids
     try:
+        options: Any = {
+            "end_token_ids": ends,
+            "max_new_tokens": config.lengths.max_response_tokens,
+            "temperature": config.temperature,
+            "batch_size": config.rollout_batch_size,
+        }
         with run.accelerator.autocast():
-            completions = sample(
-                actors.policy,
-                prompts,
-                end_token_ids=ends,
-                max_new_tokens=config.lengths.max_response_tokens,
-                temperature=config.temperature,
-                batch_size=config.rollout_batch_size,
-                seed=config.seed,
-                streams=numbers,
-            )
+            if config.rollout == "paged":
+                completions = sample_paged(actors.policy, prompts, seed=torch.initial_seed(), **options)
+            else:
+                completions = sample(actors.policy, prompts, seed=config.seed, streams=numbers, **options)
     except NotFiniteError:
         run.require_finite(logit_of_the_policy=float("nan"))
     responses = [completion.tokens for completion in completions]
