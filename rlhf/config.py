@@ -89,6 +89,8 @@ class RunConfig(Settings):
     attention: str | None = None
     """Attention implementation of transformers, for example flash_attention_2 where flash-attn is installed; by default
     sdpa for models that have it, eager for the others."""
+    liger: bool = False
+    """Liger's fused norms, rotary embeddings and MLPs in all models, on a GPU where liger-kernel is installed."""
     tokenizer: Tokenizer | None = None
     """The tokenizer, by default the one beside the model."""
     device: str | None = None

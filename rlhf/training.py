@@ -41,6 +41,7 @@ from rlhf import checkpoints
 from rlhf.batch import Batch, Group
 from rlhf.checkpoints import RunError, describing, flush, write_whole
 from rlhf.config import Adam, RunConfig
+from rlhf.liger import use_liger
 from rlhf.loading import ModelSource
 from rlhf.lora import add_adapter
 from rlhf.memory import freeze, recompute_blocks
@@ -147,6 +148,8 @@ class Run:
 
     def place_frozen(self, model: SomeModel) -> SomeModel:
         """A model that is not trained, as the settings have such: in their precision, its weights split or whole."""
+        if self.config.liger:
+            use_liger(model)
         frozen = freeze(model, getattr(torch, self.config.frozen_dtype))
         return place(frozen, self.config.sharding, self.processes)
 
@@ -155,6 +158,8 @@ class Run:
 
         ``merged`` is what :meth:`save_model` is given.
         """
+        if self.config.liger:
+            use_liger(model)
         if self.config.lora.rank:
             freeze(model, getattr(torch, self.config.frozen_dtype))
             torch.manual_seed(self.config.seed)

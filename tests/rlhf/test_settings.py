@@ -36,7 +36,7 @@ ELSEWHERE = {
     "epochs": "test_sft", "learning_rate": "test_sft", "gradient_checkpointing": "test_memory",
     "frozen_dtype": "test_memory", "sharding": "test_sharding",
     "rank": "test_lora", "alpha": "test_lora", "dropout": "test_lora", "target_modules": "test_lora",
-    "merge": "test_lora", "rollout": "test_paged",
+    "merge": "test_lora", "rollout": "test_paged", "liger": "test_liger",
 }  # fmt: skip
 
 
