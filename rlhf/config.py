@@ -201,7 +201,8 @@ class PPOConfig(RunConfig):
     policy: Model = ""
     """The SFT model: the policy starts from it, and the KL penalty is measured against it."""
     reward_model: Model | None = None
-    """The reward model. The value model starts from it as well (C.4)."""
+    """The reward model. The value model starts from it as well (C.4). Where its tokenizer is not the policy's, it reads
+    the text, and the value model starts from the policy's backbone."""
     reward: Functions = field(default_factory=list)
     """Rewards in Python, `module:function`. A function gets the lists prompts and completions and one list for each
     further field of the records, all as keyword arguments. It returns a number for every completion. Not in the

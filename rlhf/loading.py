@@ -116,15 +116,22 @@ def load_tokenizer(source: TokenizerSource) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def check_same_tokenizer(first: PreTrainedTokenizerBase, first_name: str, other: TokenizerSource) -> None:
-    """Raises if two tokenizers differ. A reward model reads the policy's ids, so both must use the same tokens.
+def other_tokenizer(first: PreTrainedTokenizerBase, other: TokenizerSource) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of another model if it has other tokens than ``first``, else None.
 
     A model made in memory has no tokenizer to compare with. Whoever gives such a model has to know that it fits.
     """
     if not isinstance(other, (str, Path, PreTrainedTokenizerBase)) and not other.name_or_path:
-        return
-    second, other_name = load_tokenizer(other), name_of(other)
-    if first.get_vocab() == second.get_vocab() and first.eos_token_id == second.eos_token_id:
+        return None
+    second = load_tokenizer(other)
+    same = first.get_vocab() == second.get_vocab() and first.eos_token_id == second.eos_token_id
+    return None if same else second
+
+
+def check_same_tokenizer(first: PreTrainedTokenizerBase, first_name: str, other: TokenizerSource) -> None:
+    """Raises if two tokenizers differ where one model reads another's ids."""
+    second, other_name = other_tokenizer(first, other), name_of(other)
+    if second is None:
         return
     differing = set(first.get_vocab().items()) ^ set(second.get_vocab().items())
     example = (
@@ -132,7 +139,7 @@ def check_same_tokenizer(first: PreTrainedTokenizerBase, first_name: str, other:
     )
     raise ModelError(
         f"the tokenizers of {first_name} and {other_name} differ ({len(first)} and {len(second)} tokens{example}); "
-        "policy, reference, reward and value model must share one"
+        "they must share one"
     )
 
 

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf import report
 from rlhf.average import MovingAverage
-from rlhf.batch import Batch, Group, Layout, groups_of_one
+from rlhf.batch import Batch, Group, groups_of_one
 from rlhf.config import PPOConfig, warmup_from_tenth
 from rlhf.data import Limits, PromptExample, read_prompts, read_texts, tokenize_prompts
 from rlhf.loading import (
@@ -37,6 +37,7 @@ from rlhf.loading import (
     end_token_ids,
     load_tokenizer,
     name_of,
+    other_tokenizer,
     shared_context,
 )
 from rlhf.lora import without_adapter
@@ -106,12 +107,16 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
     records = read_prompts(config.prompts)
     texts = read_texts(config.pretraining_data) if config.gamma_ptx else []
     tokenizer = load_tokenizer(config.tokenizer or config.policy)
+    # What the value model starts from. Without a reward model that has the policy's tokens, it is the policy's backbone
+    # under a head of zeros.
+    source, reader = config.value_model or config.policy, None
     if config.reward_model is not None:
         check_reward_config(config.reward_model)
-    for scalar in (config.reward_model, config.value_model):
-        if scalar is not None:
-            check_same_tokenizer(tokenizer, name_of(config.policy), scalar)
-    context = shared_context(config.policy, config.reward_model, config.value_model)
+        reader = other_tokenizer(tokenizer, config.reward_model)
+        if reader is None:
+            source = config.value_model or config.reward_model
+    check_same_tokenizer(tokenizer, name_of(config.policy), source)
+    context = shared_context(config.policy, None if reader else config.reward_model, source)
     prompts = tokenize_prompts(records, tokenizer, Limits(**asdict(config.lengths), context_length=context))
     if texts:
         check_context("pretraining_tokens", config.pretraining_tokens, config.policy)
@@ -129,8 +134,6 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
     reference = None if adapted else run.place_frozen(copy.deepcopy(policy))
     policy = run.place_trained(policy, config.policy)
     average = MovingAverage(policy, config.ema_decay) if config.ema_decay else None
-    # Without a reward model to start from, the value model is the policy's backbone under a head of zeros.
-    source = config.value_model or config.reward_model or config.policy
     reward_model = None
     if config.reward_model and not (adapted and source == config.reward_model):
         reward_model = run.place_frozen(ScalarModel.load(config.reward_model, **options).eval())
@@ -138,7 +141,7 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
     if config.reward_model and not reward_model:
         reward_model = value
     ends = end_token_ids(config.policy, tokenizer)
-    rewards = make_rewards(config, reward_model, functions, tokenizer, ends)
+    rewards = make_rewards(config, reward_model, functions, tokenizer, ends, reader)
     policy, policy_optimizer, value, value_optimizer = run.prepare(
         (policy, make_optimizer(policy, config.adam)),
         (value, make_optimizer(value, config.value_adam)),
@@ -250,27 +253,30 @@ def collect(
     responses = [completion.tokens for completion in completions]
 
     groups = groups_of_one(prompts, responses)
-    laid_out: dict[Layout, list[Batch]] = {}
+    laid_out: dict[Any, list[Batch]] = {}
 
-    def each(model: Any, read: Callable[[Any, Batch], Tensor], *, trained: bool = False) -> Tensor:
+    def each(model: Any, groups: list[Group], read: Callable[[Any, Batch], Tensor], *, trained: bool = False) -> Tensor:
         """Lays the completions out in batches for ``model`` and joins what ``read`` returns for each batch."""
         inner: Backbone = unwrap(model)
-        if inner.layout not in laid_out:
-            laid_out[inner.layout] = list(inner.batches(groups, config.tokens_per_forward))
+        if (key := (inner.layout, id(groups))) not in laid_out:
+            laid_out[key] = list(inner.batches(groups, config.tokens_per_forward))
         adapter = contextlib.nullcontext() if trained else without_adapter(inner.model)
         with adapter, Passes(inner) as passes, run.accelerator.autocast():
-            return torch.cat([passes(read, inner, batch) for batch in laid_out[inner.layout]])
+            return torch.cat([passes(read, inner, batch) for batch in laid_out[key]])
 
     ref_logprobs = each(
         actors.reference,
+        groups,
         lambda model, batch: model.forward(batch, linear_selective_log_softmax, temperature=config.temperature),
     )
-    value = each(actors.value, lambda model, batch: model.forward(batch, batch.before), trained=True)
+    value = each(actors.value, groups, lambda model, batch: model.forward(batch, batch.before), trained=True)
+    rewards = actors.rewards
     scores = None
-    if actors.rewards.model:
-        scores = each(actors.rewards.model, lambda model, batch: model.forward(batch, batch.last))
     try:
-        score = actors.rewards.total(scores, examples, responses)
+        if rewards.model:
+            read = groups if rewards.reader is None else rewards.groups(examples, responses)
+            scores = each(rewards.model, read, lambda model, batch: model.forward(batch, batch.last))
+        score = rewards.total(scores, examples, responses)
     except RewardError as error:
         raise RunError(f"step {run.step}: {error}; {run.last_checkpoint()}") from error
 

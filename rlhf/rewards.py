@@ -20,10 +20,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.batch import Group
 from rlhf.config import PPOConfig
-from rlhf.data import PromptExample
+from rlhf.data import PromptExample, PromptRecord, turn_end
+from rlhf.encoding import encode_records
 from rlhf.fields import type_and_line
 from rlhf.functions import load_function
+from rlhf.loading import context_length
 from rlhf.models import ScalarModel
 
 
@@ -41,6 +44,35 @@ class Rewards:
     """The model's first, where there is one."""
     tokenizer: PreTrainedTokenizerBase
     end_token_ids: frozenset[int]
+    reader: PreTrainedTokenizerBase | None = None
+    """The tokenizer of the model, if it is not the policy's: then the model reads the completion's text with it."""
+
+    def groups(self, prompts: Sequence[PromptExample], responses: Sequence[list[int]]) -> list[Group]:
+        """Prompts and completions in the tokens of the model's own tokenizer, ``reader``.
+
+        Raises:
+            RewardError: a completion is longer than the model's context.
+        """
+        assert self.reader is not None
+        assert self.model is not None
+        records = [PromptRecord(each.text, "", tools=each.extra.get("tools")) for each in prompts]
+        texts = [[decode(self.tokenizer, response, self.end_token_ids)] for response in responses]
+        limit = context_length(self.model.model.config)
+        groups = []
+        for example, response, (prompt, (answer,)) in zip(
+            prompts, responses, encode_records(records, texts, self.reader), strict=True
+        ):
+            end = turn_end(self.reader) if isinstance(example.text, list) else [self.reader.eos_token_id]
+            whole = answer or end
+            if response[-1] not in self.end_token_ids and whole[-len(end) :] == end:
+                whole = whole[: -len(end)] or whole  # it was cut off
+            if len(prompt) + len(whole) > limit:
+                raise RewardError(
+                    f"the reward model's tokenizer makes {len(prompt) + len(whole)} tokens of the prompt "
+                    f"{shown(example)} and its completion, over its context of {limit}"
+                )
+            groups.append(Group(prompt, [whole]))
+        return groups
 
     def total(self, scores: Tensor | None, prompts: Sequence[PromptExample], responses: Sequence[list[int]]) -> Tensor:
         """(S,) float32: the weighted sum, given the model's (S,) scores where there is a model.
@@ -65,10 +97,11 @@ def make_rewards(
     functions: dict[str, Callable[..., Any]],
     tokenizer: PreTrainedTokenizerBase,
     end_token_ids: frozenset[int],
+    reader: PreTrainedTokenizerBase | None = None,
 ) -> Rewards:
     """The rewards of the settings."""
     weights = config.reward_weights or [1.0] * ((model is not None) + len(functions))
-    return Rewards(model, functions, weights, tokenizer, end_token_ids)
+    return Rewards(model, functions, weights, tokenizer, end_token_ids, reader)
 
 
 def load_functions(config: PPOConfig) -> dict[str, Callable[..., Any]]:

@@ -8,12 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
 from tools import metrics, only_line, write_jsonl
+from transformers import PreTrainedTokenizerFast
 
 from rlhf import ppo
 from rlhf.checkpoints import RunError
 from rlhf.config import Adam, PPOConfig
 from rlhf.data import PromptExample
+from rlhf.loading import load_tokenizer
 from rlhf.models import ScalarModel
 from rlhf.rewards import RewardError, Rewards, check_finite, load_functions
 from rlhf.settings import ConfigError
@@ -240,3 +243,32 @@ def test_two_rewards_of_one_name_both_count():
     found = load_functions(config)
     assert list(found) == ["<lambda>", "<lambda> (2)", "test_rewards:length"]
     assert [function() for function in list(found.values())[:2]] == [[1.0], [2.0]]
+
+
+def test_reward_model_with_a_tokenizer_of_its_own(ppo_config, base, reward_model, tmp_path, monkeypatch):
+    """Its vocabulary is in another order, and its embeddings as well, so that it gives the scores of the first."""
+    ours = load_tokenizer(base)
+    order = torch.randperm(len(ours), generator=torch.Generator().manual_seed(0))
+    vocabulary = {token: order[i].item() for token, i in ours.get_vocab().items()}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=64
+    )
+    model = ScalarModel.load(reward_model)
+    with torch.no_grad():
+        embeddings = model.model.get_input_embeddings().weight
+        embeddings[order] = embeddings.clone()
+    model.save(tmp_path / "other", theirs)
+    found = []
+    for name, source in (("same", reward_model), ("other", str(tmp_path / "other"))):
+        config = ppo_config(name, reward_model=source, episodes=16, value_model=base)
+        ppo.train(config)
+        found.append(metrics(Path(config.output_dir))[0])
+    assert found[1]["reward"] == pytest.approx(found[0]["reward"], rel=1e-5)
+    assert 0 < found[0]["ended"] < 1
+    assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-6)
+
+    monkeypatch.setattr("rlhf.rewards.context_length", lambda config: 3)
+    with pytest.raises(RunError, match=r"step 0: the reward model's tokenizer makes .* over its context of 3"):
+        ppo.train(ppo_config("long", reward_model=str(tmp_path / "other"), episodes=16))
