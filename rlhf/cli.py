@@ -135,6 +135,7 @@ def plan(words: list[str]) -> int:
     parser.add_argument("--devices", type=int, default=1, help="how many processes, each with a device (default: 1)")
     parser.add_argument("--tflops", type=float, help="a device's rate of matmuls in TFLOP/s (default: measured here)")
     parser.add_argument("--bandwidth", type=float, help="a device's memory bandwidth in GB/s (default: measured here)")
+    parser.add_argument("--memory", type=float, default=80, help="GiB of a device whose rates are given (default: 80)")
     options, rest = parser.parse_known_args(words)
     if options.devices < 1:
         parser.error(f"devices: is {options.devices}, must be at least 1")
@@ -155,7 +156,8 @@ def show_plan(config: Any, options: argparse.Namespace) -> None:
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision, torch.float32)
     if options.tflops and options.bandwidth:
         on_gpu = config.device != "cpu"
-        machine = Machine(options.devices, options.tflops * 1e12, options.bandwidth * 1e9, on_gpu)
+        rates = options.tflops * 1e12, options.bandwidth * 1e9
+        machine = Machine(options.devices, *rates, options.memory * 2**30, on_gpu)
     else:
         machine = measured_machine(options.devices, config.device, dtype)
     show(plan(config, machine), machine)

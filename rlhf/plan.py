@@ -121,7 +121,7 @@ def measure(
         make_fake(model)
         sizes.passes = count_passes(model, config, rows, length)
         if kind is LanguageModel:
-            sizes.cache_bytes = count_cache(model)
+            sizes.cache_bytes = count_cache(model, config)
     return sizes
 
 
@@ -162,11 +162,7 @@ def count_passes(model: Backbone, config: RunConfig, rows: int, length: int) -> 
         block.register_forward_pre_hook(enter)
         block.register_forward_hook(leave)
     ids = torch.zeros(rows, length, dtype=torch.long)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision)
-    with (
-        torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None),
-        torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-    ):
+    with autocast(config), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         states = model.inner(input_ids=ids, use_cache=False).last_hidden_state
     tokens = rows * length
     inside = [size for size, in_block, _ in kept.values() if in_block]
@@ -178,11 +174,17 @@ def count_passes(model: Backbone, config: RunConfig, rows: int, length: int) -> 
     )
 
 
-def count_cache(model: Backbone) -> int:
+def autocast(config: RunConfig) -> torch.autocast:
+    """The precision of the run's activations."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.mixed_precision)
+    return torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None)
+
+
+def count_cache(model: Backbone, config: RunConfig) -> int:
     """Bytes of keys, values and states per token, of a prompt of 8."""
     cache = DynamicCache(config=model.model.config)
     name = "cache" if "cache" in inspect.signature(model.inner.forward).parameters else "past_key_values"
-    with torch.no_grad():
+    with torch.no_grad(), autocast(config):
         model.inner(input_ids=torch.zeros(1, 8, dtype=torch.long), use_cache=True, **{name: cache})
     found = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
     return sum(tensor.nbytes for tensor in found if tensor.dim() == 4 and tensor.shape[-2] == 8) // 8
@@ -205,6 +207,8 @@ class Machine:
     """Operations a second of a matmul in the precision of the run."""
     bandwidth: float
     """Bytes a second."""
+    memory: float
+    """Bytes of each."""
     on_gpu: bool
 
 
@@ -291,7 +295,12 @@ def plan_ppo(config: PPOConfig, machine: Machine, found: Plan) -> None:
     vocabulary = load_config(config.policy).get_text_config().vocab_size
     prefill = together * prompt * (2 * policy.passes.largest + 3 * policy.passes.states)
     logits = 3 * 4 * together * vocabulary
-    found.moments["rollout"] = gathered(config, machine, policy, whole=True) + cache + max(prefill, logits)
+    free = machine.memory - sum(found.parts.values())
+    whole = gathered(config, machine, policy, whole=True)
+    name = "rollout"
+    if whole > free / 2:
+        name, whole = "rollout, gathering blocks for every token", gathered(config, machine, policy)
+    found.moments[name] = whole + cache + max(prefill, logits)
     scored = rows_of(config, episodes, length) * length
     found.moments["scoring"] = max(
         gathered(config, machine, each) + scored * (2 * each.passes.largest + 3 * each.passes.states)
@@ -346,7 +355,8 @@ def gathered(config: RunConfig, machine: Machine, model: Sizes, *, whole: bool =
     """Bytes of whole weights beside the parts, where weights are split: of two blocks and what is outside of them."""
     if shards(config, machine) == 1:
         return 0.0
-    return 4.0 * (model.weights if whole else model.outside + 2 * model.largest_block)
+    width = 2.0 if config.frozen_dtype == "bfloat16" and model.trained < model.weights else 4.0
+    return width * (model.weights if whole else model.outside + 2 * model.largest_block)
 
 
 def step_bytes(config: RunConfig, machine: Machine, model: Sizes, tokens: int, *, head: bool) -> float:
@@ -393,7 +403,9 @@ def measured_machine(devices: int, device: Any, dtype: torch.dtype) -> Machine:
 
     flops = 2 * side**3 / seconds(lambda: a @ a)
     bandwidth = vector.nbytes / seconds(vector.sum)
-    return Machine(devices, flops, bandwidth, found.type == "cuda")
+    on_gpu = found.type == "cuda"
+    memory = torch.cuda.mem_get_info(found)[1] if on_gpu else psutil.virtual_memory().total / devices
+    return Machine(devices, flops, bandwidth, memory, on_gpu)
 
 
 def synchronize(device: torch.device) -> None:

@@ -334,7 +334,7 @@ def test_reward_model_with_two_labels(rlhf, commands, bare):
 
 def test_tokenizers_that_differ(rlhf, commands, bare):
     make_tokenizer([*WORDS, "another"]).save_pretrained(bare.reward)
-    for stage, extra in (("ppo", []), ("evaluate", ["--judge", bare.reward])):
+    for stage, extra in (("ppo", ["--value_model", bare.reward]), ("evaluate", ["--judge", bare.reward])):
         code, error = rlhf(stage, *commands[stage], *extra)
         assert code == 2
         assert "must share one" in only_line(error)

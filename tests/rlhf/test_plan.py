@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,8 +21,8 @@ from rlhf.lora import add_adapter
 from rlhf.models import LanguageModel, ScalarModel
 from rlhf.plan import Machine, measure, plan, room
 
-HERE = Machine(1, 1e11, 1e10, on_gpu=False)
-EIGHT = Machine(8, 4e14, 3e12, on_gpu=True)
+HERE = Machine(1, 1e11, 1e10, 2**34, on_gpu=False)
+EIGHT = Machine(8, 4e14, 3e12, 2**36, on_gpu=True)
 
 
 def run_config(**options):
@@ -88,6 +89,14 @@ def test_parts_of_ppo(base):
     adapted = plan(ppo_config(base, lora={"rank": 4}), HERE).parts
     assert not {"reference: weights", "reward model: weights"} & adapted.keys()
     assert 4 * count < adapted["policy: weights"] < 5 * count
+
+
+def test_rollout_of_split_weights(base):
+    """Weights are gathered whole only where they take at most half of what is free."""
+    config = ppo_config(base, sharding="full")
+    assert "rollout" in plan(config, EIGHT).moments
+    small = plan(config, replace(EIGHT, memory=1e9)).moments
+    assert "rollout, gathering blocks for every token" in small
 
 
 def test_moments(base):
