@@ -44,6 +44,10 @@ def place(model: SomeModel, sharding: Literal["none", "full"], processes: Proces
         fully_shard(block, mesh=mesh, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, reshard_after_forward=True)
     register_fsdp_forward_method(model, "run")
+    # An expert may see tokens in one process and none in another, which then has no gradient to exchange.
+    sharded: Any = model
+    if hasattr(sharded, "set_reduce_scatter_unused_params"):  # in torch 2.13, and not in all releases before
+        sharded.set_reduce_scatter_unused_params(True)
     return model
 
 

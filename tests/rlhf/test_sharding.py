@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_types import tiny
 from test_resume import arguments
 from tools import begin_together, metrics, model_files, only_line, run_here, together, weights
 
@@ -63,6 +64,27 @@ def test_stages(stage, one, base, reward_model, data, tmp_path):
         assert len(json.loads(held)) == {"ppo": 4, "ppo-ptx": 4, "ppo with lora": 2}.get(stage, 1)
         assert max(json.loads(held)) <= 0.55
     assert_same(tmp_path / "two", one(stage))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("model_type", ["gemma2", "mixtral", "jamba"])
+def test_types(model_type, tokenizer, data, tmp_path):
+    """Blocks of two kinds, experts that not every process uses, and states in place of a cache."""
+    tiny(model_type, len(tokenizer), tokenizer.eos_token_id, scale=2.0).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    settings = command("ppo", tmp_path / "model", None, data, "--reward", "lengths:length", "--adam.eps", 1e-4)
+    at = settings.index("--reward_model")
+    del settings[at : at + 2]
+    (tmp_path / "lengths.py").write_text(
+        "def length(completions, **_):\n    return [len(c) / 10 for c in completions]\n"
+    )
+    for count in (1, 2):
+        for error, status, _ in together(
+            *settings, "--sharding", "full", "--output_dir", tmp_path / str(count), processes=count,
+            PYTHONPATH=str(tmp_path),
+        ):  # fmt: skip
+            assert status == 0, error
+    assert_same(tmp_path / "2", tmp_path / "1")
 
 
 def test_rollout_block_by_block(one, base, reward_model, data, tmp_path):
