@@ -7,6 +7,7 @@ import importlib
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import sys
@@ -44,7 +45,9 @@ STAGES = {
     "generate": (GenerateConfig, "rlhf.evaluate:generate", "sample completions, for reading or for ranking"),
     "demo": (DemoConfig, "rlhf.demo.experiment:run", "the whole experiment in miniature, on two CPU cores"),
 }
-PLAN = "memory on each device and speed of a run, before anything is loaded: rlhf plan ppo --config ..."
+PLAN = (
+    "memory on each device and speed of a run, before anything is loaded: rlhf plan ppo --policy ... --reward_model ..."
+)
 # What a run must have and a plan does not look at.
 NOT_PLANNED = {"sft": ["data"], "reward": ["data"], "ppo": ["prompts", "pretraining_data"]}
 RESUMABLE = {"sft", "reward", "ppo", "demo"}
@@ -131,7 +134,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def plan(words: list[str]) -> int:
     """Prints what a run of a stage would take."""
     parser = argparse.ArgumentParser(prog="rlhf plan", description=PLAN, allow_abbrev=False)
-    parser.add_argument("stage", choices=sorted(NOT_PLANNED), help="the stage; its settings follow")
+    parser.add_argument(
+        "stage", choices=sorted(NOT_PLANNED), help="the stage; its settings follow: models must be there, data need not"
+    )
     parser.add_argument("--devices", type=int, default=1, help="how many processes, each with a device (default: 1)")
     parser.add_argument("--tflops", type=float, help="a device's rate of matmuls in TFLOP/s (default: measured here)")
     parser.add_argument("--bandwidth", type=float, help="a device's memory bandwidth in GB/s (default: measured here)")
@@ -139,6 +144,12 @@ def plan(words: list[str]) -> int:
     options, rest = parser.parse_known_args(words)
     if options.devices < 1:
         parser.error(f"devices: is {options.devices}, must be at least 1")
+    for name in ("tflops", "bandwidth", "memory"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            parser.error(f"{name}: is {value}, must be above 0")
+    if (options.tflops is None) != (options.bandwidth is None):
+        parser.error("tflops, bandwidth: one of them is given; give both, or neither to have them measured here")
     unseen = [f"--{name}=-" for name in ("output_dir", *NOT_PLANNED[options.stage])]
     stage, settings = parse([options.stage, *unseen, *rest])
     if settings is None:
@@ -253,6 +264,7 @@ def run_stage(
 ) -> int:
     """Runs one stage, or something else with its settings. Prints an error that a user can fix as one line."""
     make_config, function, _ = STAGES[stage]
+    name_of_command = f"rlhf plan {stage}" if instead else f"rlhf {stage}"
     try:
         config = make_config(**settings)
         # Imported here, so that --help and bad settings do not wait for torch and transformers.
@@ -266,16 +278,16 @@ def run_stage(
         start = instead or getattr(importlib.import_module(module), name)
         interrupts.allow()
     except ConfigError as error:
-        print(f"rlhf {stage}: error: {error}", file=sys.stderr)
+        print(f"{name_of_command}: error: {error}", file=sys.stderr)
         return 2
     hint = "; go on with --resume" if stage in RESUMABLE else ""
     try:
         start(config, **({} if instead or stage not in RESUMABLE else {"resume": resume}))
     except (ConfigError, data.DataError, loading.ModelError) as error:
-        print(f"rlhf {stage}: error: {error}", file=sys.stderr)
+        print(f"{name_of_command}: error: {error}", file=sys.stderr)
         return 2
     except checkpoints.RunError as error:
-        print(f"rlhf {stage}: error: {error}", file=sys.stderr)
+        print(f"{name_of_command}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"\nrlhf {stage}: interrupted{hint}", file=sys.stderr)

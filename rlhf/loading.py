@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -305,7 +306,7 @@ def load(
         config.rescale_every = 0  # RWKV halves its weights for evaluation, and would save the halved ones
     name, path = name_of(source), None
     if adapter := adapter_of(source):
-        return load_merged(auto, adapter, config, attention, device, dtype=dtype)
+        return load_merged(auto, adapter, config, attention, device, new_head=new_head, dtype=dtype)
     if isinstance(source, (str, Path)):
         path = directory_of(source)
     else:
@@ -336,20 +337,28 @@ def load_merged(
     attention: str | None,
     device: torch.device | str,
     *,
+    new_head: bool,
     dtype: torch.dtype,
 ) -> PreTrainedModel:
-    """The model to which an adapter belongs, with the adapter's change in its weights."""
+    """The model to which an adapter belongs, with the adapter's change in its weights. Arguments are :func:`load`'s."""
     import peft  # takes a second, which only those wait for who have an adapter
 
-    base, classifier = base_of(adapter), is_classifier(config)
+    base = base_of(adapter)
     try:
         settings = peft.PeftConfig.from_pretrained(adapter)
-        new_head = classifier and not is_classifier(load_config(base))
-        if new_head and not getattr(settings, "modules_to_save", None):
+        settings.task_type = None  # peft's classes for tasks want more of a model than that it has these layers
+        of_head = not new_head and is_classifier(config) and not is_classifier(load_config(base))
+        if of_head and not getattr(settings, "modules_to_save", None):
             raise ModelError(f"{adapter}: lacks the head of {config.architectures[0]}, and {base} has none")
-        model = load(auto, base, config, attention, device, new_head=new_head, dtype=dtype)
-        adapted: Any = peft.PeftModel.from_pretrained(model, adapter, config=settings)
-        merged: PreTrainedModel = adapted.merge_and_unload()
+        model = load(auto, base, config, attention, device, new_head=new_head or of_head, dtype=dtype)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            adapted: Any = peft.PeftModel.from_pretrained(model, adapter, config=settings)
+            merged: PreTrainedModel = adapted.merge_and_unload()
+        if lacking := [str(warning.message) for warning in told if "missing adapter keys" in str(warning.message)]:
+            raise ModelError(
+                f"{adapter}: the adapter does not fit {type(model).__name__}: {first_line(lacking[0])[:200]}"
+            )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, ModelError):
             raise

@@ -24,9 +24,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from rlhf.config import LengthConfig, PPOConfig, RewardConfig, RunConfig, SFTConfig
-from rlhf.loading import classifier_class, context_length, load_config, use_fused_gelu
+from rlhf.loading import ModelError, classifier_class, context_length, load_config, load_tokenizer, use_fused_gelu
 from rlhf.lora import add_adapter
 from rlhf.models import OTHER_DROPOUT, RESIDUAL_DROPOUT, Backbone, LanguageModel, ScalarModel, set_dropout
+from rlhf.ppo import value_source
 from rlhf.processes import find_device
 from rlhf.training import console
 
@@ -47,6 +48,10 @@ class Passes:
     """The largest tensor that a block keeps."""
     states: float
     """A row of hidden states."""
+
+    def times(self, factor: float) -> Passes:
+        """All of them, so many times as large."""
+        return Passes(**{name: factor * size for name, size in vars(self).items()})
 
 
 @dataclass
@@ -118,20 +123,24 @@ def measure(
         width=settings.get_text_config().hidden_size,
     )
     with FakeTensorMode(allow_non_fake_inputs=True):
-        make_fake(model)
-        sizes.passes = count_passes(model, config, rows, length)
+        try:
+            make_fake(model, torch.float32)
+            sizes.passes = count_passes(model, config, rows, length)
+        except RuntimeError:  # experts' grouped matmul, of whose shapes torch knows only those in 16 bits
+            make_fake(model, torch.bfloat16)
+            sizes.passes = count_passes(model, config, rows, length).times(2)
         if kind is LanguageModel:
             sizes.cache_bytes = count_cache(model, config)
     return sizes
 
 
-def make_fake(model: nn.Module) -> None:
+def make_fake(model: nn.Module, dtype: torch.dtype) -> None:
     """Gives a model without memory, on the meta device, tensors that have none either, but pass for a CPU's."""
     seen: dict[int, Any] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if id(parameter) not in seen:
-                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                empty = torch.empty(parameter.shape, dtype=dtype)
                 seen[id(parameter)] = parameter, nn.Parameter(empty, requires_grad=parameter.requires_grad)
             setattr(module, name, seen[id(parameter)][1])
         for name, buffer in module.named_buffers(recurse=False):
@@ -270,7 +279,10 @@ def plan_ppo(config: PPOConfig, machine: Machine, found: Plan) -> None:
     episodes = math.ceil(config.batch_size / machine.devices)
     rows = rows_of(config, math.ceil(config.minibatch_size / machine.devices), length)
     policy = measure(LanguageModel, config.policy, config, trained=True, rows=rows, length=length)
-    source = config.value_model or config.reward_model or config.policy
+    try:
+        source, _ = value_source(config, load_tokenizer(config.tokenizer or config.policy))
+    except ModelError:  # a directory with a configuration alone
+        source = config.value_model or config.reward_model or config.policy
     value = measure(ScalarModel, source, config, trained=True, rows=rows, length=length)
     scorers = {"value model": value}
     add_trained(config, machine, found, "policy", policy)
@@ -424,7 +436,9 @@ def show(found: Plan, machine: Machine) -> None:
         table.add_row(f"for a moment: {name}", f"{size / 2**30:,.2f}")
     table.add_row(f"[bold]peak, in the {moment}", f"[bold]{found.peak / 2**30:,.2f}", end_section=True)
     console.print(table)
+    if found.peak > machine.memory:
+        console.print(f"[bold]more than the {machine.memory / 2**30:,.0f} GiB that a device has")
     total = sum(found.seconds.values())
     parts = ", ".join(f"{name} {seconds / total:.0%}" for name, seconds in found.seconds.items())
-    console.print(f"at most {found.tokens / total:,.0f} tokens a second in all ({parts}), at")
-    console.print(f"{machine.flops / 1e12:,.3g} TFLOP/s and {machine.bandwidth / 1e9:,.4g} GB/s on each device")
+    rates = f"{machine.flops / 1e12:,.3g} TFLOP/s and {machine.bandwidth / 1e9:,.4g} GB/s on each device"
+    console.print(f"at most {found.tokens / total:,.0f} tokens a second in all ({parts}), at {rates}", soft_wrap=True)

@@ -107,14 +107,9 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
     records = read_prompts(config.prompts)
     texts = read_texts(config.pretraining_data) if config.gamma_ptx else []
     tokenizer = load_tokenizer(config.tokenizer or config.policy)
-    # What the value model starts from. Without a reward model that has the policy's tokens, it is the policy's backbone
-    # under a head of zeros.
-    source, reader = config.value_model or config.policy, None
     if config.reward_model is not None:
         check_reward_config(config.reward_model)
-        reader = other_tokenizer(tokenizer, config.reward_model)
-        if reader is None:
-            source = config.value_model or config.reward_model
+    source, reader = value_source(config, tokenizer)
     check_same_tokenizer(tokenizer, name_of(config.policy), source)
     context = shared_context(config.policy, None if reader else config.reward_model, source)
     prompts = tokenize_prompts(records, tokenizer, Limits(**asdict(config.lengths), context_length=context))
@@ -213,6 +208,15 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
     path = save_policy(run, policy, average, tokenizer, "model")
     run.close()
     return path
+
+
+def value_source(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[Any, PreTrainedTokenizerBase | None]:
+    """What the value model starts from, and the reward model's tokenizer where it is not the policy's.
+
+    Without a reward model that has the policy's tokens, it is the policy's backbone under a head of zeros.
+    """
+    reader = None if config.reward_model is None else other_tokenizer(tokenizer, config.reward_model)
+    return config.value_model or (config.policy if reader else config.reward_model) or config.policy, reader
 
 
 def save_policy(

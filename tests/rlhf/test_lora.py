@@ -250,3 +250,25 @@ def test_adapters_of_others(base, tokenizer, tmp_path):
     (tmp_path / "theirs" / "adapter_model.safetensors").write_bytes(b"spoilt")
     with pytest.raises(ModelError, match="theirs: the adapter could not be loaded"):
         LanguageModel.load(tmp_path / "theirs")
+
+
+def test_a_reward_model_that_begins_with_an_adapter(base, tokenizer, tmp_path):
+    """The adapter of a language model has no head: a reward model gets a new one of zeros, on the adapted states."""
+    model = adapted(LanguageModel.load(base), base)
+    model.save(tmp_path / "first", tokenizer, merged=False)
+    scalar = ScalarModel.load(tmp_path / "first").eval()
+    assert not scalar.head.weight.any()
+    batch = model.lay_out(groups_of_one(PROMPTS, RESPONSES))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            scalar.hidden(batch, batch.last), model.hidden(batch, batch.last), atol=1e-5, rtol=1e-5
+        )
+
+
+def test_an_adapter_of_another_model(base, llama, tokenizer, tmp_path):
+    adapted(LanguageModel.load(base), base).save(tmp_path / "first", tokenizer, merged=False)
+    path = tmp_path / "first/adapter_config.json"
+    path.write_text(path.read_text().replace(base, llama))
+    (tmp_path / "first/config.json").unlink()
+    with pytest.raises(ModelError, match="first: the adapter"):
+        LanguageModel.load(tmp_path / "first")
