@@ -356,9 +356,7 @@ def load_merged(
             adapted: Any = peft.PeftModel.from_pretrained(model, adapter, config=settings)
             merged: PreTrainedModel = adapted.merge_and_unload()
         if lacking := [str(warning.message) for warning in told if "missing adapter keys" in str(warning.message)]:
-            raise ModelError(
-                f"{adapter}: the adapter does not fit {type(model).__name__}: {first_line(lacking[0])[:200]}"
-            )
+            raise ModelError(f"{adapter}: the adapter does not fit {type(model).__name__}: {lacking[0][:200]}")
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if isinstance(error, ModelError):
             raise
