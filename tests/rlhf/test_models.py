@@ -224,15 +224,6 @@ def test_tokenizer_without_eos_is_refused(base, tmp_path):
         load_tokenizer(other)
 
 
-def test_ppo_refuses_a_reward_model_with_another_tokenizer(ppo_config, reward_model, tmp_path):
-    other = copy_of(reward_model, tmp_path / "other")
-    make_tokenizer([*WORDS, "another"]).save_pretrained(other)
-    config = ppo_config(reward_model=other)
-    with pytest.raises(ModelError, match="must share one"):
-        ppo.train(config)
-    assert not (tmp_path / "ppo").exists()
-
-
 def test_two_labels_are_refused(base, tmp_path, tokenizer):
     model = GPT2ForSequenceClassification.from_pretrained(base, num_labels=2)
     model.save_pretrained(tmp_path / "two")
