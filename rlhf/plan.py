@@ -2,14 +2,16 @@
 
 Sizes are those of the models' configurations, built without memory for their weights (torch's ``FakeTensorMode``). What
 a block keeps for the backward pass is counted in a forward pass of such tensors, so every architecture is counted as it
-is. Times are bounds: floating-point operations over the device's rate, and in decoding the bytes of the weights over
-its bandwidth.
+is. (Of experts, up to twice as much is counted: torch can follow their matmul without memory in 16 bits alone.) Times
+are bounds: floating-point operations over the device's rate, and in decoding the bytes of the weights over its
+bandwidth.
 
     rlhf plan ppo --config 1.3b/ppo_ptx --policy gpt2 --reward_model gpt2 --devices 8 --tflops 400 --bandwidth 3000
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 import time
@@ -24,7 +26,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from rlhf.config import LengthConfig, PPOConfig, RewardConfig, RunConfig, SFTConfig
-from rlhf.loading import ModelError, classifier_class, context_length, load_config, load_tokenizer, use_fused_gelu
+from rlhf.fields import first_line
+from rlhf.loading import (
+    ModelError,
+    classifier_class,
+    context_length,
+    load_config,
+    load_tokenizer,
+    name_of,
+    use_fused_gelu,
+)
 from rlhf.lora import add_adapter
 from rlhf.models import OTHER_DROPOUT, RESIDUAL_DROPOUT, Backbone, LanguageModel, ScalarModel, set_dropout
 from rlhf.ppo import value_source
@@ -128,7 +139,12 @@ def measure(
             sizes.passes = count_passes(model, config, rows, length)
         except RuntimeError:  # experts' grouped matmul, of whose shapes torch knows only those in 16 bits
             make_fake(model, torch.bfloat16)
-            sizes.passes = count_passes(model, config, rows, length).times(2)
+            try:
+                sizes.passes = count_passes(model, config, rows, length).times(2)
+            except RuntimeError as error:
+                raise ModelError(
+                    f"{name_of(source)}: what its passes keep can't be counted: {first_line(error)}"
+                ) from error
         if kind is LanguageModel:
             sizes.cache_bytes = count_cache(model, config)
     return sizes
@@ -193,7 +209,7 @@ def count_cache(model: Backbone, config: RunConfig) -> int:
     """Bytes of keys, values and states per token, of a prompt of 8."""
     cache = DynamicCache(config=model.model.config)
     name = "cache" if "cache" in inspect.signature(model.inner.forward).parameters else "past_key_values"
-    with torch.no_grad(), autocast(config):
+    with torch.no_grad(), autocast(config), contextlib.suppress(AttributeError):  # a cache of another kind: of states
         model.inner(input_ids=torch.zeros(1, 8, dtype=torch.long), use_cache=True, **{name: cache})
     found = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
     return sum(tensor.nbytes for tensor in found if tensor.dim() == 4 and tensor.shape[-2] == 8) // 8

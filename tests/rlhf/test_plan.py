@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.config import PPOConfig, RewardConfig, RunConfig, SFTConfig
 from rlhf.decoding import make_cache
+from rlhf.loading import ModelError
 from rlhf.lora import add_adapter
 from rlhf.models import LanguageModel, ScalarModel
 from rlhf.plan import Machine, measure, plan, room
@@ -32,6 +33,10 @@ def run_config(**options):
 @pytest.mark.parametrize("model_type", sorted(TYPES.keys() - {"rwkv"}))  # which has no pass without its own kernels
 def test_weights_and_activations(model_type, tokenizer, tmp_path):
     tiny(model_type, len(tokenizer), tokenizer.eos_token_id).save_pretrained(tmp_path)
+    if model_type == "minimax":
+        with pytest.raises(ModelError, match="what its passes keep can't be counted"):
+            measure(LanguageModel, tmp_path, run_config(), trained=True, rows=3, length=16)
+        return
     model = LanguageModel.load(tmp_path).eval()
     sizes = measure(LanguageModel, tmp_path, run_config(), trained=True, rows=3, length=16)
     assert sizes.weights == sizes.trained == sum(p.numel() for p in model.parameters())
@@ -40,8 +45,10 @@ def test_weights_and_activations(model_type, tokenizer, tmp_path):
     ids = torch.zeros(3, 16, dtype=torch.long)
     real = saved_bytes(model, lambda: model.inner(input_ids=ids, use_cache=False).last_hidden_state.sum())
     counted = (sizes.passes.kept_in_blocks + sizes.passes.kept_outside) * 48
-    # Masks and positions are made anew in every pass, and experts see what the router gives them.
-    assert counted == pytest.approx(real, rel=0.15)
+    if any(name.endswith("experts") for name, _ in model.named_modules()):
+        assert 0.9 * real < counted < 2 * real
+    else:  # masks and positions are made anew in every pass
+        assert counted == pytest.approx(real, rel=0.2)
 
 
 def test_adapter(base):
