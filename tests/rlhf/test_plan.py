@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -165,7 +166,9 @@ def test_peak(base, reward_model, data, tmp_path, tokenizer):
     tokenizer.save_pretrained(tmp_path / "model")
     text = tmp_path / "text.txt"
     text.write_text(" ".join(f"w{i % 50:02d}" for i in range(9000)))
-    settings = ["sft", "--model", tmp_path / "model", "--data", data.demonstrations, "--pretraining_data", text]
+    two = tmp_path / "two.jsonl"  # two steps, each with one of them
+    two.write_text("".join(Path(data.demonstrations).read_text().splitlines(keepends=True)[:2]))
+    settings = ["sft", "--model", tmp_path / "model", "--data", two, "--pretraining_data", text]
     settings += ["--pretraining_fraction", 0.9, "--pretraining_tokens", 500, "--batch_size", 10, "--epochs", 1]
     code = "import sys,resource;from rlhf.__main__ import main\ns=main();"
     code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024);sys.exit(s)"
