@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-
 from rlhf import probe
-from rlhf.loading import ModelError
 from rlhf.models import Backbone
 from rlhf.settings import ConfigError
-from rlhf_kernels.integrations.transformers import relative_error
 
 
-@torch.no_grad()
 def use_liger(model: Backbone) -> None:
     """Puts Liger's kernels into a model, by Liger's own functions. Heads and losses stay ours.
 
@@ -30,13 +25,5 @@ def use_liger(model: Backbone) -> None:
         raise ConfigError("liger: is true, but liger-kernel is not installed: pip install liger-kernel") from error
     if model.name not in MODEL_TYPE_TO_APPLY_LIGER_FN:
         raise ConfigError(f"liger: is true, but this release of Liger has nothing for {model.name} models")
-    tokens = torch.tensor(probe.probe_sequences(model, (4,)), device=model.device)
-    with model.probing():
-        before = model.inner(tokens, use_cache=False).last_hidden_state
+    with probe.same_hidden_states(model, model.tolerance, "Liger's kernels", "leave liger at false"):
         _apply_liger_kernel_to_instance(model.model, cross_entropy=False, fused_linear_cross_entropy=False)
-        error_found = relative_error(model.inner(tokens, use_cache=False).last_hidden_state, before)
-    if not error_found <= model.tolerance:
-        raise ModelError(
-            f"{model.name}: with Liger's kernels, its hidden states are off by {error_found:.2g} of their size; "
-            "leave liger at false"
-        )

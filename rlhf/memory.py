@@ -9,9 +9,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from rlhf import probe
-from rlhf.loading import ModelError, load
+from rlhf.loading import load
 from rlhf.models import Backbone, ScalarModel
-from rlhf_kernels.integrations.transformers import TOLERANCE, relative_error
+from rlhf_kernels.integrations.transformers import TOLERANCE
 
 SomeModel = TypeVar("SomeModel", bound=Backbone)
 
@@ -43,21 +43,13 @@ def freeze(model: SomeModel, dtype: torch.dtype = torch.float32) -> SomeModel:
     model.requires_grad_(False)
     if dtype == torch.float32:
         return model
-    whole = model.model
-    tokens = torch.tensor(probe.probe_sequences(model, (4,)), device=model.device)
-    with model.probing():
-        before = model.inner(tokens, use_cache=False).last_hidden_state.float()
-    model.model = load(
-        type(whole), whole, whole.config, whole.config._attn_implementation, model.device, dtype=dtype
-    ).requires_grad_(False)
-    model.model.train(whole.training)
-    if isinstance(model, ScalarModel):
-        model.model.set_submodule(model.head_name, whole.get_submodule(model.head_name))
-    with model.probing():
-        error = relative_error(model.inner(tokens, use_cache=False).last_hidden_state.float(), before)
-    if not error <= TOLERANCE[dtype]:
-        raise ModelError(
-            f"{model.name}: with weights in {str(dtype).removeprefix('torch.')}, its hidden states are off by "
-            f"{error:.2g} of their size; leave frozen_dtype at float32"
-        )
+    change = f"weights in {str(dtype).removeprefix('torch.')}"
+    with probe.same_hidden_states(model, TOLERANCE[dtype], change, "leave frozen_dtype at float32"):
+        whole = model.model
+        model.model = load(
+            type(whole), whole, whole.config, whole.config._attn_implementation, model.device, dtype=dtype
+        ).requires_grad_(False)
+        model.model.train(whole.training)
+        if isinstance(model, ScalarModel):
+            model.model.set_submodule(model.head_name, whole.get_submodule(model.head_name))
     return model

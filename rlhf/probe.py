@@ -12,13 +12,15 @@ from one sequence into another gives 3e-4 or more with weights that were never t
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from rlhf.batch import Group, Layout, lay_out
 from rlhf.decoding import Decoder, Decoding
-from rlhf.loading import context_length
+from rlhf.loading import ModelError, context_length
 from rlhf_kernels.integrations.transformers import relative_error
 
 if TYPE_CHECKING:
@@ -38,6 +40,28 @@ def probe_sequences(model: Backbone, lengths: tuple[int, ...]) -> list[list[int]
     drawn = torch.randint(len(embeddings.weight), (8 * sum(lengths) + 64,), generator=generator).tolist()
     plain = iter([token for token in drawn if token not in special] or drawn)
     return [[next(plain) for _ in range(length)] for length in lengths]
+
+
+@contextlib.contextmanager
+def same_hidden_states(model: Backbone, tolerance: float, change: str, remedy: str) -> Iterator[None]:
+    """For a change inside that must leave a model's hidden states as they are, but for rounding.
+
+    Raises:
+        ModelError: they are off by more than ``tolerance``; names the change and the remedy.
+    """
+    tokens = torch.tensor(probe_sequences(model, (4,)), device=model.device)
+
+    def states() -> torch.Tensor:
+        with torch.no_grad(), model.probing():
+            return model.inner(tokens, use_cache=False).last_hidden_state.float()
+
+    before = states()
+    yield
+    error = relative_error(states(), before)
+    if not error <= tolerance:
+        raise ModelError(
+            f"{model.name}: with {change}, its hidden states are off by {error:.2g} of their size; {remedy}"
+        )
 
 
 @torch.no_grad()
