@@ -407,18 +407,11 @@ class ScalarModel(Backbone):
         scores = self.head(self.hidden(batch, positions).to(self.head.weight.dtype)).squeeze(-1).float()
         return scores if self.head.bias is not None else scores + self.bias
 
-    def save(
-        self,
-        directory: Path,
-        tokenizer: PreTrainedTokenizerBase,
-        weights: dict[str, Tensor] | None = None,
-        *,
-        merged: bool = True,
-    ) -> None:
+    def save(self, directory: Path, tokenizer: PreTrainedTokenizerBase, *weights: Any, **options: Any) -> None:
         """Also writes which token is padding, since other tools read the score at the last token that is not."""
         distinct = tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id
         self.model.config.pad_token_id = tokenizer.pad_token_id if distinct else None
-        super().save(directory, tokenizer, weights, merged=merged)
+        super().save(directory, tokenizer, *weights, **options)
         (directory / "README.md").write_text(self.card())
 
     def card(self) -> str:
