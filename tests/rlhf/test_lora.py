@@ -9,7 +9,7 @@ import pytest
 import torch
 from model_types import tiny
 from safetensors.torch import load_file
-from tools import metrics, only_line
+from tools import metrics, only_line, stop_at_step_3
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf import ppo, reward, sft, training
@@ -176,16 +176,7 @@ def test_stopped_and_resumed(stage, sft_config, ppo_config, monkeypatch):
     options = {"lora": {"rank": 4, "merge": False}, "checkpoint_every": 2, **RATE}
     whole, stopped = make("whole", **options), make("stopped", **options)
     expected = module.train(whole)
-
-    def stop(run, *arguments):
-        if run.step == 3:
-            raise KeyboardInterrupt
-        return training.optimizer_step(run, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "optimizer_step", stop)
-        with pytest.raises(KeyboardInterrupt):
-            module.train(stopped)
+    stop_at_step_3(module, stopped, monkeypatch)
     path = module.train(stopped, resume=True)
     name = "adapter_model.safetensors"
     assert (path / name).read_bytes() == (expected / name).read_bytes()

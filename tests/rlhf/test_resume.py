@@ -13,9 +13,9 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from tools import metrics, model_files, only_line, run_here, start
+from tools import metrics, model_files, only_line, run_here, start, stop_at_step_3
 
-from rlhf import ppo, reward, sft, training
+from rlhf import ppo, reward, sft
 from rlhf.checkpoints import RunError
 from rlhf.checkpoints import latest as latest_checkpoint
 
@@ -304,16 +304,7 @@ def test_run_called_from_python_stops_and_goes_on(stage, sft_config, reward_conf
     options = {"checkpoint_every": 2} | ({"ema_decay": 0.5, "gamma_ptx": 1.0} if stage == "ppo" else {"epochs": 2})
     whole, stopped = config("whole", **options), config("stopped", **options)
     directory = module.train(whole).parent
-
-    def stop(run, *arguments):
-        if run.step == 3:
-            raise KeyboardInterrupt
-        return training.optimizer_step(run, *arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, "optimizer_step", stop)
-        with pytest.raises(KeyboardInterrupt):
-            module.train(stopped)
+    stop_at_step_3(module, stopped, monkeypatch)
     with pytest.raises(RunError, match="holds a run already"):
         module.train(stopped)
     path = module.train(stopped, resume=True)

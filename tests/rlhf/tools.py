@@ -10,10 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rlhf import cli
+from rlhf import cli, training
 
 WORDS = [f"w{number:02d}" for number in range(54)]
 CONTEXT = 64
@@ -43,6 +44,20 @@ def run_here(*arguments):
         return cli.main(list(map(str, arguments)))
     except SystemExit as end:
         return end.code
+
+
+def stop_at_step_3(module, config, monkeypatch):
+    """Trains, and is interrupted in the fourth step."""
+
+    def stop(run, *arguments):
+        if run.step == 3:
+            raise KeyboardInterrupt
+        return training.optimizer_step(run, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "optimizer_step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            module.train(config)
 
 
 def start(*arguments, **options):
