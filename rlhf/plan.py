@@ -300,13 +300,10 @@ def plan_ppo(config: PPOConfig, machine: Machine, found: Plan) -> None:
     except ModelError:  # a directory with a configuration alone
         source = config.value_model or config.reward_model or config.policy
     value = measure(ScalarModel, source, config, trained=True, rows=rows, length=length)
-    scorers = {"value model": value}
+    scorers = {"value model": value, "reference": policy}
     add_trained(config, machine, found, "policy", policy)
     add_trained(config, machine, found, "value model", value)
-    if config.lora.rank:
-        scorers["reference"] = policy
-    else:
-        scorers["reference"] = policy
+    if not config.lora.rank:
         add_frozen(config, machine, found, "reference", policy)
     if config.reward_model:
         scorers["reward model"] = value
@@ -363,11 +360,15 @@ def shards(config: RunConfig, machine: Machine) -> int:
     return machine.devices if config.sharding == "full" else 1
 
 
+def frozen_width(config: RunConfig) -> int:
+    """Bytes of a weight that is not trained."""
+    return 2 if config.frozen_dtype == "bfloat16" else 4
+
+
 def add_trained(config: RunConfig, machine: Machine, found: Plan, name: str, model: Sizes) -> None:
     """A trained model's weights, optimizer, and DDP's buckets."""
     frozen = model.weights if config.lora.rank else 0
-    bytes_of_frozen = 2 if config.frozen_dtype == "bfloat16" else 4
-    found.parts[f"{name}: weights"] = (bytes_of_frozen * frozen + 4 * model.trained) / shards(config, machine)
+    found.parts[f"{name}: weights"] = (frozen_width(config) * frozen + 4 * model.trained) / shards(config, machine)
     found.parts[f"{name}: Adam's averages"] = 8 * model.trained / shards(config, machine)
     if machine.devices > 1 and config.sharding == "none":
         found.parts[f"{name}: buckets of gradients"] = 4 * model.trained
@@ -375,15 +376,14 @@ def add_trained(config: RunConfig, machine: Machine, found: Plan, name: str, mod
 
 def add_frozen(config: RunConfig, machine: Machine, found: Plan, name: str, model: Sizes) -> None:
     """The weights of a model that is not trained."""
-    width = 2 if config.frozen_dtype == "bfloat16" else 4
-    found.parts[f"{name}: weights"] = width * model.weights / shards(config, machine)
+    found.parts[f"{name}: weights"] = frozen_width(config) * model.weights / shards(config, machine)
 
 
 def gathered(config: RunConfig, machine: Machine, model: Sizes, *, whole: bool = False) -> float:
     """Bytes of whole weights beside the parts, where weights are split: of two blocks and what is outside of them."""
     if shards(config, machine) == 1:
         return 0.0
-    width = 2.0 if config.frozen_dtype == "bfloat16" and model.trained < model.weights else 4.0
+    width = frozen_width(config) if model.trained < model.weights else 4
     return width * (model.weights if whole else model.outside + 2 * model.largest_block)
 
 
