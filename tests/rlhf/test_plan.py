@@ -170,8 +170,9 @@ def test_peak(base, reward_model, data, tmp_path, tokenizer):
     two.write_text("".join(Path(data.demonstrations).read_text().splitlines(keepends=True)[:2]))
     settings = ["sft", "--model", tmp_path / "model", "--data", two, "--pretraining_data", text]
     settings += ["--pretraining_fraction", 0.9, "--pretraining_tokens", 500, "--batch_size", 10, "--epochs", 1]
-    code = "import sys,resource;from rlhf.__main__ import main\ns=main();"
-    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024);sys.exit(s)"
+    code = "import sys,resource,psutil,rlhf.plan;from rlhf.__main__ import main\n"
+    code += "before=psutil.Process().memory_info().rss;s=main();"
+    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024-before);sys.exit(s)"
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "1000000", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, settings), "--device", "cpu", "--output_dir", tmp_path / "run"],
@@ -181,4 +182,6 @@ def test_peak(base, reward_model, data, tmp_path, tokenizer):
         output_dir="-", model=str(tmp_path / "model"), data=["-"], pretraining_data=["-"], pretraining_fraction=0.9,
         pretraining_tokens=500, batch_size=10, lengths={"max_prompt_tokens": 250, "max_response_tokens": 250},
     )  # fmt: skip
-    assert plan(config, HERE).peak == pytest.approx(int(done.stdout.splitlines()[-1]), rel=0.15)
+    found = plan(config, HERE)
+    peak = found.peak - found.parts["Python and its libraries"]  # this process holds what tests before have left
+    assert peak == pytest.approx(int(done.stdout.splitlines()[-1]), rel=0.15)
