@@ -8,10 +8,12 @@ from rlhf import interrupts
 
 TRAIN = {"accelerate", "datasets", "jsonargparse", "matplotlib", "peft", "psutil", "rich", "safetensors", "tensorboard",
          "tokenizers", "transformers", "yaml"}  # fmt: skip
+LABEL = {"fastapi", "jinja2", "uvicorn"}
+EXTRAS = {package: extra for extra, packages in (("train", TRAIN), ("label", LABEL)) for package in packages}
 
 
 def main() -> int:
-    """Runs the command line. Returns status 2 if a package of the extra ``train`` is missing."""
+    """Runs the command line. Returns status 2 if a package of an extra is missing."""
     interrupts.hold_off()  # until a stage begins: from then on the command handles Ctrl-C itself
     try:
         from rlhf import cli
@@ -19,9 +21,11 @@ def main() -> int:
         return cli.main()
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in TRAIN:
+        if package not in EXTRAS:
             raise
-        print(f"rlhf: error: {package} is not installed: pip install 'rlhf-kernels[train]'", file=sys.stderr)
+        print(
+            f"rlhf: error: {package} is not installed: pip install 'rlhf-kernels[{EXTRAS[package]}]'", file=sys.stderr
+        )
         return 2
 
 

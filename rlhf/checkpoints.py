@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from rlhf.errors import UserError
 from rlhf.fields import first_line
 from rlhf.processes import another_has_ended
 
@@ -33,8 +34,10 @@ TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 """Weights that are not trained are read from where they were read before."""
 
 
-class RunError(RuntimeError):
+class RunError(UserError, RuntimeError):
     """A run that cannot start, go on or save itself. The message says what is safe and what to do."""
+
+    status = 1
 
 
 class Trained:

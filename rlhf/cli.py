@@ -20,8 +20,9 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from rlhf import interrupts
-from rlhf.config import EvaluateConfig, GenerateConfig, PPOConfig, RewardConfig, SFTConfig
+from rlhf.config import EvaluateConfig, GenerateConfig, LabelConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf.demo.config import DemoConfig
+from rlhf.errors import UserError
 from rlhf.settings import ConfigError, list_settings, no_such_setting, setting_names
 
 DESCRIPTION = """The InstructGPT recipe: supervised fine-tuning, a reward model, PPO and PPO-ptx.
@@ -43,6 +44,7 @@ STAGES = {
         "win rate, reward, KL and alignment tax of a model against a baseline",
     ),
     "generate": (GenerateConfig, "rlhf.evaluate:generate", "sample completions, for reading or for ranking"),
+    "label": (LabelConfig, "rlhf.label:label", "a page on which people rank completions or write demonstrations"),
     "demo": (DemoConfig, "rlhf.demo.experiment:run", "the whole experiment in miniature, on two CPU cores"),
 }
 PLAN = (
@@ -51,7 +53,15 @@ PLAN = (
 # What a run must have and a plan does not look at.
 NOT_PLANNED = {"sft": ["data"], "reward": ["data"], "ppo": ["prompts", "pretraining_data"]}
 RESUMABLE = {"sft", "reward", "ppo", "demo"}
+# What a command takes besides settings, for the parser.
 RESUME_HELP = "go on from the last checkpoint in output_dir; --resume DIRECTORY alone takes the settings from there too"
+OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    **{stage: {"resume": {"action": "store_true", "help": RESUME_HELP}} for stage in sorted(RESUMABLE)},
+    "label": {
+        "export": {"metavar": "FILE", "help": "write the answers there as records, and serve no page"},
+        "report": {"action": "store_true", "help": "print agreement, marks, flags and times, and serve no page"},
+    },
+}
 
 
 # What jsonargparse says of a setting that does not exist, from the command line or from a file.
@@ -92,8 +102,9 @@ def make_parser() -> Parser:
         sub = Parser(prog=f"rlhf {name}", allow_abbrev=False, description=(config.__doc__ or "").strip())
         sub.add_argument("--config", action="config", help="a YAML file of settings, or the name of a shipped recipe")
         sub.add_class_arguments(config)
+        for option, how in OPTIONS.get(name, {}).items():
+            sub.add_argument(f"--{option}", **how)
         if name in RESUMABLE:
-            sub.add_argument("--resume", action="store_true", help=RESUME_HELP)
             # A run's config.yaml names its stage. It can be given as --config, so the parser must know that key.
             sub.add_argument("--stage", default=name, help=argparse.SUPPRESS)
         subcommands.add_subcommand(name, sub, help=summary)
@@ -127,8 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     stage, settings = parse(given)
     if settings is None:
         return 2
-    resume = settings.pop("resume", False)
-    return run_stage(stage, settings, resume)
+    options = {name: settings.pop(name) for name in OPTIONS.get(stage, {}) if name in settings}
+    return run_stage(stage, settings, options)
 
 
 def plan(words: list[str]) -> int:
@@ -155,7 +166,7 @@ def plan(words: list[str]) -> int:
     if settings is None:
         return 2
     settings.pop("resume", None)
-    return run_stage(stage, settings, None, lambda config: show_plan(config, options))
+    return run_stage(stage, settings, {}, lambda config: show_plan(config, options))
 
 
 def show_plan(config: Any, options: argparse.Namespace) -> None:
@@ -260,39 +271,36 @@ def split_options(words: Sequence[str], *names: str) -> list[str]:
 
 
 def run_stage(
-    stage: str, settings: dict[str, Any], resume: bool | None, instead: Callable[[Any], None] | None = None
+    stage: str, settings: dict[str, Any], options: dict[str, Any], instead: Callable[[Any], None] | None = None
 ) -> int:
     """Runs one stage, or something else with its settings. Prints an error that a user can fix as one line."""
     make_config, function, _ = STAGES[stage]
     name_of_command = f"rlhf plan {stage}" if instead else f"rlhf {stage}"
+    hint = ""
     try:
         config = make_config(**settings)
-        # Imported here, so that --help and bad settings do not wait for torch and transformers.
-        from rlhf import checkpoints, data, loading, processes, training
-
         logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
         # What one process has to say, all have; errors are not logged, but raised.
         logging.getLogger("rlhf").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
-        training.quiet_libraries()
+        if stage != "label":  # which has no models
+            # Imported here, so that --help and bad settings do not wait for torch and transformers.
+            from rlhf import training
+
+            training.quiet_libraries()
         module, _, name = function.partition(":")
         start = instead or getattr(importlib.import_module(module), name)
         interrupts.allow()
-    except ConfigError as error:
+        hint = "; go on with --resume" if stage in RESUMABLE else ""
+        start(config, **options)
+    except UserError as error:
         print(f"{name_of_command}: error: {error}", file=sys.stderr)
-        return 2
-    hint = "; go on with --resume" if stage in RESUMABLE else ""
-    try:
-        start(config, **({} if instead or stage not in RESUMABLE else {"resume": resume}))
-    except (ConfigError, data.DataError, loading.ModelError) as error:
-        print(f"{name_of_command}: error: {error}", file=sys.stderr)
-        return 2
-    except checkpoints.RunError as error:
-        print(f"{name_of_command}: error: {error}", file=sys.stderr)
-        return 1
+        return error.status
     except KeyboardInterrupt:
         print(f"\nrlhf {stage}: interrupted{hint}", file=sys.stderr)
         return 130
     except RuntimeError as error:
+        from rlhf import processes
+
         if not processes.another_has_ended(error):
             raise
         print(

@@ -389,6 +389,35 @@ class EvaluateConfig(Settings):
         check(self.temperature > 0, "temperature", self.temperature, "above 0")
 
 
+@dataclass
+class LabelConfig(Settings):
+    """Serve a page on which people rank completions, say which they prefer, or write demonstrations (section 3.4)."""
+
+    output_dir: str
+    """Where labels.sqlite is, with the prompts and every answer. The same directory goes on with them."""
+    data: Data = field(default_factory=list)
+    """What is labelled: {"prompt", "completions"} records, or prompts for demonstrations. Needed the first time only;
+    later it may have more records at its end."""
+    task: Literal["ranking", "preference", "demonstration"] = "ranking"
+    """ranking: marks, flags and ranks for all completions of a prompt; preference: the same for two, side by side;
+    demonstration: an answer to the prompt."""
+    labels_per_prompt: int = 1
+    """How many labellers answer each prompt."""
+    seed: int = 0
+    """Seeds the order in which each labeller sees the completions of a prompt. That of the first start is kept."""
+    host: str = "127.0.0.1"
+    """The address to listen on. On another than this machine's own, the page asks for a token, which is printed."""
+    port: int = 8000
+    """The port to listen on. 0: any that is free."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(bool(self.output_dir), "output_dir", self.output_dir, "a directory")
+        check(self.labels_per_prompt > 0, "labels_per_prompt", self.labels_per_prompt, "at least 1")
+        check(bool(self.host), "host", self.host, "an address")
+        check(0 <= self.port < 65536, "port", self.port, "from 0 to 65535")
+
+
 def check_pretraining(weight: float, name: str, data: Data, tokens: int) -> None:
     """Raises if there is a pretraining mix but no text, or if a chunk is too short to predict a token in it."""
     if weight > 0:

@@ -15,7 +15,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,44 +42,20 @@ from rlhf.loading import (
 from rlhf.models import LanguageModel, ScalarModel
 from rlhf.objects import described, is_function
 from rlhf.processes import Processes
-from rlhf.report import markdown_table, number
+from rlhf.rates import Rate, win_rate
+from rlhf.records import ANSWER_FIELDS
 from rlhf.reward import score
 from rlhf.rewards import RewardError, check_finite, decode, shown
 from rlhf.rollout import NotFiniteError, sample
 from rlhf.settings import ConfigError
 from rlhf.sharding import Passes, place
+from rlhf.tables import markdown_table, number
 from rlhf.training import console
 from rlhf_kernels import linear_cross_entropy, linear_selective_log_softmax
 
 logger = logging.getLogger(__name__)
 
 Judge = Callable[[Any, str, str], float]
-
-# Fields that hold answers in any layout of records. They are not copied to the output, which has answers of its own.
-ANSWER_FIELDS = {"prompt", "messages", "completion", "completions", "chosen", "rejected", "answers", "ranks", "scores"}
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A share of wins with its 95 % confidence interval (Wilson's)."""
-
-    rate: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.rate:.1%} [{self.low:.1%}, {self.high:.1%}]"
-
-
-def win_rate(outcomes: Sequence[float]) -> Rate:
-    """The mean of independent outcomes in {0, 0.5, 1} and Wilson's score interval for it."""
-    n, z = len(outcomes), 1.96
-    if n == 0:
-        raise ValueError("outcomes: is empty; a win rate needs at least one comparison")
-    rate = sum(outcomes) / n
-    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return Rate(rate, centre - half, centre + half)
 
 
 def evaluate(config: EvaluateConfig) -> dict:
@@ -313,7 +289,7 @@ def generate(config: GenerateConfig) -> Path:
     if not processes.is_main:
         return output
     if empty := sum(not text.strip() for text in responses):
-        logger.warning("%d of %d completions are empty, which a record of rankings may not have", empty, len(responses))
+        logger.warning("%d of %d completions are empty", empty, len(responses))
     temporary = output.with_name(output.name + ".tmp")
     with describing(f"{output}: could not be written"):
         output.parent.mkdir(parents=True, exist_ok=True)

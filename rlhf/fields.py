@@ -8,6 +8,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
 
+from rlhf.errors import UserError
+
 Message: TypeAlias = dict[str, Any]
 """A turn of a conversation: ``role`` and ``content``, both strings, and those of ``TURN_FIELDS`` that it has."""
 
@@ -40,7 +42,7 @@ FOREIGN = (
 """Layouts that are known but not read: some of their fields, whose layout it is, and what the page converts it to."""
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """Data that cannot be used; the message is one line: ``file:line: field 'name': reason``."""
 
 

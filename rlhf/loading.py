@@ -33,6 +33,7 @@ from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.utils import find_adapter_config_file
 
 from rlhf.data import turn_end
+from rlhf.errors import UserError
 from rlhf.fields import first_line
 from rlhf.settings import check
 
@@ -42,7 +43,7 @@ TokenizerSource: TypeAlias = ModelSource | PreTrainedTokenizerBase
 """A tokenizer, or where to find one: a directory, a hub name, or a model that was loaded from either."""
 
 
-class ModelError(ValueError):
+class ModelError(UserError, ValueError):
     """A model or tokenizer that cannot be used in the place where it was given."""
 
 

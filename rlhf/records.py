@@ -48,6 +48,8 @@ logger = logging.getLogger(__name__)
 
 TIED, BLANK = "all tied", "an answer is blank"
 """Why a comparison holds no preference."""
+ANSWER_FIELDS = {"prompt", "messages", "completion", "completions", "chosen", "rejected", "answers", "ranks", "scores"}
+"""Fields that hold answers in any layout. They are not copied to records that get answers of their own."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class Comparison:
     fields: tuple[str, ...]
     """The record's names for its prompt and each of its completions."""
     tools: list[dict[str, Any]] | None = None
+    left_out: int = 0
+    """Blank completions of the record, which are not among these: there is nothing to score."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,8 @@ def read_comparisons(data: Data) -> list[Comparison]:
             raise DataError(f"{source.name}: field 'ranks': every comparison {reason} ({len(found)} of {len(found)})")
         for reason, count in skipped.items():
             logger.warning("%s: skipped %d of %d comparisons: %s", source.name, count, len(found), reason)
+        if left_out := sum(record.left_out for record in kept):
+            logger.warning("%s: left out %d blank completions of comparisons", source.name, left_out)
         comparisons += kept
     return comparisons
 
@@ -153,6 +159,7 @@ def demonstration(record: Record, where: str) -> Demonstration:
 def comparison(record: Record, where: str) -> Comparison:
     """Checks one comparison. Two answers that are the same are a tie."""
     fields: tuple[str, ...]
+    left_out = 0
     if "completions" not in record and ("chosen" in record or "rejected" in record):
         pair = whole_pair(record, where)
         if pair:
@@ -165,15 +172,19 @@ def comparison(record: Record, where: str) -> Comparison:
         asked = prompt(record, where)
         ranking = answers if "answers" in record and "completions" not in record else completions
         names, texts, ranks = ranking(record, where)
+        written = [i for i, text in enumerate(texts) if not is_blank(text)]
+        if len(written) > 1:
+            left_out = len(texts) - len(written)
+            names, texts, ranks = [names[i] for i in written], [texts[i] for i in written], [ranks[i] for i in written]
         fields = ("prompt", *names)
-    return Comparison(asked, tuple(texts), tuple(ranks), where, fields, tools(record, asked, where))
+    return Comparison(asked, tuple(texts), tuple(ranks), where, fields, tools(record, asked, where), left_out)
 
 
 def completions(record: Record, where: str) -> tuple[list[str], list[Completion], list[int]]:
     """The names, texts and ranks of the field ``completions``, beside ``ranks`` or ``scores``."""
     values = typed(record, "completions", list, "an array of strings or messages", where)
     names = [f"completions[{i}]" for i in range(len(values))]
-    texts = [answer(value, name, where) for name, value in zip(names, values, strict=True)]
+    texts = [answer(value, name, where, may_be_blank=True) for name, value in zip(names, values, strict=True)]
     at_least_two(values, "completions", where)
     if "ranks" not in record and "scores" in record:
         scores = [check_score(*score) for score in beside(values, "scores", "an array of numbers", record, where)]
@@ -202,7 +213,7 @@ def answers(record: Record, where: str) -> tuple[list[str], list[Completion], li
             if key not in value:
                 raise field_error(where, f"answers[{i}].{key}", f"is missing; the answer has {listed(value)}")
         names.append(f"answers[{i}].answer")
-        texts.append(answer(value["answer"], names[-1], where))
+        texts.append(answer(value["answer"], names[-1], where, may_be_blank=True))
         ranks.append(check_rank(value["rank"], f"answers[{i}].rank", where))
     at_least_two(values, "answers", where)
     return names, texts, ranks
@@ -218,8 +229,12 @@ def no_preference(record: Comparison) -> str | None:
     """Why a comparison holds no preference; None if it holds one."""
     if len(set(record.ranks)) == 1:
         return TIED
-    blank = any(isinstance(completion, str) and not completion.strip() for completion in record.completions)
-    return BLANK if blank else None
+    return BLANK if any(map(is_blank, record.completions)) else None
+
+
+def is_blank(completion: Completion) -> bool:
+    """Whether the assistant said nothing."""
+    return isinstance(completion, str) and not completion.strip()
 
 
 def prompt_record(record: Record, where: str) -> PromptRecord:

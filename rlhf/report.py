@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
+from rlhf.tables import markdown_table, number
+
 matplotlib.use("Agg")  # no display is needed to write a file
 import matplotlib.pyplot as plt
 
@@ -28,17 +30,6 @@ def write(run: Run, title: str, rows: Mapping[str, Any], curves: Sequence[Sequen
         f"Settings: `config.yaml`. Every step: `metrics.jsonl`. Seed {run.config.seed}.",
     ]
     (run.directory / "report.md").write_text("\n".join(text) + "\n")
-
-
-def number(value: Any) -> str:
-    """A figure as a person would write it."""
-    return f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
 def plot_history(history: Sequence[Mapping[str, Any]], curves: Sequence[Sequence[str]], path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
+from rlhf.errors import UserError
 from rlhf.objects import IN_MEMORY, described
 
 # Names that people know from other trainers, and that are not spelt like ours.
@@ -37,7 +38,7 @@ HABITS = {
 }
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError, ValueError):
     """A setting out of range; the message names it."""
 
 

@@ -66,15 +66,16 @@ def before_answer(record: Record, turns: list[Message], name: str, where: str) -
     return turns
 
 
-def answer(value: Any, name: str, where: str) -> Completion:
-    """A completion: a string, the assistant's message, or an array of that message alone. It must not be blank."""
+def answer(value: Any, name: str, where: str, *, may_be_blank: bool = False) -> Completion:
+    """A completion: a string, the assistant's message, or an array of that message alone."""
     if not is_conversation(value):
-        return not_blank(check_string(value, name, where), name, where)
+        text = check_string(value, name, where)
+        return text if may_be_blank else not_blank(text, name, where)
     if isinstance(value, list):
         if len(check_messages(value, name, where)) > 1:
             raise field_error(where, name, f"has {counted(value)}, expected the assistant's message alone")
         value, name = value[0], f"{name}[0]"
-    return spoken(check_message(value, name, where), name, where, may_be_blank=False)
+    return spoken(check_message(value, name, where), name, where, may_be_blank=may_be_blank)
 
 
 def spoken(turn: Message, name: str, where: str, *, may_be_blank: bool) -> Completion:

@@ -12,7 +12,7 @@ matplotlib.use("Agg")  # no display is needed to write a file
 import matplotlib.pyplot as plt
 from rich.table import Table
 
-from rlhf.report import markdown_table
+from rlhf.tables import markdown_table
 from rlhf.training import console
 
 NAMES = {

@@ -18,6 +18,7 @@ from rlhf.training import Run
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from labelling import Server
 from tools import WORDS, run_here, tiny_gpt2, write_jsonl
 
 torch.set_num_threads(1)
@@ -156,3 +157,19 @@ def rlhf(capfd):
         return code, error
 
     return run
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """Starts the page for records: ``serve(records, "--task", "preference")``."""
+    started = []
+
+    def start(records, *arguments):
+        data = write_jsonl(tmp_path / "data.jsonl", records)
+        started.append(Server(tmp_path / "labels", "--data", data, *arguments))
+        return started[-1]
+
+    yield start
+    for server in started:
+        if server.process.poll() is None:
+            server.stop()

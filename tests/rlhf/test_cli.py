@@ -41,6 +41,7 @@ def commands(bare, data, tmp_path):
         "ppo": ["--policy", bare.lm, "--reward_model", bare.reward, "--prompts", data.prompts, *out, *short],
         "evaluate": ["--model", bare.lm, "--baseline", bare.lm, "--prompts", data.prompts, *out, *short],
         "generate": ["--model", bare.lm, "--prompts", data.prompts, "--output_dir", tmp_path / "samples", *short],
+        "label": ["--data", data.comparisons, *out],
     }
 
 

@@ -193,6 +193,22 @@ def test_comparisons_without_a_preference_are_skipped_and_counted(caplog):
     assert [record.prompt for record in read_prompts([blank, same, turns])] == [HH, HH, [USER]]
 
 
+def test_blank_ones_of_several_completions_are_left_out(caplog):
+    texts = {"prompt": "p", "completions": ["", "x", said(" \n"), "y"], "ranks": [4, 2, 3, 1]}
+    listed = {"prompt": "p", "answers": [{"answer": text, "rank": i + 1} for i, text in enumerate(["x", "", "y"])]}
+    few = {"prompt": "p", "completions": ["", "x"], "ranks": [2, 1]}
+    with caplog.at_level(logging.WARNING):
+        first, second = read_comparisons([texts, few, listed])
+    assert (first.completions, first.ranks, first.fields) == (
+        ("x", "y"), (2, 1), ("prompt", "completions[1]", "completions[3]")
+    )  # fmt: skip
+    assert (second.completions, second.ranks, second.fields[2]) == (("x", "y"), (1, 3), "answers[2].answer")
+    assert caplog.messages == [
+        "records: skipped 1 of 3 comparisons: an answer is blank",
+        "records: left out 3 blank completions of comparisons",
+    ]
+
+
 # What is refused -----------------------------------------------------------------------------------------------------
 
 ALONE = "expected the assistant's message alone"
@@ -302,7 +318,6 @@ BROKEN_COMPARISONS = [
      f"field 'completions[0]': has 2 entries, {ALONE}"),
     ({"prompt": [USER], "completions": ["x", {"content": "y"}], "ranks": [1, 2]},
      "field 'completions[1].role': is missing; the message has 'content'"),
-    ({"prompt": [USER], "completions": ["x", said("")], "ranks": [1, 2]}, "field 'completions[1].content': is empty"),
     ({"prompt": "p", "completions": ["x", "y"], "ranks": [1, float("nan")]},
      "field 'ranks[1]': is nan, expected an integer of at least 1"),
     ({"prompt": "p", "completions": ["x", "y"], "ranks": [float("inf"), 1]},
@@ -325,7 +340,6 @@ BROKEN_COMPARISONS = [
      "field 'answers[0]': is a string, expected an object with 'answer' and 'rank'"),
     ({"prompt": "p", "answers": [{"answer": "x"}]}, "field 'answers[0].rank': is missing; the answer has 'answer'"),
     ({"prompt": "p", "answers": NECTAR[:1]}, "field 'answers': has 1 entry, but a comparison needs at least 2"),
-    ({"prompt": "p", "answers": [NECTAR[0] | {"answer": ""}]}, "field 'answers[0].answer': is empty"),
     ({"prompt": "p", "answers": [NECTAR[0] | {"rank": "1"}]},
      "field 'answers[0].rank': is a string, expected an integer of at least 1"),
     ({"answers": NECTAR}, f"{PROMPT}'answers'"),

@@ -5,7 +5,9 @@ import re
 import subprocess
 import sys
 
-from rlhf.__main__ import TRAIN
+import pytest
+
+from rlhf.__main__ import LABEL, TRAIN
 
 BLOCKED = """
 import sys
@@ -15,31 +17,39 @@ class Blocked:
             raise ModuleNotFoundError("No module named " + name, name=name)
 sys.meta_path.insert(0, Blocked())
 from rlhf.__main__ import main
-sys.argv = ["rlhf", "sft", "--model", "gpt2", "--data", "none.jsonl", "--output_dir", "runs"]
+sys.argv = ["rlhf", *{words!r}]
 sys.exit(main())
 """
 
 
-def start(name):
+def start(name, *words):
     return subprocess.run(
-        [sys.executable, "-c", BLOCKED.format(name=name)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", BLOCKED.format(name=name, words=words)], capture_output=True, text=True, check=False
     )
 
 
-def test_what_the_trainer_needs_is_named():
-    for name in ("jsonargparse", "transformers"):
-        done = start(name)
+SFT = ["sft", "--model", "gpt2", "--data", "none.jsonl", "--output_dir", "runs"]
+
+
+def test_what_a_command_needs_is_named():
+    for name, extra, words in [
+        ("jsonargparse", "train", SFT),
+        ("transformers", "train", SFT),
+        ("uvicorn", "label", ["label", "--output_dir", "runs"]),
+    ]:
+        done = start(name, *words)
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr == f"rlhf: error: {name} is not installed: pip install 'rlhf-kernels[train]'\n"
+        assert done.stderr == f"rlhf: error: {name} is not installed: pip install 'rlhf-kernels[{extra}]'\n"
 
 
 def test_another_missing_module_is_an_error_of_its_own():
-    done = start("torch")
+    done = start("torch", *SFT)
     assert done.returncode == 1
     assert "ModuleNotFoundError: No module named torch" in done.stderr
 
 
-def test_the_packages_are_those_of_the_extra():
+@pytest.mark.parametrize(("extra", "packages"), [("train", TRAIN), ("label", LABEL)])
+def test_the_packages_are_those_of_the_extra(extra, packages):
     listed = importlib.metadata.requires("rlhf-kernels")
-    names = {re.split(r"[^\w-]", line)[0].lower() for line in listed if 'extra == "train"' in line}
-    assert {"yaml" if name == "pyyaml" else name for name in names} == TRAIN
+    names = {re.split(r"[^\w-]", line)[0].lower() for line in listed if f'extra == "{extra}"' in line}
+    assert {"yaml" if name == "pyyaml" else name for name in names} - {"rlhf-kernels"} == packages

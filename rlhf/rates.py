@@ -1,0 +1,75 @@
+"""Shares with their 95 % intervals: of wins, and of pairs on which labellers agree."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+Z = 1.96
+"""Standard errors on either side of a 95 % interval."""
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share with its 95 % confidence interval."""
+
+    rate: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.rate:.1%} [{self.low:.1%}, {self.high:.1%}]"
+
+
+def win_rate(outcomes: Sequence[float]) -> Rate:
+    """The mean of independent outcomes in {0, 0.5, 1} and Wilson's score interval for it."""
+    n = len(outcomes)
+    if n == 0:
+        raise ValueError("outcomes: is empty; a win rate needs at least one comparison")
+    rate = sum(outcomes) / n
+    centre = (rate + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    half = Z / (1 + Z * Z / n) * math.sqrt(rate * (1 - rate) / n + Z * Z / (4 * n * n))
+    return Rate(rate, centre - half, centre + half)
+
+
+def agreed_pairs(first: Sequence[int], second: Sequence[int]) -> tuple[int, int]:
+    """Of two rankings of the same completions: pairs in the same order, and pairs that neither of them tied."""
+    agreed = counted = 0
+    for i, j in combinations(range(len(first)), 2):
+        one, other = first[i] - first[j], second[i] - second[j]
+        if one and other:
+            counted += 1
+            agreed += (one > 0) == (other > 0)
+    return agreed, counted
+
+
+def agreement(rankings: Iterable[Mapping[Any, Sequence[int]]]) -> Rate | None:
+    """How often labellers agree which of two completions is better (Ouyang et al. 2022, section 3.4: 72.6 ± 1.5 %).
+
+    Counted are all pairs of completions of a prompt, for all pairs of labellers who ranked it, where neither of the two
+    labellers tied the pair. Pairs of one prompt depend on each other, so the interval's standard error is that of a
+    ratio of sums over prompts: with a_p agreed of n_p counted pairs, rate r = Σa/Σn, and m prompts,
+    s² = m/(m−1) · Σ (a_p − r·n_p)² / (Σn)² (Cochran 1977, equation 2.46).
+
+    Args:
+        rankings: of each prompt, the ranks that each labeller gave to its completions.
+
+    Returns:
+        None if fewer than two prompts have pairs to count.
+    """
+    counts = []
+    for ranks in rankings:
+        pairs = [agreed_pairs(one, other) for one, other in combinations(ranks.values(), 2)]
+        agreed, counted = (sum(column) for column in zip(*pairs, strict=True)) if pairs else (0, 0)
+        if counted:
+            counts.append((agreed, counted))
+    m = len(counts)
+    if m < 2:
+        return None
+    total = sum(counted for _, counted in counts)
+    rate = sum(agreed for agreed, _ in counts) / total
+    error = math.sqrt(m / (m - 1) * sum((agreed - rate * counted) ** 2 for agreed, counted in counts)) / total
+    return Rate(rate, max(0.0, rate - Z * error), min(1.0, rate + Z * error))
