@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rlhf.objects import Data, Functions, Judge, Model, Tokenizer
+from rlhf.objects import Data, Functions, Judge, Model, Models, Tokenizer
 from rlhf.settings import Settings, check
 
 
@@ -343,19 +343,25 @@ class GenerateConfig(Settings):
 
 @dataclass
 class EvaluateConfig(Settings):
-    """Compare a model with a baseline: win rate under a judge, reward, KL and the alignment tax (section 4)."""
+    """Compare models with a baseline: win rate under a judge, reward, KL and the alignment tax (section 4)."""
 
-    model: Model
-    """The model under test."""
+    model: Models
+    """The model under test, or several. A pattern stands for all that it finds: 'runs/ppo/iteration-*'."""
     baseline: Model
-    """The model it is compared with, the SFT model in the paper's Figure 1."""
+    """The model they are compared with, the SFT model in the paper's Figure 1. Any of them may have another tokenizer,
+    or be an encoder-decoder model."""
     output_dir: str
-    """Where the report, the figures and every completion judged go."""
+    """Where the report, the figures and every completion go."""
+    prefix: str | None = None
+    """A file of text that goes before every prompt of the models, few-shot examples for instance."""
+    baseline_prefix: str | None = None
+    """The same for the baseline: the paper's prompted GPT-3."""
     prompts: Data = field(default_factory=list)
     """{"prompt"} records that no stage has trained on."""
     judge: Judge | None = None
-    """Decides which completion is better: a reward model, or a Python function `module:function` of (prompt, a, b) that
-    returns 1 when a is better, 0 when b is and 0.5 when neither is. Without a judge there is no win rate."""
+    """Decides which completion is better: a reward model; a Python function `module:function` of (prompt, a, b) that
+    returns 1 when a is better, 0 when b is and 0.5 when neither is; or a file of people's rankings of these
+    completions, as `rlhf label` exports them. Without a judge there is no win rate."""
     pretraining_data: Data = field(default_factory=list)
     """Held-out pretraining text for the alignment tax: the rise of the model's loss over the baseline's."""
     pretraining_tokens: int = 1024
@@ -367,11 +373,11 @@ class EvaluateConfig(Settings):
     seed: int = 0
     """Seeds sampling."""
     tokenizer: Tokenizer | None = None
-    """The tokenizer, by default the one beside the model."""
+    """The tokenizer of all models; by default each has the one beside it."""
     batch_size: int = 512
     """Completions sampled at a time."""
     sharding: Literal["none", "full"] = "none"
-    """How several processes hold the model: none: each of them whole; full: each its part of every weight."""
+    """How several processes hold the models: none: each of them whole; full: each its part of every weight."""
     tokens_per_forward: int = 16384
     """Tokens in one forward pass, which bounds memory."""
     device: str | None = None
@@ -381,6 +387,8 @@ class EvaluateConfig(Settings):
         super().__post_init__()
         for name in ("model", "baseline"):
             check(bool(getattr(self, name)), name, getattr(self, name), "a directory or a hub name")
+        for name in ("prefix", "baseline_prefix"):
+            check(getattr(self, name) != "", name, "", "a file, or null")
         check(bool(self.output_dir), "output_dir", self.output_dir, "a directory")
         check(bool(self.prompts or self.pretraining_data), "prompts", self.prompts, "given, or pretraining_data")
         check(self.pretraining_tokens > 1, "pretraining_tokens", self.pretraining_tokens, "at least 2")

@@ -1,9 +1,12 @@
-"""Comparing a model with a baseline (Ouyang et al. 2022, section 4).
+"""Comparing models with a baseline (Ouyang et al. 2022, section 4).
 
-* win rate: how often a judge prefers the model's completion to the baseline's, ties counted half (Figure 1);
-* reward: the mean score of the completions of both, if the judge is a reward model;
+* win rate: how often a judge prefers a model's completion to the baseline's, ties counted half (Figure 1);
+* reward: the mean score of the completions, if the judge is a reward model; marks from 1 to 7, if it is people;
 * KL: E_y~model [ log π_model(y|x) − log π_baseline(y|x) ], in nats per completion (Figure 38's axis);
-* alignment tax: the rise of the model's loss on pretraining text over the baseline's, in nats per token (section 4.2).
+* alignment tax: the rise of a model's loss on pretraining text over the baseline's, in nats per token (section 4.2).
+
+Models may have other tokenizers and be of other families than the baseline: what is compared is text. KL and tax are
+given where the tokens are the same.
 
     rlhf evaluate --model runs/ppo/model --baseline runs/sft/model --judge runs/reward/model \\
         --prompts held_out.jsonl --output_dir runs/evaluation
@@ -14,250 +17,157 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from rlhf.batch import Group, groups_of_one
+from rlhf.candidates import Candidate, candidates, prompts_of_all, sample_all
 from rlhf.checkpoints import describing
 from rlhf.config import EvaluateConfig, GenerateConfig
-from rlhf.data import Limits, PromptExample, read_prompts, read_texts, tokenize_prompts, tokenize_texts
-from rlhf.fields import type_and_line
-from rlhf.functions import load_function
-from rlhf.loading import (
-    ModelError,
-    check_context,
-    check_reward_config,
-    check_same_tokenizer,
-    end_token_ids,
-    load_tokenizer,
-    name_of,
-    shared_context,
-)
-from rlhf.models import LanguageModel, ScalarModel
-from rlhf.objects import described, is_function
+from rlhf.data import PromptExample, read_prompts, read_texts, tokenize_texts
+from rlhf.encoder_decoder import EncoderDecoder
+from rlhf.judges import Answers, Judgment, RewardModelJudge, load_judge
+from rlhf.loading import ModelError, check_context, name_of
+from rlhf.models import LanguageModel
+from rlhf.objects import described
 from rlhf.processes import Processes
-from rlhf.rates import Rate, win_rate
+from rlhf.rates import Difference, Rate, win_rate
 from rlhf.records import ANSWER_FIELDS
-from rlhf.reward import score
-from rlhf.rewards import RewardError, check_finite, decode, shown
-from rlhf.rollout import NotFiniteError, sample
 from rlhf.settings import ConfigError
-from rlhf.sharding import Passes, place
+from rlhf.sharding import Passes
 from rlhf.tables import markdown_table, number
 from rlhf.training import console
 from rlhf_kernels import linear_cross_entropy, linear_selective_log_softmax
 
 logger = logging.getLogger(__name__)
 
-Judge = Callable[[Any, str, str], float]
-
 
 def evaluate(config: EvaluateConfig) -> dict:
-    """Runs the comparison, writes it to ``config.output_dir`` and returns the figures."""
+    """Runs the comparison, writes it to ``config.output_dir`` and returns the figures.
+
+    They are those of the ``baseline``, and of each of the ``models`` in their order.
+    """
     processes = Processes(config.device)
-    tokenizer = load_tokenizer(config.tokenizer or config.model)
-    check_same_tokenizer(tokenizer, name_of(config.model), config.baseline)
-    sources = [config.model, config.baseline, None if is_python_judge(config.judge) else config.judge]
-    prompts = load_prompts(config, tokenizer, sources) if config.prompts else []
-    texts = read_texts(config.pretraining_data) if config.pretraining_data else []
-    if texts:
-        check_context("pretraining_tokens", config.pretraining_tokens, config.model, config.baseline)
-    chunks = tokenize_texts(texts, tokenizer, length=config.pretraining_tokens) if texts else None
-    reward_model, judge = load_judge(config, tokenizer, processes)
+    *models, baseline = everyone = candidates(config)
+    judge = load_judge(config, processes, baseline.tokenizer)
+    asked: list[list[PromptExample]] = [[] for _ in everyone]
+    if config.prompts:
+        readers = [*everyone, *([judge] if isinstance(judge, RewardModelJudge) else [])]
+        asked = prompts_of_all(read_prompts(config.prompts), readers, config.lengths)
+    chunks = read_chunks(config, everyone)
     output = Path(config.output_dir)
     with describing(f"{output}: cannot be used for output"):
         output.mkdir(parents=True, exist_ok=True)
+    if isinstance(judge, RewardModelJudge):
+        judge.load()
 
-    models = {name: load_model(source, config, processes) for name, source in sides(config)}
-    figures: dict = {name: described(getattr(config, name)) for name in ("model", "baseline", "judge", "seed")}
-    figures["prompts"] = len(prompts)
-    records: list[dict[str, Any]] = [{"prompt": example.text, **further_fields(example)} for example in prompts]
-    if prompts:
-        ids = [example.prompt_ids for example in prompts]
-        samples = {}
-        for name, model in models.items():
-            ends = end_token_ids(getattr(config, name), tokenizer)
-            samples[name] = sample_all(model, ids, ends, config, processes)
-            for record, response in zip(records, samples[name], strict=True):
-                record[name] = decode(tokenizer, response, ends)
-        figures["kl"] = kl_between(models["model"], models["baseline"], ids, samples["model"], config, processes)
-        if reward_model:
-            scores = rewards_of(reward_model, ids, samples, config.tokens_per_forward, processes)
-            for name, values in scores.items():
-                check_judged(f"judge: the score of the {name}'s completion", values, prompts)
-            figures["reward"] = {name: values.mean().item() for name, values in scores.items()}
-            outcomes = [
-                0.5 + 0.5 * math.copysign(a != b, a - b)
-                for a, b in zip(*map(torch.Tensor.tolist, scores.values()), strict=True)
-            ]
-        elif judge:
-            share = processes.share(list(zip(prompts, records, strict=True)))
-            outcomes = processes.joined(
-                [judged(judge, example, record["model"], record["baseline"]) for example, record in share]
-            )
-        if judge or reward_model:
-            figures["win_rate"] = asdict(win_rate(outcomes))
-            for record, outcome in zip(records, outcomes, strict=True):
-                record["outcome"] = outcome
-    if chunks is not None:
-        losses = {
-            name: pretraining_loss(model, chunks, config.tokens_per_forward, processes)
-            for name, model in models.items()
-        }
-        figures["pretraining_loss"] = losses
-        figures["alignment_tax"] = losses["model"] - losses["baseline"]
-    check_figures(figures)
-    if not processes.is_main:
-        return figures
+    reference: Any = baseline.load(config, processes)
+    of_baseline = asked[len(models)]
+    answers = [answer(baseline, reference, of_baseline, config, processes)]
+    figures = [figures_of(reference, baseline, chunks, config, processes)]
+    for candidate, examples in zip(models, asked, strict=False):
+        model: Any = candidate.load(config, processes)
+        answers.append(answer(candidate, model, examples, config, processes))
+        shares = candidate.shares_tokens(baseline)
+        figures.append(figures_of(model, candidate, chunks if shares else None, config, processes))
+        if shares and examples:
+            sides = (model, examples), (reference, of_baseline)
+            figures[-1]["kl"] = kl_between(*sides, answers[-1].responses, config, processes)
+        if "pretraining_loss" in figures[-1]:
+            figures[-1]["alignment_tax"] = figures[-1]["pretraining_loss"] - figures[0]["pretraining_loss"]
 
-    with describing(f"{output}: results could not be written"):
-        (output / "completions.jsonl").write_text("".join(map(as_line, records)))
-        (output / "results.json").write_text(json.dumps(figures, indent=2) + "\n")
-        (output / "report.md").write_text(describe(figures))
-    console.print(f"evaluate: [bold]{output / 'report.md'}[/]")
-    return figures
+    judgments: list[Judgment] = []
+    if config.prompts and judge is not None:
+        judgments = judge.judge(asked[-1], answers[1:], answers[0])
+        for mine, judgment in zip(figures[1:], judgments, strict=True):
+            mine |= judgment.of_model
+            figures[0] |= judgment.of_baseline
+    whole = {
+        "judge": described(config.judge),
+        "seed": config.seed,
+        "prompts": len(of_baseline),
+        "baseline": figures[0],
+        "models": figures[1:],
+    }
+    check_figures(whole)
+    if processes.is_main:
+        write(output, whole, of_baseline, [*answers[1:], answers[0]], judgments)
+    return whole
 
 
-def check_judged(what: str, scores: torch.Tensor, prompts: list[PromptExample]) -> None:
-    """Raises if a score is not finite: a NaN would count as a win."""
-    try:
-        check_finite(what, scores, prompts)
-    except RewardError as error:
-        raise ModelError(str(error)) from error
+def answer(
+    candidate: Candidate,
+    model: LanguageModel | EncoderDecoder,
+    examples: Sequence[PromptExample],
+    config: EvaluateConfig,
+    processes: Processes,
+) -> Answers:
+    """What a candidate says to every prompt."""
+    responses = sample_all(candidate, model, [example.prompt_ids for example in examples], config, processes)
+    texts = list(map(candidate.text, responses))
+    return Answers(candidate.name, texts, responses, candidate.tokenizer, candidate.ends)
 
 
-def judged(judge: Judge, prompt: PromptExample, a: str, b: str) -> float:
-    """What a judge in Python returns for two completions. Raises unless it is a number from 0 to 1."""
-    try:
-        found = judge(prompt.text, a, b)
-    except Exception as error:  # the function is the user's: anything may happen in it
-        raise ConfigError(f"judge: failed at the prompt {shown(prompt)}: {type_and_line(error)}") from error
-    try:
-        outcome = float(found)
-    except (TypeError, ValueError):
-        outcome = math.nan
-    if not 0 <= outcome <= 1:
-        raise ConfigError(f"judge: returned {found!r} for the prompt {shown(prompt)}, must be a number from 0 to 1")
-    return outcome
+def figures_of(
+    model: Any, candidate: Candidate, chunks: torch.Tensor | None, config: EvaluateConfig, processes: Processes
+) -> dict[str, Any]:
+    """A candidate's name, and its loss where there is text in its tokens."""
+    if chunks is None:
+        return {"name": candidate.name}
+    loss = pretraining_loss(model, chunks, config.tokens_per_forward, processes)
+    return {"name": candidate.name, "pretraining_loss": loss}
 
 
-def check_figures(figures: Mapping[str, Any], name: str = "") -> None:
+def read_chunks(config: EvaluateConfig, everyone: Sequence[Candidate]) -> torch.Tensor | None:
+    """Pretraining text in the tokens of the baseline, which is the last, for the models that share them."""
+    if not config.pretraining_data:
+        return None
+    baseline = everyone[-1]
+    texts = read_texts(config.pretraining_data)
+    if baseline.is_encoder_decoder:
+        raise ConfigError("pretraining_data: is given, but the baseline has an encoder, and no loss on running text")
+    sharing = [each for each in everyone if each.shares_tokens(baseline)]
+    for each in everyone:
+        if each not in sharing:
+            logger.warning("%s: has no alignment tax, since its tokens are not those of the baseline", each.name)
+    check_context("pretraining_tokens", config.pretraining_tokens, *(each.source for each in sharing))
+    return tokenize_texts(texts, baseline.tokenizer, length=config.pretraining_tokens)
+
+
+def check_figures(figures: Mapping[str, Any], of: str = "") -> None:
     """Raises if a figure is NaN or infinite, so that no such result is written."""
     for key, value in figures.items():
-        if isinstance(value, Mapping):
-            check_figures(value, f"{name}{key} of the ")
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise ModelError(f"{name}{key}: is {value}; are the models' logits finite?".replace("_", " "))
-
-
-def sides(config: EvaluateConfig) -> list[tuple[str, Any]]:
-    """The two models that are compared, each with the name that its figures have."""
-    return [("model", config.model), ("baseline", config.baseline)]
-
-
-def load_prompts(
-    config: EvaluateConfig | GenerateConfig, tokenizer: PreTrainedTokenizerBase, sources: Sequence[Any]
-) -> list[PromptExample]:
-    """Prompts as token ids, with their text. Each leaves room for an answer in the context of all models."""
-    limits = Limits(**asdict(config.lengths), context_length=shared_context(*sources))
-    return tokenize_prompts(read_prompts(config.prompts), tokenizer, limits)
-
-
-def is_python_judge(judge: Any) -> bool:
-    """Whether a judge is a Python function, or the name of one, and not a reward model."""
-    if isinstance(judge, str):
-        return ":" in judge and not Path(judge).exists()
-    return is_function(judge)
-
-
-def load_model(source: Any, config: EvaluateConfig | GenerateConfig, processes: Processes) -> LanguageModel:
-    """A model to sample from, whole in every process or split over them."""
-    return place(LanguageModel.load(source, device=processes.device).eval(), config.sharding, processes)
-
-
-def load_judge(
-    config: EvaluateConfig, tokenizer: PreTrainedTokenizerBase, processes: Processes
-) -> tuple[ScalarModel | None, Judge | None]:
-    """The reward model or the Python function that ``config.judge`` names."""
-    judge: Any = config.judge
-    if judge is None:
-        return None, None
-    if is_python_judge(judge):
-        return None, load_function("judge", judge)
-    check_reward_config(judge)
-    check_same_tokenizer(tokenizer, name_of(config.model), judge)
-    return place(ScalarModel.load(judge, device=processes.device).eval(), config.sharding, processes), None
-
-
-def sample_all(
-    model: LanguageModel,
-    ids: list[list[int]],
-    ends: frozenset[int],
-    config: EvaluateConfig | GenerateConfig,
-    processes: Processes,
-) -> list[list[int]]:
-    """One completion per prompt, as token ids. Each process samples its share."""
-    try:
-        completions = sample(
-            model,
-            processes.share(ids),
-            end_token_ids=ends,
-            max_new_tokens=config.lengths.max_response_tokens,
-            temperature=config.temperature,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            streams=processes.share(range(len(ids))),
-        )
-    except NotFiniteError as error:
-        raise ModelError(f"{model.name}: {error}; was its training run stopped at a NaN?") from error
-    return processes.joined([completion.tokens for completion in completions])
-
-
-def rewards_of(
-    reward_model: ScalarModel,
-    prompts: list[list[int]],
-    samples: Mapping[str, list[list[int]]],
-    tokens_per_forward: int,
-    processes: Processes,
-) -> dict[str, torch.Tensor]:
-    """The score of every model's completion of every prompt. Those of a prompt share it; equal ones tie exactly."""
-    answers = list(zip(*samples.values(), strict=True))
-    groups = [
-        Group(prompt, list(dict.fromkeys(map(tuple, each)))) for prompt, each in zip(prompts, answers, strict=True)
-    ]
-    share = processes.share(groups)
-    scores = score(reward_model, share, tokens_per_forward).cpu().split([len(group.responses) for group in share])
-    found = [
-        [scores[group.responses.index(tuple(answer))] for answer in each]
-        for group, each, scores in zip(groups, answers, processes.joined(scores), strict=True)
-    ]
-    return {name: torch.stack(values) for name, values in zip(samples, zip(*found, strict=True), strict=True)}
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, Mapping):
+                check_figures(each, f" of {each['name']}" if "name" in each else of)
+            elif isinstance(each, float) and not math.isfinite(each):
+                raise ModelError(f"{key}{of}: is {each}; are the models' logits finite?".replace("_", " "))
 
 
 @torch.no_grad()
 def kl_between(
-    model: LanguageModel,
-    baseline: LanguageModel,
-    prompts: list[list[int]],
+    model: tuple[LanguageModel, Sequence[PromptExample]],
+    baseline: tuple[LanguageModel, Sequence[PromptExample]],
     responses: list[list[int]],
     config: EvaluateConfig,
     processes: Processes,
 ) -> float:
-    """Mean over the model's own completions of log π_model − log π_baseline, in nats per completion."""
+    """Mean over the model's own completions of log π_model − log π_baseline, in nats per completion.
+
+    Each reads its own prompts, which may have a prefix.
+    """
     difference = 0.0
-    groups = processes.share(groups_of_one(prompts, responses))
-    for sign, each in ((1, model), (-1, baseline)):
+    for sign, (each, examples) in ((1, model), (-1, baseline)):
+        groups = processes.share(groups_of_one([example.prompt_ids for example in examples], responses))
         op = partial(each.forward, op=linear_selective_log_softmax, temperature=config.temperature)
         with Passes(each) as passes:
             for batch in each.batches(groups, config.tokens_per_forward):
                 difference += sign * passes(op, batch).double().sum().item()
-    return sum(processes.joined([difference])) / len(prompts)
+    return sum(processes.joined([difference])) / len(responses)
 
 
 @torch.no_grad()
@@ -277,15 +187,14 @@ def pretraining_loss(
 def generate(config: GenerateConfig) -> Path:
     """Writes ``config.samples`` completions of every prompt to ``completions.jsonl``, and returns its path."""
     processes = Processes(config.device)
-    tokenizer = load_tokenizer(config.tokenizer or config.model)
-    prompts = load_prompts(config, tokenizer, [config.model])
+    candidate = Candidate.of(name_of(config.model), config.model, config.tokenizer)
+    prompts = candidate.read(read_prompts(config.prompts), config.lengths)
     output = Path(config.output_dir) / "completions.jsonl"
     if output.exists():
         raise ConfigError(f"output_dir: {output} exists; choose another directory, or remove it first")
-    model = load_model(config.model, config, processes)
-    ends = end_token_ids(config.model, tokenizer)
+    model = candidate.load(config, processes)
     repeated = [example.prompt_ids for example in prompts for _ in range(config.samples)]
-    responses = [decode(tokenizer, ids, ends) for ids in sample_all(model, repeated, ends, config, processes)]
+    responses = list(map(candidate.text, sample_all(candidate, model, repeated, config, processes)))
     if not processes.is_main:
         return output
     if empty := sum(not text.strip() for text in responses):
@@ -312,24 +221,61 @@ def as_line(record: Mapping[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False, default=str) + "\n"
 
 
-def describe(figures: dict) -> str:
-    """The figures as a page of Markdown."""
-    rows = [["prompts", number(figures["prompts"])]]
-    if "win_rate" in figures:
-        rows.append([f"win rate over the baseline, judged by {figures['judge']}", str(Rate(**figures["win_rate"]))])
-    if "reward" in figures:
-        rows += [[f"mean reward of the {name}", number(value)] for name, value in figures["reward"].items()]
-    if "kl" in figures:
-        rows.append(["KL to the baseline (nats per completion)", number(figures["kl"])])
-    if "alignment_tax" in figures:
-        rows += [
-            [f"pretraining loss of the {name}", number(value)] for name, value in figures["pretraining_loss"].items()
-        ]
-        rows.append(["alignment tax (nats per token)", number(figures["alignment_tax"])])
-    title = f"# {figures['model']} against {figures['baseline']}"
-    return "\n".join(
-        [title, "", markdown_table(["", ""], rows), "", "Every completion judged: `completions.jsonl`.", ""]
+def write(
+    output: Path,
+    figures: dict[str, Any],
+    prompts: Sequence[PromptExample],
+    answers: Sequence[Answers],
+    judgments: Sequence[Judgment],
+) -> None:
+    """Writes the figures, a page with a table and Figure 1's plot, and every completion, the baseline's last."""
+    records = []
+    for i, example in enumerate(prompts):
+        record: dict[str, Any] = {"prompt": example.text, "completions": [each.texts[i] for each in answers]}
+        record["models"] = [each.name for each in answers]
+        if judgments:
+            record["outcomes"] = [judgment.outcomes[i] for judgment in judgments]
+        records.append({**record, **further_fields(example)})
+    with describing(f"{output}: results could not be written"):
+        (output / "completions.jsonl").write_text("".join(map(as_line, records)), encoding="utf-8")
+        (output / "results.json").write_text(json.dumps(figures, indent=2) + "\n")
+        rates = {each["name"]: Rate(**each["win_rate"]) for each in figures["models"] if "win_rate" in each}
+        if rates:
+            from rlhf.report import plot_win_rates  # which takes matplotlib along
+
+            plot_win_rates(rates, figures["baseline"]["name"], output / "win_rates.png")
+        (output / "report.md").write_text(describe(figures), encoding="utf-8")
+    console.print(f"evaluate: [bold]{output / 'report.md'}[/]")
+
+
+COLUMNS = {
+    "win_rate": ("win rate", lambda value: str(Rate(**value))),
+    "reward": ("mean reward", number),
+    "mark": ("mean mark", number),
+    "mark_over_baseline": ("mark over the baseline's", lambda value: str(Difference(**value))),
+    "kl": ("KL to the baseline (nats per completion)", number),
+    "pretraining_loss": ("pretraining loss (nats per token)", number),
+    "alignment_tax": ("alignment tax (nats per token)", lambda value: f"{value:+.3f}"),
+}
+"""The figures of a model: what each is called in the report, and how it is written."""
+
+
+def describe(figures: dict[str, Any]) -> str:
+    """The figures as a page of Markdown: a row for each model, and one for the baseline."""
+    rows = [*figures["models"], figures["baseline"]]
+    shown = [name for name in COLUMNS if any(name in row for row in rows)]
+    table = markdown_table(
+        ["", *(COLUMNS[name][0] for name in shown)],
+        [
+            [row["name"].replace("|", "\\|"), *(COLUMNS[name][1](row[name]) if name in row else "–" for name in shown)]
+            for row in rows
+        ],
     )
+    judged = f", judged by {figures['judge']}" if figures["judge"] and figures["prompts"] else ""
+    lines = [f"# Against {figures['baseline']['name']}", "", f"{figures['prompts']:,} prompts{judged}.", "", table, ""]
+    if "win_rate" in shown:
+        lines += ["![win rates](win_rates.png)", ""]
+    return "\n".join([*lines, "Every completion: `completions.jsonl`.", ""])
 
 
 __all__ = ["ModelError", "Rate", "evaluate", "generate", "win_rate"]

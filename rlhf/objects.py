@@ -52,8 +52,15 @@ def is_functions(value: Any) -> bool:
     return all(isinstance(item, str) or is_function(item) for item in items)
 
 
+def is_models(value: Any) -> bool:
+    """Whether a value is a model, or a list of models and names."""
+    items = value if isinstance(value, list) else [value]
+    return all(isinstance(item, str) or is_model(item) for item in items)
+
+
 RECORDS = Kind("a list of records or a datasets.Dataset", is_records)
 MODEL = Kind("a model of transformers", is_model)
+MODELS = Kind("a model of transformers or a list of models", is_models)
 TOKENIZER = Kind("a tokenizer of transformers", is_tokenizer)
 FUNCTION = Kind("a function", is_function)
 FUNCTIONS = Kind("a function or a list of functions", is_functions)
@@ -63,6 +70,7 @@ FUNCTIONS = Kind("a function or a list of functions", is_functions)
 if not TYPE_CHECKING:
     Data: TypeAlias = Annotated[list[str] | str, RECORDS]
     Model: TypeAlias = Annotated[str, MODEL]
+    Models: TypeAlias = Annotated[list[str] | str, MODELS]
     Tokenizer: TypeAlias = Annotated[str, TOKENIZER]
     Judge: TypeAlias = Annotated[str, MODEL, FUNCTION]
     Functions: TypeAlias = Annotated[list[str] | str, FUNCTIONS]
@@ -73,6 +81,7 @@ else:
     Table: TypeAlias = Dataset | IterableDataset
     Data: TypeAlias = str | Path | Table | list[str] | list[Path] | list[Table] | list[dict[str, Any]]
     Model: TypeAlias = str | Path | PreTrainedModel
+    Models: TypeAlias = Model | list[str] | list[Path] | list[PreTrainedModel]
     Tokenizer: TypeAlias = str | Path | PreTrainedTokenizerBase
     Judge: TypeAlias = Model | Callable[..., Any]
     Functions: TypeAlias = str | Callable[..., Any] | list[str | Callable[..., Any]]

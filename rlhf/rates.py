@@ -1,4 +1,4 @@
-"""Shares with their 95 % intervals: of wins, and of pairs on which labellers agree."""
+"""Figures with their 95 % intervals: shares of wins and of agreement, and differences of marks."""
 
 from __future__ import annotations
 
@@ -33,6 +33,28 @@ def win_rate(outcomes: Sequence[float]) -> Rate:
     centre = (rate + Z * Z / (2 * n)) / (1 + Z * Z / n)
     half = Z / (1 + Z * Z / n) * math.sqrt(rate * (1 - rate) / n + Z * Z / (4 * n * n))
     return Rate(rate, centre - half, centre + half)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A mean difference with its 95 % confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:+.2f} [{self.low:+.2f}, {self.high:+.2f}]"
+
+
+def difference(pairs: Sequence[tuple[float, float]]) -> Difference:
+    """The mean of a − b over pairs that do not depend on each other, ± 1.96 of its standard error."""
+    n = len(pairs)
+    if n == 0:
+        raise ValueError("pairs: is empty; a difference needs at least one pair")
+    mean = sum(a - b for a, b in pairs) / n
+    half = Z * math.sqrt(sum((a - b - mean) ** 2 for a, b in pairs) / (n * max(n - 1, 1)))
+    return Difference(mean, mean - half, mean + half)
 
 
 def agreed_pairs(first: Sequence[int], second: Sequence[int]) -> tuple[int, int]:

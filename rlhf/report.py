@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import matplotlib
 
+from rlhf.rates import Rate
 from rlhf.tables import markdown_table, number
 
 matplotlib.use("Agg")  # no display is needed to write a file
@@ -48,3 +49,24 @@ def plot_history(history: Sequence[Mapping[str, Any]], curves: Sequence[Sequence
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def plot_win_rates(rates: Mapping[str, Rate], baseline: str, path: Path) -> None:
+    """Win rates against a baseline with their intervals, as in the paper's Figure 1."""
+    figure, axes = plt.subplots(figsize=(6.5, 1.4 + 0.45 * len(rates)))
+    for y, rate in enumerate(rates.values()):
+        axes.barh(y, rate.rate, color="tab:orange", alpha=0.8)
+        axes.plot([rate.low, rate.high], [y, y], color="black", linewidth=2)
+        axes.text(rate.high + 0.01, y, f"{rate.rate:.0%}", va="center", fontsize=9)
+    axes.axvline(0.5, color="black", linestyle="--", linewidth=1)
+    axes.set_yticks(range(len(rates)), list(map(end_of, rates)))
+    axes.set_xlim(0, 1)
+    axes.invert_yaxis()
+    axes.set_xlabel(f"win rate against {end_of(baseline)}, 95 % interval")
+    figure.savefig(path, dpi=130, bbox_inches="tight")
+    plt.close(figure)
+
+
+def end_of(name: str) -> str:
+    """A name that leaves room for a plot: paths differ at their ends."""
+    return name if len(name) <= 40 else "…" + name[-39:]

@@ -55,24 +55,9 @@ class Rewards:
         """
         assert self.reader is not None
         assert self.model is not None
-        records = [PromptRecord(each.text, "", tools=each.extra.get("tools")) for each in prompts]
-        texts = [[decode(self.tokenizer, response, self.end_token_ids)] for response in responses]
-        limit = context_length(self.model.model.config)
-        groups = []
-        for example, response, (prompt, (answer,)) in zip(
-            prompts, responses, encode_records(records, texts, self.reader), strict=True
-        ):
-            end = turn_end(self.reader) if isinstance(example.text, list) else [self.reader.eos_token_id]
-            whole = answer or end
-            if response[-1] not in self.end_token_ids and whole[-len(end) :] == end:
-                whole = whole[: -len(end)] or whole  # it was cut off
-            if len(prompt) + len(whole) > limit:
-                raise RewardError(
-                    f"the reward model's tokenizer makes {len(prompt) + len(whole)} tokens of the prompt "
-                    f"{shown(example)} and its completion, over its context of {limit}"
-                )
-            groups.append(Group(prompt, [whole]))
-        return groups
+        texts = [decode(self.tokenizer, response, self.end_token_ids) for response in responses]
+        ended = [response[-1] in self.end_token_ids for response in responses]
+        return read_anew(prompts, texts, ended, self.reader, context_length(self.model.model.config))
 
     def total(self, scores: Tensor | None, prompts: Sequence[PromptExample], responses: Sequence[list[int]]) -> Tensor:
         """(S,) float32: the weighted sum, given the model's (S,) scores where there is a model.
@@ -89,6 +74,36 @@ class Rewards:
         return torch.stack([weight * each.to(device) for weight, each in zip(self.weights, rewards, strict=True)]).sum(
             0
         )
+
+
+def read_anew(
+    prompts: Sequence[PromptExample],
+    texts: Sequence[str],
+    ended: Sequence[bool],
+    reader: PreTrainedTokenizerBase,
+    limit: int,
+) -> list[Group]:
+    """Prompts and completions in the tokens of another tokenizer. A completion that was cut off gets no end.
+
+    Raises:
+        RewardError: a prompt and its completion are longer than ``limit``.
+    """
+    records = [PromptRecord(each.text, "", tools=each.extra.get("tools")) for each in prompts]
+    groups = []
+    for example, has_ended, (prompt, (answer,)) in zip(
+        prompts, ended, encode_records(records, [[text] for text in texts], reader), strict=True
+    ):
+        end = turn_end(reader) if isinstance(example.text, list) else [reader.eos_token_id]
+        whole = answer or end
+        if not has_ended and whole[-len(end) :] == end:
+            whole = whole[: -len(end)] or whole
+        if len(prompt) + len(whole) > limit:
+            raise RewardError(
+                f"the reward model's tokenizer makes {len(prompt) + len(whole)} tokens of the prompt "
+                f"{shown(example)} and its completion, over its context of {limit}"
+            )
+        groups.append(Group(prompt, [whole]))
+    return groups
 
 
 def make_rewards(

@@ -335,10 +335,9 @@ def test_reward_model_with_two_labels(rlhf, commands, bare):
 
 def test_tokenizers_that_differ(rlhf, commands, bare):
     make_tokenizer([*WORDS, "another"]).save_pretrained(bare.reward)
-    for stage, extra in (("ppo", ["--value_model", bare.reward]), ("evaluate", ["--judge", bare.reward])):
-        code, error = rlhf(stage, *commands[stage], *extra)
-        assert code == 2
-        assert "must share one" in only_line(error)
+    code, error = rlhf("ppo", *commands["ppo"], "--value_model", bare.reward)
+    assert code == 2
+    assert "must share one" in only_line(error)
 
 
 def test_no_such_model(rlhf, commands, tmp_path):
@@ -413,7 +412,7 @@ def test_the_recipe_end_to_end(rlhf, base, data, tmp_path):
         "evaluate", "--model", ppo / "model", "--baseline", sft / "model", "--judge", reward / "model",
         "--prompts", data.prompts, *texts, *short, "--output_dir", evaluation,
     )  # fmt: skip
-    figures = json.loads((evaluation / "results.json").read_text())
+    [figures] = json.loads((evaluation / "results.json").read_text())["models"]
     assert 0 <= figures["win_rate"]["low"] <= figures["win_rate"]["rate"] <= figures["win_rate"]["high"] <= 1
     assert figures.keys() >= {"kl", "reward", "alignment_tax"}
     assert [record["step"] for record in metrics(ppo)] == [0, 1, 2]

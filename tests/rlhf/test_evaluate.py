@@ -93,11 +93,10 @@ def test_reward_model_as_judge(make, reward_model, base, monkeypatch):
     """Rewards and outcomes, recomputed by transformers from the tokens that were sampled."""
     sampled, sample_all = [], evaluation.sample_all
 
-    def recorded(model, ids, *arguments):
-        sampled.append(
-            [prompt + tokens for prompt, tokens in zip(ids, sample_all(model, ids, *arguments), strict=True)]
-        )
-        return [ids_[len(prompt) :] for prompt, ids_ in zip(ids, sampled[-1], strict=True)]
+    def recorded(candidate, model, ids, *arguments):
+        found = sample_all(candidate, model, ids, *arguments)
+        sampled.insert(0, [prompt + tokens for prompt, tokens in zip(ids, found, strict=True)])  # the baseline is first
+        return found
 
     monkeypatch.setattr(evaluation, "sample_all", recorded)
     config = make(judge=reward_model, temperature=0.8)
@@ -111,13 +110,14 @@ def test_reward_model_as_judge(make, reward_model, base, monkeypatch):
     records, tokenizer = written(config), load_tokenizer(base)
     assert len(records) == figures["prompts"] == 40
     for record, a, b in zip(records, *scores, strict=True):
-        assert record["outcome"] == (float(a > b) if abs(a - b) > 1e-4 else 0.5)
-    for name, sequences, found in zip(("model", "baseline"), sampled, scores, strict=True):
-        assert figures["reward"][name] == pytest.approx(sum(found) / 40, abs=1e-4)
-        texts = [f"{record['prompt']} {record[name]}".strip() for record in records]
+        assert record["outcomes"] == [float(a > b) if abs(a - b) > 1e-4 else 0.5]
+    sides = (figures["models"][0], figures["baseline"])
+    for i, (side, sequences, found) in enumerate(zip(sides, sampled, scores, strict=True)):
+        assert side["reward"] == pytest.approx(sum(found) / 40, abs=1e-4)
+        texts = [f"{record['prompt']} {record['completions'][i]}".strip() for record in records]
         assert texts == [tokenizer.decode(ids, skip_special_tokens=True) for ids in sequences]
-    assert figures["win_rate"]["rate"] == sum(record["outcome"] for record in records) / 40
-    assert {record["outcome"] for record in records} >= {0.0, 1.0}
+    assert figures["models"][0]["win_rate"]["rate"] == sum(record["outcomes"][0] for record in records) / 40
+    assert {record["outcomes"][0] for record in records} >= {0.0, 1.0}
 
 
 def test_function_as_judge(make):
@@ -126,11 +126,9 @@ def test_function_as_judge(make):
         patch.setitem(__import__("sys").modules, __name__, __import__("types").SimpleNamespace(longer=longer))
         figures = evaluate(config)
     records = written(config)
-    assert [record["outcome"] for record in records] == [
-        longer(r["prompt"], r["model"], r["baseline"]) for r in records
-    ]
-    assert figures["win_rate"]["rate"] == sum(record["outcome"] for record in records) / 40
-    assert "reward" not in figures
+    assert [record["outcomes"] for record in records] == [[longer(r["prompt"], *r["completions"])] for r in records]
+    assert figures["models"][0]["win_rate"]["rate"] == sum(record["outcomes"][0] for record in records) / 40
+    assert "reward" not in figures["models"][0]
 
 
 @pytest.mark.parametrize("judge", ["rlhf.evaluate:no_such_function", "no_such_module:judge"])
@@ -143,7 +141,7 @@ def test_a_judge_that_gives_nan_prefers_nothing(make, reward_model, tmp_path):
     model = ScalarModel.load(reward_model)
     torch.nn.init.constant_(model.head.weight, 3e38)  # finite, or it would not be loaded; its products are not
     model.save(tmp_path / "nan", load_tokenizer(reward_model))
-    with pytest.raises(ModelError, match=r"judge: the score of the model's completion gives .* for the prompt"):
+    with pytest.raises(ModelError, match=r"judge: the score of the completion of .* gives .* for the prompt"):
         evaluate(make(judge=str(tmp_path / "nan")))
 
 
@@ -165,7 +163,7 @@ def test_a_judge_in_python_that_says_nothing_of_use(make, judge, says, tmp_path)
 
 def test_figures_that_are_not_finite_are_no_result(make, monkeypatch, tmp_path):
     monkeypatch.setattr(evaluation, "kl_between", lambda *_: float("inf"))
-    with pytest.raises(ModelError, match="kl: is inf"):
+    with pytest.raises(ModelError, match=r"kl of .*: is inf"):
         evaluate(make())
     assert not (tmp_path / "out/results.json").exists()
 
@@ -194,18 +192,20 @@ def test_language_model_is_no_judge(make, base):
 
 def test_without_judge(make):
     figures = evaluate(make())
-    assert "win_rate" not in figures
-    assert "alignment_tax" not in figures
-    assert figures["kl"] != 0
+    [mine] = figures["models"]
+    assert mine.keys() == {"name", "kl"}
+    assert mine["kl"] != 0
 
 
 def test_a_model_against_itself(make, base, reward_model, data):
     """Same seed, same samples: all ties, no KL, no tax."""
     figures = evaluate(make(model=base, judge=reward_model, pretraining_data=data.texts))
-    assert figures["win_rate"]["rate"] == 0.5
-    assert figures["reward"]["model"] == figures["reward"]["baseline"]
-    assert figures["kl"] == 0
-    assert figures["alignment_tax"] == 0
+    [mine] = figures["models"]
+    assert mine["win_rate"]["rate"] == 0.5
+    assert mine["reward"] == figures["baseline"]["reward"]
+    assert mine["kl"] == 0
+    assert mine["alignment_tax"] == 0
+    assert [mine["name"], figures["baseline"]["name"]] == [base, f"{base} (2)"]
 
 
 def test_kl_is_that_of_the_next_token(make, other, base, tmp_path):
@@ -218,7 +218,7 @@ def test_kl_is_that_of_the_next_token(make, other, base, tmp_path):
     expected = (p.exp() * (p - q)).sum().item()
     spread = (p.exp() * (p - q - expected).square()).sum().sqrt().item()
     assert expected > 0.02
-    assert evaluate(config)["kl"] == pytest.approx(expected, abs=4 * spread / 4000**0.5)
+    assert evaluate(config)["models"][0]["kl"] == pytest.approx(expected, abs=4 * spread / 4000**0.5)
 
 
 def test_alignment_tax(make, other, base, data):
@@ -232,17 +232,20 @@ def test_alignment_tax(make, other, base, data):
         losses = [
             LanguageModel.load(path).eval().model(input_ids=chunks, labels=chunks).loss.item() for path in (other, base)
         ]
-    assert figures["pretraining_loss"] == pytest.approx({"model": losses[0], "baseline": losses[1]}, abs=1e-4)
-    assert figures["alignment_tax"] == pytest.approx(losses[0] - losses[1], abs=1e-4)
-    assert "kl" not in figures
+    [mine] = figures["models"]
+    assert mine["pretraining_loss"] == pytest.approx(losses[0], abs=1e-4)
+    assert figures["baseline"]["pretraining_loss"] == pytest.approx(losses[1], abs=1e-4)
+    assert mine["alignment_tax"] == pytest.approx(losses[0] - losses[1], abs=1e-4)
+    assert "kl" not in mine
 
 
 def test_what_is_written(make, reward_model, data, tmp_path):
     figures = evaluate(make(judge=reward_model, pretraining_data=data.texts))
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == figures
     page = (tmp_path / "out" / "report.md").read_text()
-    for words in ("win rate over the baseline", "KL to the baseline", "alignment tax", "mean reward of the model"):
+    for words in ("win rate", "KL to the baseline", "alignment tax", "mean reward", "![win rates](win_rates.png)"):
         assert words in page
+    assert (tmp_path / "out" / "win_rates.png").stat().st_size > 1000
 
 
 def test_seed(make):

@@ -141,7 +141,7 @@ def test_whole_recipe_from_objects(base, data, tmp_path):
             **options,
         )
     )
-    assert 0 <= figures["win_rate"]["rate"] <= 1
+    assert 0 <= figures["models"][0]["win_rate"]["rate"] <= 1
     preferred = rlhf.evaluate.evaluate(
         rlhf.EvaluateConfig(
             model=policy,
@@ -153,7 +153,7 @@ def test_whole_recipe_from_objects(base, data, tmp_path):
             **options,
         )
     )
-    assert preferred["win_rate"]["rate"] == 1.0
+    assert preferred["models"][0]["win_rate"]["rate"] == 1.0
 
 
 def test_an_error_leaves_nothing_behind(base, data, tmp_path):

@@ -100,7 +100,7 @@ def test_generate_and_evaluate_stop_there(chat, prompts, tmp_path):
     evaluate(EvaluateConfig(model=path, baseline=path, output_dir=str(tmp_path / "evaluation"), **common))
     generated = [json.loads(line) for line in (tmp_path / "samples/completions.jsonl").read_text().splitlines()]
     judged = [json.loads(line) for line in (tmp_path / "evaluation/completions.jsonl").read_text().splitlines()]
-    texts = [text for record in generated for text in record["completions"]] + [r["model"] for r in judged]
+    texts = [text for record in generated for text in record["completions"]] + [r["completions"][0] for r in judged]
     assert not any("<end_of_turn>" in text for text in texts)
     assert sum(len(text.split()) for text in texts) / len(texts) < 12  # the limit is 20, so most have ended before
 

@@ -1,0 +1,178 @@
+"""The models that `rlhf evaluate` compares, each with its tokenizer, its family and the prefix before its prompts."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf import encoder_decoder
+from rlhf.config import EvaluateConfig, GenerateConfig, LengthConfig
+from rlhf.data import Limits, PromptExample, PromptRecord, tokenize_prompts
+from rlhf.encoder_decoder import EncoderDecoder
+from rlhf.loading import (
+    ModelError,
+    check_same_tokenizer,
+    context_length,
+    end_token_ids,
+    load_config,
+    load_tokenizer,
+    name_of,
+    other_tokenizer,
+)
+from rlhf.models import LanguageModel
+from rlhf.objects import described, is_model
+from rlhf.processes import Processes
+from rlhf.rewards import decode
+from rlhf.rollout import NotFiniteError, sample
+from rlhf.settings import ConfigError
+from rlhf.sharding import place
+from rlhf.turns import Prompt
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model that is compared, or generates. Its weights are read when it is its turn."""
+
+    name: str
+    """In tables."""
+    source: Any
+    tokenizer: PreTrainedTokenizerBase
+    ends: frozenset[int]
+    """The tokens that end its completions."""
+    prefix: str = ""
+    """Text before every prompt, of few-shot examples for instance."""
+    is_encoder_decoder: bool = False
+
+    @classmethod
+    def of(cls, name: str, source: Any, tokenizer: Any | None, prefix: str = "") -> Candidate:
+        """A model and what is beside it. A tokenizer that is given has to be the model's."""
+        found = load_tokenizer(tokenizer or source)
+        if tokenizer is not None:
+            check_same_tokenizer(found, name_of(tokenizer), source)
+        encodes = bool(load_config(source).is_encoder_decoder)
+        ends = frozenset({found.eos_token_id}) if encodes else end_token_ids(source, found)
+        return cls(name, source, found, ends, prefix, encodes)
+
+    def shares_tokens(self, other: Candidate) -> bool:
+        """Whether both give probabilities to the same tokens, so that these can be compared."""
+        if self.is_encoder_decoder or other.is_encoder_decoder:
+            return False
+        return self.tokenizer is other.tokenizer or other_tokenizer(self.tokenizer, other.tokenizer) is None
+
+    def read(self, records: Sequence[PromptRecord], lengths: LengthConfig) -> list[PromptExample]:
+        """The prompts in the model's tokens, with its prefix. Those over the limit without it are left out."""
+        limits = Limits(**asdict(lengths), context_length=context_length(load_config(self.source)))
+        read = encoder_decoder.encode_prompts if self.is_encoder_decoder else tokenize_prompts
+        examples = read(records, self.tokenizer, limits)
+        if not self.prefix:
+            return examples
+        kept = among(records, examples)
+        prefixed = [replace(record, prompt=with_prefix(record.prompt, self.prefix)) for record in kept]
+        whole = Limits(limits.context_length, lengths.max_response_tokens, limits.context_length)
+        found = read(prefixed, self.tokenizer, whole)
+        return [PromptExample(e.prompt_ids, record.prompt, e.extra) for e, record in zip(found, kept, strict=True)]
+
+    def load(self, config: EvaluateConfig | GenerateConfig, processes: Processes) -> LanguageModel | EncoderDecoder:
+        """The weights: whole in every process or, of a causal model, split over them."""
+        if self.is_encoder_decoder:
+            return EncoderDecoder.load(self.source, processes.device)
+        return place(LanguageModel.load(self.source, device=processes.device).eval(), config.sharding, processes)
+
+    def text(self, response: Sequence[int]) -> str:
+        """A completion as text, without the token that ended it."""
+        return decode(self.tokenizer, response, self.ends)
+
+
+def among(records: Sequence[PromptRecord], examples: Sequence[PromptExample]) -> list[PromptRecord]:
+    """The records that the examples were made of, in order."""
+    made = {id(example.extra) for example in examples}  # a record's own dict
+    return [record for record in records if id(record.extra) in made]
+
+
+def with_prefix(prompt: Prompt, prefix: str) -> Prompt:
+    """A prompt after a prefix, which is text before a text, and what the system says before messages."""
+    if isinstance(prompt, str):
+        return prefix + prompt
+    if prompt[0]["role"] == "system":
+        return [{**prompt[0], "content": f"{prefix}\n\n{prompt[0]['content']}"}, *prompt[1:]]
+    return [{"role": "system", "content": prefix}, *prompt]
+
+
+def read_prefix(setting: str, path: str | None) -> str:
+    """The text of a prefix's file, without a line end that an editor may have put there last."""
+    if path is None:
+        return ""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{setting}: {path} can't be read: {error}") from error
+    if not text.strip():
+        raise ConfigError(f"{setting}: {path} is empty")
+    return text.removesuffix("\n")
+
+
+def sources_of(models: Any) -> list[Any]:
+    """Several models from one setting: a list, or a pattern such as ``runs/ppo/iteration-*``."""
+    found: list[Any] = []
+    for model in models if isinstance(models, list) else [models]:
+        if isinstance(model, str) and any(sign in model for sign in "*?["):
+            matches = sorted(path for path in glob.glob(model) if Path(path).is_dir())
+            if not matches:
+                raise ModelError(f"{model}: no directory has such a name")
+            found += matches
+        else:
+            found.append(model)
+    return found
+
+
+def candidates(config: EvaluateConfig) -> list[Candidate]:
+    """The models of an evaluation, and last the baseline."""
+    prefix, other = read_prefix("prefix", config.prefix), read_prefix("baseline_prefix", config.baseline_prefix)
+    given = [(source, prefix, config.prefix) for source in sources_of(config.model)]
+    given.append((config.baseline, other, config.baseline_prefix))
+    found: list[Candidate] = []
+    for source, text, path in given:
+        name = str(described(source)) if is_model(source) else name_of(source)
+        name += f" after {path}" if text else ""
+        same = sum(each.name.split(" (")[0] == name for each in found)
+        found.append(Candidate.of(f"{name} ({same + 1})" if same else name, source, config.tokenizer, text))
+    return found
+
+
+def prompts_of_all(
+    records: Sequence[PromptRecord], readers: Sequence[Any], lengths: LengthConfig
+) -> list[list[PromptExample]]:
+    """What each reader makes of the prompts that are within the limits of all."""
+    for reader in readers:
+        records = among(records, reader.read(records, lengths))
+    return [reader.read(records, lengths) for reader in readers]
+
+
+def sample_all(
+    candidate: Candidate,
+    model: LanguageModel | EncoderDecoder,
+    ids: list[list[int]],
+    config: EvaluateConfig | GenerateConfig,
+    processes: Processes,
+) -> list[list[int]]:
+    """One completion per prompt, as token ids. Each process samples its share."""
+    share, streams = processes.share(ids), processes.share(range(len(ids)))
+    limits: dict[str, Any] = {
+        "max_new_tokens": config.lengths.max_response_tokens,
+        "temperature": config.temperature,
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+    }
+    if isinstance(model, EncoderDecoder):
+        pad = candidate.tokenizer.pad_token_id or 0
+        return processes.joined(model.sample(share, streams, pad=pad, **limits))
+    try:
+        completions = sample(model, share, streams=streams, end_token_ids=candidate.ends, **limits)
+    except NotFiniteError as error:
+        raise ModelError(f"{candidate.name}: {error}; was its training run stopped at a NaN?") from error
+    return processes.joined([completion.tokens for completion in completions])
