@@ -9,7 +9,10 @@ from rlhf import interrupts
 TRAIN = {"accelerate", "datasets", "jsonargparse", "matplotlib", "peft", "psutil", "rich", "safetensors", "tensorboard",
          "tokenizers", "transformers", "yaml"}  # fmt: skip
 LABEL = {"fastapi", "jinja2", "uvicorn"}
-EXTRAS = {package: extra for extra, packages in (("train", TRAIN), ("label", LABEL)) for package in packages}
+EVAL = {"lm_eval"}
+EXTRAS = {
+    package: extra for extra, packages in (("train", TRAIN), ("label", LABEL), ("eval", EVAL)) for package in packages
+}
 
 
 def main() -> int:

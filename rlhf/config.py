@@ -146,6 +146,9 @@ class SFTConfig(RunConfig):
     """Share of each batch that is pretraining text (C.3: 0.1 for the model that PPO starts from)."""
     pretraining_tokens: int = 1024
     """Length of the chunks that pretraining text is cut into."""
+    keep_every: int = 0
+    """Also keep the model every so many steps. The paper takes the one that the reward model likes best on a validation
+    set (C.1), which `rlhf evaluate --model 'RUN/step-*'` says. 0: never."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -153,6 +156,7 @@ class SFTConfig(RunConfig):
         check(bool(self.data), "data", self.data, "at least one file or data set")
         check(0 <= self.held_out_fraction < 1, "held_out_fraction", self.held_out_fraction, "in [0, 1)")
         check(self.epochs > 0, "epochs", self.epochs, "at least 1")
+        check(self.keep_every >= 0, "keep_every", self.keep_every, "at least 0")
         check(self.batch_size > 0, "batch_size", self.batch_size, "at least 1")
         check(0 <= self.residual_dropout < 1, "residual_dropout", self.residual_dropout, "in [0, 1)")
         check(0 <= self.pretraining_fraction < 1, "pretraining_fraction", self.pretraining_fraction, "in [0, 1)")
@@ -366,6 +370,10 @@ class EvaluateConfig(Settings):
     """Held-out pretraining text for the alignment tax: the rise of the model's loss over the baseline's."""
     pretraining_tokens: int = 1024
     """Length of the chunks that pretraining text is cut into."""
+    tasks: list[str] | str = field(default_factory=list)
+    """Benchmarks of lm-eval by name, for the alignment tax on them (4.2): squadv2,drop,hellaswag for instance."""
+    tasks_dir: str | None = None
+    """A directory with definitions of further tasks."""
     temperature: float = 1.0
     """Sampling temperature."""
     lengths: LengthConfig = field(default_factory=LengthConfig)
@@ -390,7 +398,8 @@ class EvaluateConfig(Settings):
         for name in ("prefix", "baseline_prefix"):
             check(getattr(self, name) != "", name, "", "a file, or null")
         check(bool(self.output_dir), "output_dir", self.output_dir, "a directory")
-        check(bool(self.prompts or self.pretraining_data), "prompts", self.prompts, "given, or pretraining_data")
+        given = self.prompts or self.pretraining_data or self.tasks
+        check(bool(given), "prompts", self.prompts, "given, or pretraining_data or tasks")
         check(self.pretraining_tokens > 1, "pretraining_tokens", self.pretraining_tokens, "at least 2")
         check(self.tokens_per_forward > 0, "tokens_per_forward", self.tokens_per_forward, "at least 1")
         check(self.batch_size > 0, "batch_size", self.batch_size, "at least 1")

@@ -59,6 +59,7 @@ def evaluate(config: EvaluateConfig) -> dict:
         readers = [*everyone, *([judge] if isinstance(judge, RewardModelJudge) else [])]
         asked = prompts_of_all(read_prompts(config.prompts), readers, config.lengths)
     chunks = read_chunks(config, everyone)
+    tasks = load_tasks(config, processes)
     output = Path(config.output_dir)
     with describing(f"{output}: cannot be used for output"):
         output.mkdir(parents=True, exist_ok=True)
@@ -69,11 +70,16 @@ def evaluate(config: EvaluateConfig) -> dict:
     of_baseline = asked[len(models)]
     answers = [answer(baseline, reference, of_baseline, config, processes)]
     figures = [figures_of(reference, baseline, chunks, config, processes)]
+    results = tasks.run(baseline, reference.model) if tasks else None
+    if results:
+        figures[0]["tasks"] = results.figures()
     for candidate, examples in zip(models, asked, strict=False):
         model: Any = candidate.load(config, processes)
         answers.append(answer(candidate, model, examples, config, processes))
         shares = candidate.shares_tokens(baseline)
         figures.append(figures_of(model, candidate, chunks if shares else None, config, processes))
+        if tasks:
+            figures[-1]["tasks"] = tasks.run(candidate, model.model).figures(results)
         if shares and examples:
             sides = (model, examples), (reference, of_baseline)
             figures[-1]["kl"] = kl_between(*sides, answers[-1].responses, config, processes)
@@ -136,6 +142,19 @@ def read_chunks(config: EvaluateConfig, everyone: Sequence[Candidate]) -> torch.
             logger.warning("%s: has no alignment tax, since its tokens are not those of the baseline", each.name)
     check_context("pretraining_tokens", config.pretraining_tokens, *(each.source for each in sharing))
     return tokenize_texts(texts, baseline.tokenizer, length=config.pretraining_tokens)
+
+
+def load_tasks(config: EvaluateConfig, processes: Processes) -> Any:
+    """The benchmarks, or None."""
+    names = config.tasks if isinstance(config.tasks, list) else [config.tasks]
+    names = [part.strip() for name in names for part in name.split(",") if part.strip()]
+    if not names:
+        return None
+    if processes.count > 1:
+        raise ConfigError(f"tasks: are run by one process, but there are {processes.count}")
+    from rlhf.lm_eval_tasks import Tasks  # of an extra, and it takes seconds
+
+    return Tasks(names, config.tasks_dir, config.tokens_per_forward)
 
 
 def check_figures(figures: Mapping[str, Any], of: str = "") -> None:
@@ -264,18 +283,23 @@ def describe(figures: dict[str, Any]) -> str:
     """The figures as a page of Markdown: a row for each model, and one for the baseline."""
     rows = [*figures["models"], figures["baseline"]]
     shown = [name for name in COLUMNS if any(name in row for row in rows)]
-    table = markdown_table(
-        ["", *(COLUMNS[name][0] for name in shown)],
-        [
-            [row["name"].replace("|", "\\|"), *(COLUMNS[name][1](row[name]) if name in row else "–" for name in shown)]
-            for row in rows
-        ],
-    )
-    judged = f", judged by {figures['judge']}" if figures["judge"] and figures["prompts"] else ""
-    lines = [f"# Against {figures['baseline']['name']}", "", f"{figures['prompts']:,} prompts{judged}.", "", table, ""]
+    lines = [f"# Against {figures['baseline']['name']}", ""]
+    if figures["prompts"]:
+        judged = f", judged by {figures['judge']}" if figures["judge"] else ""
+        lines += [f"{figures['prompts']:,} prompts{judged}. Every completion: `completions.jsonl`.", ""]
+    if shown:
+        header = ["", *(COLUMNS[name][0] for name in shown)]
+        cells = [[COLUMNS[name][1](row[name]) if name in row else "–" for name in shown] for row in rows]
+        named = [[row["name"].replace("|", "\\|"), *own] for row, own in zip(rows, cells, strict=True)]
+        lines += [markdown_table(header, named), ""]
     if "win_rate" in shown:
         lines += ["![win rates](win_rates.png)", ""]
-    return "\n".join([*lines, "Every completion: `completions.jsonl`.", ""])
+    if "tasks" in figures["baseline"]:
+        from rlhf import lm_eval_tasks
+
+        lines += ["## Tasks", "", "In brackets: over the baseline, with a 95 % interval.", ""]
+        lines += [lm_eval_tasks.describe(figures), ""]
+    return "\n".join(lines)
 
 
 __all__ = ["ModelError", "Rate", "evaluate", "generate", "win_rate"]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from typing import TypeAlias
 
 Z = 1.96
 """Standard errors on either side of a 95 % interval."""
@@ -26,10 +26,13 @@ class Rate:
 
 def win_rate(outcomes: Sequence[float]) -> Rate:
     """The mean of independent outcomes in {0, 0.5, 1} and Wilson's score interval for it."""
-    n = len(outcomes)
-    if n == 0:
+    if not outcomes:
         raise ValueError("outcomes: is empty; a win rate needs at least one comparison")
-    rate = sum(outcomes) / n
+    return wilson(sum(outcomes) / len(outcomes), len(outcomes))
+
+
+def wilson(rate: float, n: float) -> Rate:
+    """Wilson's score interval for a share among ``n``."""
     centre = (rate + Z * Z / (2 * n)) / (1 + Z * Z / n)
     half = Z / (1 + Z * Z / n) * math.sqrt(rate * (1 - rate) / n + Z * Z / (4 * n * n))
     return Rate(rate, centre - half, centre + half)
@@ -68,24 +71,28 @@ def agreed_pairs(first: Sequence[int], second: Sequence[int]) -> tuple[int, int]
     return agreed, counted
 
 
-def agreement(rankings: Iterable[Mapping[Any, Sequence[int]]]) -> Rate | None:
+Ranks: TypeAlias = Sequence[int]
+
+
+def agreement(prompts: Iterable[Iterable[tuple[Ranks, Ranks]]]) -> Rate | None:
     """How often labellers agree which of two completions is better (Ouyang et al. 2022, section 3.4: 72.6 ± 1.5 %).
 
     Counted are all pairs of completions of a prompt, for all pairs of labellers who ranked it, where neither of the two
-    labellers tied the pair. Pairs of one prompt depend on each other, so the interval's standard error is that of a
-    ratio of sums over prompts: with a_p agreed of n_p counted pairs, rate r = Σa/Σn, and m prompts,
-    s² = m/(m−1) · Σ (a_p − r·n_p)² / (Σn)² (Cochran 1977, equation 2.46).
+    labellers tied the pair. Pairs of one prompt depend on each other. With a_p agreed of n_p counted pairs in prompt p,
+    rate r = Σa/Σn and m prompts, the variance is s² = m/(m−1) · Σ (a_p − r·n_p)² / (Σn)² (a ratio of sums over
+    clusters: Cochran 1977, equation 2.46). The interval is Wilson's for so many independent pairs as have that
+    variance, r(1−r)/s², and for m of them where r is 0 or 1, since all then agree that there is none.
 
     Args:
-        rankings: of each prompt, the ranks that each labeller gave to its completions.
+        prompts: for each prompt, pairs of labellers' rankings of its completions.
 
     Returns:
         None if fewer than two prompts have pairs to count.
     """
     counts = []
-    for ranks in rankings:
-        pairs = [agreed_pairs(one, other) for one, other in combinations(ranks.values(), 2)]
-        agreed, counted = (sum(column) for column in zip(*pairs, strict=True)) if pairs else (0, 0)
+    for pairs in prompts:
+        found = [agreed_pairs(one, other) for one, other in pairs]
+        agreed, counted = (sum(column) for column in zip(*found, strict=True)) if found else (0, 0)
         if counted:
             counts.append((agreed, counted))
     m = len(counts)
@@ -93,5 +100,6 @@ def agreement(rankings: Iterable[Mapping[Any, Sequence[int]]]) -> Rate | None:
         return None
     total = sum(counted for _, counted in counts)
     rate = sum(agreed for agreed, _ in counts) / total
-    error = math.sqrt(m / (m - 1) * sum((agreed - rate * counted) ** 2 for agreed, counted in counts)) / total
-    return Rate(rate, max(0.0, rate - Z * error), min(1.0, rate + Z * error))
+    variance = m / (m - 1) * sum((agreed - rate * counted) ** 2 for agreed, counted in counts) / total**2
+    independent = rate * (1 - rate) / variance if variance else m
+    return wilson(rate, min(independent, total))

@@ -90,6 +90,8 @@ def train(config: SFTConfig, *, resume: bool = False) -> Path:
         if validation and epoch_done:  # also true after the last step
             metrics["held_out_loss"] = mean_loss(run, model, validation)
         run.log(step, metrics, show=["loss", "held_out_loss"])
+        if config.keep_every and (step + 1) % config.keep_every == 0:
+            run.save_model(unwrap(model), tokenizer, f"step-{step + 1:06d}")
 
     rows: dict[str, float] = {"demonstrations": len(training), "epochs": config.epochs, "steps": steps}
     if validation and run.history:

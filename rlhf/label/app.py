@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import sqlite3
 import unicodedata
 from pathlib import Path
@@ -18,12 +20,14 @@ from starlette.exceptions import HTTPException
 
 from rlhf.label import tasks
 from rlhf.label.guard import Guard
-from rlhf.label.store import Answer, NotYoursError, Store
+from rlhf.label.store import Answer, ChangedError, NotYoursError, Store
 from rlhf.label.tasks import FLAGS, LETTERS, MARKS, SKIP_REASONS, Kind, as_recorded, as_shown, without_gaps
 
 HERE = Path(__file__).parent
 LABELLER = "labeller"
 """The cookie with the labeller's name."""
+LONGEST_NAME = 64
+JOINERS = re.compile("[\u200c\u200d]")
 
 
 class Body(BaseModel):
@@ -35,11 +39,13 @@ class Body(BaseModel):
 class SignIn(Body):
     """A labeller's name."""
 
-    name: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=64)]
+    name: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=LONGEST_NAME)]
 
 
 Number = Annotated[int, Field(ge=0, lt=2**31)]
 """Of a task."""
+Version = Annotated[int, Field(ge=0)]
+"""How many times the answer had been given that the labeller saw."""
 Seconds = Annotated[float, Field(ge=0, le=7 * 24 * 3600, allow_inf_nan=False)]
 
 
@@ -47,6 +53,7 @@ class Ranked(Body):
     """Marks, flags and ranks of a task's completions, in the order in which they were shown."""
 
     task: Number
+    version: Version
     seconds: Seconds
     ranks: list[Annotated[int, Field(ge=1, le=len(LETTERS))]]
     marks: list[Annotated[int, Field(ge=MARKS[0], le=MARKS[-1])]]
@@ -57,6 +64,7 @@ class Written(Body):
     """The answer to a prompt."""
 
     task: Number
+    version: Version
     seconds: Seconds
     completion: str
 
@@ -65,6 +73,7 @@ class Skipped(Body):
     """Why a task was not answered."""
 
     task: Number
+    version: Version
     seconds: Seconds
     reason: str
     note: Annotated[str, StringConstraints(max_length=2000)] = ""
@@ -118,8 +127,10 @@ def make_app(store: Store, kind: Kind, *, labels_per_prompt: int, seed: int, hos
         return JSONResponse({"error": f"{name}: {first['msg']}"}, 422)
 
     @app.exception_handler(sqlite3.Error)
-    def not_kept(_: Request, error: sqlite3.Error) -> Response:
-        return JSONResponse({"error": f"The answer could not be kept: {error}."}, 500)
+    def not_kept(request: Request, error: sqlite3.Error) -> Response:
+        if request.method == "POST":
+            return JSONResponse({"error": f"The answer could not be kept: {error}."}, 500)
+        return PlainTextResponse(f"The database can't be used: {error}.\n", 500)
 
     @app.get("/")
     def next_page(request: Request) -> Response:
@@ -152,6 +163,8 @@ def make_app(store: Store, kind: Kind, *, labels_per_prompt: int, seed: int, hos
             request,
             number=number,
             turns=tasks.turns(task["prompt"]),
+            tools=json.dumps(task["tools"], ensure_ascii=False, indent=2) if task.get("tools") else "",
+            version=given.changes + 1 if given else 0,
             given=given,
             back=before[-1] if before else None,
             draft=f"{identity} {who} {number}",
@@ -167,25 +180,30 @@ def make_app(store: Store, kind: Kind, *, labels_per_prompt: int, seed: int, hos
 
     @app.post("/sign-in")
     def sign_in(body: SignIn) -> Response:
-        name = unicodedata.normalize("NFC", " ".join(body.name.split()))
-        if not name.isprintable():
+        name = clean(body.name)
+        if name is None:
             raise refused("name: holds a character that can't be printed.")
         response = JSONResponse({"name": name})
         response.set_cookie(LABELLER, quote(name), httponly=True, samesite="lax", max_age=90 * 24 * 3600)
         return response
 
     @app.post("/sign-out")
-    def sign_out() -> Response:
+    def sign_out(request: Request) -> Response:
+        if who := labeller(request):
+            store.release(who)
         response = JSONResponse({})
         response.delete_cookie(LABELLER)
         return response
 
-    def keep(number: int, who: str, seconds: float, **said: Any) -> dict[str, Any]:
+    def keep(body: Any, who: str, **said: Any) -> dict[str, Any]:
         try:
-            store.save(number, who, seconds, **said)
+            store.save(body.task, who, body.seconds, version=body.version, **said)
         except NotYoursError:
             raise refused("This prompt was not shown to you.", 404) from None
-        return {"saved": number}
+        except ChangedError:
+            reason = "You have answered this prompt in another window meanwhile; load the page anew to see that."
+            raise refused(reason, 409) from None
+        return {"saved": body.task}
 
     @app.post("/rank")
     def rank(request: Request, body: Ranked) -> dict[str, Any]:
@@ -202,7 +220,7 @@ def make_app(store: Store, kind: Kind, *, labels_per_prompt: int, seed: int, hos
         flags = [[name for name in FLAGS if name in given] for given in body.flags]
         answer: dict[str, list[Any]] = {"ranks": without_gaps(body.ranks), "marks": body.marks, "flags": flags}
         recorded = {name: as_recorded(values, places) for name, values in answer.items()}
-        return keep(body.task, who, body.seconds, answer=recorded)
+        return keep(body, who, answer=recorded)
 
     @app.post("/write")
     def write(request: Request, body: Written) -> dict[str, Any]:
@@ -211,14 +229,14 @@ def make_app(store: Store, kind: Kind, *, labels_per_prompt: int, seed: int, hos
         who, _ = own_task(request, body.task)
         if not body.completion.strip():
             raise refused("completion: is empty.")
-        return keep(body.task, who, body.seconds, answer={"completion": body.completion})
+        return keep(body, who, answer={"completion": body.completion})
 
     @app.post("/skip")
     def skip(request: Request, body: Skipped) -> dict[str, Any]:
         who, _ = own_task(request, body.task)
         if body.reason not in SKIP_REASONS:
             raise refused(f"reason: must be one of {', '.join(SKIP_REASONS)}.")
-        return keep(body.task, who, body.seconds, skipped={"reason": body.reason, "note": body.note.strip()})
+        return keep(body, who, skipped={"reason": body.reason, "note": body.note.strip()})
 
     @app.get("/favicon.ico")
     def icon() -> Response:
@@ -229,7 +247,14 @@ def make_app(store: Store, kind: Kind, *, labels_per_prompt: int, seed: int, hos
 
 def labeller(request: Request) -> str | None:
     """Who makes a request, as they said themselves."""
-    return unquote(request.cookies.get(LABELLER, "")) or None
+    name = unquote(request.cookies.get(LABELLER, ""))
+    return name if name and len(name) <= LONGEST_NAME and clean(name) == name else None
+
+
+def clean(name: str) -> str | None:
+    """A name in one way of writing it; None if it holds what can't be printed, but for what joins letters."""
+    name = unicodedata.normalize("NFC", " ".join(name.split()))
+    return name if JOINERS.sub("", name).isprintable() else None
 
 
 def row(store: Store, given: Answer) -> dict[str, Any]:

@@ -37,19 +37,21 @@ def label(config: LabelConfig, *, export: str | None = None, report: bool = Fals
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"output_dir: {directory} can't be used: {error}") from error
-    with contextlib.closing(Store(path)) as store:
-        if reads:
+    if reads:
+        with contextlib.closing(Store(path)) as store:
             if export is not None:
                 write_export(store, Path(export))
             if report:
                 print(describe(store))
-            return
+        return
+    # Listened first, so that a start that fails leaves nothing behind.
+    with listen(config.host, config.port) as listening, contextlib.closing(Store(path)) as store:
         kind: Kind = config.task
         if (kept := store.keep("task", kind)) != kind:
             raise ConfigError(f"task: is {kind}, but {path} was begun with {kept}")
         if tasks:
             store.add(tasks)
-        serve(store, config)
+        serve(store, config, listening)
 
 
 def write_export(store: Store, target: Path) -> None:
@@ -57,6 +59,10 @@ def write_export(store: Store, target: Path) -> None:
     found = records(store)
     if not found:
         raise ConfigError(f"export: {store.path} holds no answers yet")
+    if target.exists() and not target.is_file():
+        raise ConfigError(f"export: {target} is there, and is no file")
+    if target.resolve().name.startswith(store.path.name) and target.resolve().parent == store.path.resolve().parent:
+        raise ConfigError(f"export: {target} is where the answers are kept")
     temporary = target.with_name(target.name + ".tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -64,34 +70,40 @@ def write_export(store: Store, target: Path) -> None:
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in found)
         temporary.replace(target)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise ConfigError(f"export: {target} can't be written: {error}") from error
     console.print(f"label: {len(found)} records in [bold]{target}[/]")
 
 
-def serve(store: Store, config: LabelConfig) -> None:
-    """Listens until Ctrl-C or a signal ends it."""
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"host, port: {host}:{port} can't be listened on: {error}") from error
+
+
+def serve(store: Store, config: LabelConfig, listening: socket.socket) -> None:
+    """Answers until Ctrl-C or a signal ends it."""
     token = None if is_local(config.host) else store.keep("token", secrets.token_urlsafe(24))
     seed = int(store.keep("seed", str(config.seed)))  # kept, since answers are put back into order by it
     app = make_app(
         store, config.task, labels_per_prompt=config.labels_per_prompt, seed=seed, host=config.host, token=token
     )
-    try:
-        family, *_, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
-        listening = socket.create_server(address[:2], family=family)
-    except (OSError, OverflowError) as error:
-        raise ConfigError(f"host, port: {config.host}:{config.port} can't be listened on: {error}") from error
-    port = listening.getsockname()[1]
-    name = (
-        "localhost"
-        if is_local(config.host)
-        else socket.gethostname()
-        if config.host in ("0.0.0.0", "::")
-        else config.host
-    )
-    where = f"http://{f'[{name}]' if ':' in name else name}:{port}/" + (f"?token={token}" if token else "")
+    where = f"http://{name_of(config.host)}:{listening.getsockname()[1]}/" + (f"?token={token}" if token else "")
     console.print(f"label: {store.count()} prompts at [bold]{where}[/]; Ctrl-C ends", soft_wrap=True, highlight=False)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3))
     with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises anew once it has ended in order
         server.run(sockets=[listening])
     answers = sum(answer.answer is not None for answer in store.answers())
     console.print(f"label: {answers} answers in [bold]{store.path}[/]; the same command goes on")
+
+
+def name_of(host: str) -> str:
+    """The name by which a browser reaches an address that is listened on."""
+    if host in ("127.0.0.1", "localhost"):
+        return "localhost"
+    if host in ("0.0.0.0", "::"):
+        return socket.gethostname()
+    return f"[{host}]" if ":" in host else host

@@ -77,7 +77,7 @@ class Guard:
         """The answer to a request that is not let in; None if it is."""
         headers = request.headers
         netloc = headers.get("host", "")
-        if self.token is None and not is_local(urlsplit(f"//{netloc}").hostname or ""):
+        if self.token is None and not is_local(part_of(f"//{netloc}", "hostname")):
             # A name that another's DNS points to this machine is another origin to the browser, but not to us.
             return PlainTextResponse(f"This page is for localhost, not {netloc!r}.\n", 403)
         if not same_origin(headers, netloc, reads=request.method in ("GET", "HEAD")):
@@ -106,11 +106,19 @@ def same_origin(headers: Mapping[str, str], netloc: str, *, reads: bool) -> bool
     """
     origin = headers.get("origin")
     if origin is not None:
-        return urlsplit(origin).netloc == netloc
+        return part_of(origin, "netloc") == netloc
     if not reads:
         return False
     site, mode = headers.get("sec-fetch-site", "none"), headers.get("sec-fetch-mode", "navigate")
     return site in ("none", "same-origin") or mode == "navigate"
+
+
+def part_of(url: str, part: str) -> str:
+    """A part of an address; nothing if it is none."""
+    try:
+        return getattr(urlsplit(url), part) or ""
+    except ValueError:
+        return ""
 
 
 def equal(given: str, token: str) -> bool:

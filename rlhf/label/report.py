@@ -30,6 +30,10 @@ def describe(store: Store) -> str:
         "",
         labellers(answers),
     ]
+    notes = [f"* {each.labeller}, prompt {each.number + 1}: {each.skipped['note']}" for each in answers
+             if each.skipped and each.skipped["note"]]  # fmt: skip
+    if notes:
+        lines += ["", "## What was said of skipped prompts", "", *(" ".join(note.split()) for note in notes)]
     if kind != "demonstration" and given:
         lines += ["", "## Marks and flags", "", marks_and_flags(store, given)]
         if compared := models(store, given):
@@ -42,7 +46,7 @@ def summary(store: Store, answers: Sequence[Answer], given: Sequence[Answer]) ->
     prompts = len({each.number for each in given})
     lines = [f"{len(given)} answers to {prompts} of {store.count()} prompts, {len(answers) - len(given)} skipped."]
     if store.setting("task") != "demonstration":
-        found = agreement(rankings(given))
+        found = agreement(combinations(ranks.values(), 2) for ranks in rankings(given))
         said = "not known: it takes two prompts that two labellers ranked" if found is None else str(found)
         lines += ["", f"Agreement between labellers: {said} ({PAPER})."]
     return lines
@@ -66,10 +70,9 @@ def labellers(answers: Sequence[Answer]) -> str:
         own = [each for each in given if each.labeller == name]
         reasons = Counter(each.skipped["reason"] for each in answers if each.labeller == name and each.skipped)
         skipped = ", ".join(f"{count} × {SKIP_REASONS[reason]}" for reason, count in reasons.most_common())
-        pairs: list[dict[Any, list[int]]] = [
-            {0: ranks[name], 1: ranks[other]} for ranks in ranked if name in ranks for other in ranks if other != name
-        ]
-        found = agreement(pairs)
+        found = agreement(
+            [(ranks[name], ranks[other]) for other in ranks if other != name] for ranks in ranked if name in ranks
+        )
         seconds = f"{median(each.seconds for each in own):.0f} s" if own else "–"
         changed = sum(each.changes > 0 for each in own)
         rows.append(
@@ -96,17 +99,25 @@ def models(store: Store, given: Sequence[Answer]) -> str | None:
     outcomes: dict[tuple[str, str], list[float]] = defaultdict(list)
     for each in given:
         names = (store.task(each.number) or {}).get("models")
-        answer: dict[str, Any] = each.answer or {}
-        if not isinstance(names, list) or len(names) != len(answer["ranks"]):
-            return None
-        for name, mark in zip(names, answer["marks"], strict=True):
+        said: dict[str, Any] = each.answer or {}
+        if not isinstance(names, list) or len(names) != len(said["ranks"]) or not all(map(is_text, names)):
+            continue
+        for name, mark in zip(names, said["marks"], strict=True):
             marks[name].append(mark)
-        for (one, first), (other, second) in combinations(zip(names, answer["ranks"], strict=True), 2):
+        ranked = sorted(zip(names, said["ranks"], strict=True))  # in one order, whichever the record has
+        for (one, first), (other, second) in combinations(ranked, 2):
             outcomes[one, other].append(0.5 if first == second else float(first < second))
+    if not marks:
+        return None
     rows = [[f"mean mark of {cell(name)}", f"{mean(values):.2f}"] for name, values in marks.items()]
     rates: dict[tuple[str, str], Rate] = {names: win_rate(values) for names, values in outcomes.items()}
     rows += [[f"{cell(one)} is preferred to {cell(other)}", str(rate)] for (one, other), rate in rates.items()]
     return markdown_table(["", ""], rows)
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a text, as a model's name must be."""
+    return isinstance(value, str)
 
 
 def cell(text: str) -> str:

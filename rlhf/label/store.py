@@ -70,6 +70,10 @@ class NotYoursError(Exception):
     """An answer to a task that was never shown to this labeller."""
 
 
+class ChangedError(Exception):
+    """An answer in place of one that the labeller did not see: it was given in another window."""
+
+
 class Store:
     """Tasks and answers. One connection, used by one thread at a time."""
 
@@ -195,20 +199,31 @@ class Store:
         labeller: str,
         seconds: float,
         *,
+        version: int,
         answer: dict[str, Any] | None = None,
         skipped: dict[str, Any] | None = None,
     ) -> None:
         """Keeps an answer, or that a task was skipped, in place of what the labeller had said of it before.
 
+        ``version`` is that of the answer which the labeller saw, 0 for none. An answer may be sent twice, since it is
+        not always heard that it was kept.
+
         Raises:
             NotYoursError: the task was never shown to the labeller.
+            ChangedError: the answer that is kept is of another version, and says something else.
         """
         texts = [None if value is None else json.dumps(value, ensure_ascii=False) for value in (answer, skipped)]
         with self.writing() as run:
             waiting = run("DELETE FROM reserved WHERE number = ? AND labeller = ?", (number, labeller)).rowcount
-            given = run("SELECT 1 FROM answers WHERE number = ? AND labeller = ?", (number, labeller)).fetchone()
+            given = run(
+                "SELECT answer, skipped, changes + 1 FROM answers WHERE number = ? AND labeller = ?", (number, labeller)
+            ).fetchone()
             if not waiting and not given:
                 raise NotYoursError
+            if given and given[2] != version:
+                if list(given[:2]) == texts:
+                    return
+                raise ChangedError
             run(
                 """
                 INSERT INTO answers (number, labeller, answer, skipped, seconds, time) VALUES (?, ?, ?, ?, ?, ?)
@@ -217,6 +232,11 @@ class Store:
                 """,
                 (number, labeller, *texts, seconds, time.time()),
             )
+
+    def release(self, labeller: str) -> None:
+        """Lets others have the tasks that wait for a labeller, who may still answer them."""
+        with self.writing() as run:
+            run("UPDATE reserved SET until = 0 WHERE labeller = ?", (labeller,))
 
     def progress(self, labeller: str, labels_per_prompt: int) -> Progress:
         """How far a labeller is, and all are."""

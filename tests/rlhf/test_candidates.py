@@ -84,7 +84,7 @@ def test_another_tokenizer(make, foreign, base, reward_model, data, caplog):
     assert figures["baseline"].keys() == {"name", "reward", "pretraining_loss"}
     records = written(config)
     short = [r for r in records if all(len(text.split()) < 30 for text in r["completions"])]  # which have ended
-    assert len(short) > 20
+    assert len(short) > 10
     for record in short:
         scores = [reward_of(reward_model, record["prompt"], text) for text in record["completions"]]
         a, b = scores

@@ -207,7 +207,7 @@ def test_touch(serve, browse):
         )
 
     for i, rank in enumerate([2, 1, 2]):
-        start = middle(card(page, i).locator("strong").bounding_box())
+        start = middle(card(page, i).locator(".grip").bounding_box())
         end = middle(page.locator(f".rank[data-rank='{rank}']").bounding_box())
         point("touchStart", start)
         for part in (0.3, 0.7, 1):
@@ -306,12 +306,49 @@ def test_nothing_written_is_lost(serve, browse):
     assert page.input_value("#completion") == "A long answer."
     server.stop()
     page.get_by_role("button", name="Save and go on").click()
-    page.wait_for_function("document.querySelector('#error').textContent.startsWith('Not saved: ')")
+    playwright.expect(page.locator("#error")).to_contain_text("Not saved: ")
     assert page.input_value("#completion") == "A long answer."
     server.start()
     save(page)
     assert page.input_value("#completion") == ""
+    page.click("#back")
+    page.wait_for_url("**/task/0")
+    assert not page.locator("#unsaved").is_visible(), "what was saved is kept as a draft"
     assert [record["completion"] for record in server.export()] == ["A long answer."]
+
+
+def test_two_windows_of_one_labeller(serve, browse):
+    """The later one does not undo what the first has saved."""
+    server = serve([{"prompt": "p"}], "--task", "demonstration")
+    page = browse(server, "Ada")
+    other = page.context.new_page()
+    other.goto(page.url)
+    page.fill("#completion", "First.")
+    save(page)
+    other.fill("#completion", "Second.")
+    other.get_by_role("button", name="Save and go on").click()
+    playwright.expect(other.locator("#error")).to_contain_text("another window")
+    assert [record["completion"] for record in server.export()] == ["First."]
+    other.reload()
+    assert other.input_value("#completion") == "Second."
+    assert other.locator("#unsaved").is_visible()
+    other.get_by_role("button", name="Discard it").click()
+    playwright.expect(other.locator("#completion")).to_have_value("First.")
+    assert not other.locator("#unsaved").is_visible()
+
+
+def test_tools_and_a_browser_without_storage(serve, browse):
+    server = serve(
+        [{"prompt": [{"role": "user", "content": "2 + 2?"}], "tools": [{"name": "add"}]}] * 2, "--task", "demonstration"
+    )
+    page = browse(server, "Ada")
+    assert '"name": "add"' in page.locator(".prompt").text_content()
+    page.add_init_script("Storage.prototype.removeItem = Storage.prototype.setItem = () => { throw Error('denied'); }")
+    page.reload()
+    page.fill("#completion", "4")
+    save(page)
+    assert page.locator("h1").text_content() == "Prompt 2"
+    assert len(server.export()) == 1
 
 
 @pytest.mark.long_for(prompts=[100])

@@ -14,7 +14,15 @@ import pytest
 from labelling import Client, Server, ranking
 from tools import only_line, write_jsonl
 
-ANSWER = {"seconds": 2.5, "ranks": [1, 3, 3], "marks": [7, 4, 1], "flags": [[], ["opinion", "hallucination"], []]}
+from rlhf.label.store import Store
+
+ANSWER = {
+    "version": 0,
+    "seconds": 2.5,
+    "ranks": [1, 3, 3],
+    "marks": [7, 4, 1],
+    "flags": [[], ["opinion", "hallucination"], []],
+}
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +40,7 @@ def by_quality(client, number, name):
     found = [int(quality) for quality in re.findall(r"quality (\d)</pre>", page)]
     return {
         "task": number,
+        "version": 0,
         "seconds": 1,
         "ranks": [3 - quality for quality in found],
         "marks": [1 + (quality + len(name)) % 7 for quality in found],
@@ -74,7 +83,13 @@ def test_an_answer_that_is_sent_twice_is_one(serve):
     number = client.next()
     for _ in range(3):
         assert client.post("/rank", {"task": number, **ANSWER})[0] == 200
-    assert len(server.export()) == 1
+    changed = {"task": number, **ANSWER, "ranks": [2, 1, 1]}
+    status, said = client.post("/rank", changed)  # as another window would that was opened before
+    assert status == 409
+    assert said["error"].startswith("You have answered this prompt in another window")
+    assert client.post("/rank", {**changed, "version": 1})[0] == 200
+    [record] = server.export()
+    assert sorted(record["ranks"]) == [1, 1, 2]
 
 
 @pytest.mark.parametrize(
@@ -90,8 +105,12 @@ def test_an_answer_that_is_sent_twice_is_one(serve):
         ("/rank", {"task": 1}, "This prompt was not shown to you"),
         ("/rank", {"task": 10**30}, "task: "),
         ("/rank", {"labeller": "Bo"}, "labeller: Extra inputs are not permitted"),
-        ("/skip", {"task": 0, "seconds": 1, "reason": "bored"}, "reason: must be one of unclear, expertise"),
-        ("/write", {"task": 0, "seconds": 1, "completion": "x"}, "Here completions are ranked"),
+        (
+            "/skip",
+            {"task": 0, "version": 0, "seconds": 1, "reason": "bored"},
+            "reason: must be one of unclear, expertise",
+        ),
+        ("/write", {"task": 0, "version": 0, "seconds": 1, "completion": "x"}, "Here completions are ranked"),
         ("/sign-in", {"name": "\u200b\u0007"}, "name: holds a character that can't be printed"),
         ("/sign-in", {"name": "x" * 65}, "name: String should have at most 64 characters"),
     ],
@@ -109,7 +128,14 @@ def test_only_the_page_itself_is_let_in(shared):
     client = Client(shared.url, "Ada")
     own = f"http://{client.netloc}"
     body = {"name": "Ada"}
-    for origin in ("http://evil.example", "null", "http://localhost:1", f"http://evil.{client.netloc}", None):
+    for origin in (
+        "http://evil.example",
+        "null",
+        "http://[::1",
+        "http://localhost:1",
+        f"http://evil.{client.netloc}",
+        None,
+    ):
         assert client.post("/sign-in", body, Origin=origin)[0] == 403, origin
         if origin is not None:
             assert client.get("/", Origin=origin)[0] == 403, origin
@@ -118,11 +144,20 @@ def test_only_the_page_itself_is_let_in(shared):
     assert client.get("/", Sec_Fetch_Site="cross-site", Sec_Fetch_Mode="navigate")[0] == 303
     for mode in ("no-cors", "cors"):
         assert client.get("/", Sec_Fetch_Site="cross-site", Sec_Fetch_Mode=mode)[0] == 403
-    for host in ("evil.example", f"evil.example:{shared.port}", "192.168.0.1", ""):
+    for host in ("evil.example", f"evil.example:{shared.port}", "192.168.0.1", "", "[::1", "http://[::1"):
         assert client.get("/", Host=host)[0] in (400, 403), host
     _, headers, _ = client.get("/")
     assert "frame-ancestors 'none'" in headers["content-security-policy"]
     assert "script-src 'self'" in headers["content-security-policy"]
+
+
+def test_a_name_is_checked_wherever_it_comes_from(shared):
+    """A cookie can be made by hand."""
+    for name in ("\x1b[31mred\nline", "x" * 65, " spaces ", "\u202egnp"):
+        assert "Who are you?" in Client(shared.url, name).get("/")[2]
+    persian = "\u0646\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645 👩\u200d🚀"
+    assert Client(shared.url).post("/sign-in", {"name": persian}) == (200, {"name": persian})
+    assert Client(shared.url, persian).get("/")[0] == 303
 
 
 def test_sizes_are_limited(shared):
@@ -256,16 +291,28 @@ def test_command(rlhf, serve, tmp_path):
     code, error = rlhf("label", "--output_dir", labels, "--report", "--export", tmp_path / "out/e.jsonl")
     assert code == 0, error
     assert "label: 6 records in" in error
-    assert "Agreement between labellers: 100.0% [100.0%, 100.0%] (the paper's labellers: 72.6 ± 1.5 %" in rlhf.out
+    # Nine pairs, of which Bo tied three; all of the others are agreed on, in three prompts.
+    assert "Agreement between labellers: 100.0% [43.8%, 100.0%] (the paper's labellers: 72.6 ± 1.5 %" in rlhf.out
     assert "6 answers to 3 of 3 prompts, 0 skipped." in rlhf.out
     assert re.search(r"\| Ada \| 3 \| 0 \| 1 s \| 100.0% ", rlhf.out)
     assert "| Expresses an opinion | 33.3% |" in rlhf.out
+
+    database = labels / "labels.sqlite"
+    for target, reason in [
+        (database, "is where the answers are kept"),
+        (f"{database}-wal", "is where the answers are kept"),
+        (labels, "is there, and is no file"),
+        ("/dev/full", "is there, and is no file"),
+    ]:
+        code, error = rlhf("label", "--output_dir", labels, "--export", target)
+        assert only_line(error) == f"rlhf label: error: export: {target} {reason}"
+    assert len(server.export()) == 6
 
     occupied = ["label", "--output_dir", labels, "--port", server.port]
     code, error = rlhf(*occupied)
     assert code == 2
     assert re.match(rf"rlhf label: error: host, port: 127.0.0.1:{server.port} can't be listened on: ", only_line(error))
-    code, error = rlhf(*occupied, "--task", "preference")
+    code, error = rlhf("label", "--output_dir", labels, "--port", 0, "--task", "preference")
     assert only_line(error) == (
         f"rlhf label: error: task: is preference, but {labels}/labels.sqlite was begun with ranking"
     )
@@ -294,5 +341,31 @@ def test_command_errors(rlhf, tmp_path, monkeypatch):
         taken.listen()
         code, error = rlhf(*none, "--data", good, "--port", taken.getsockname()[1])
     assert "can't be listened on" in only_line(error)
+    assert not (tmp_path / "none/labels.sqlite").exists(), "a start that failed has begun something"
+    Store(tmp_path / "none/labels.sqlite").close()
     code, error = rlhf(*none, "--export", tmp_path / "e.jsonl")
     assert only_line(error) == f"{said}export: {tmp_path}/none/labels.sqlite holds no answers yet"
+
+
+def test_report_of_models(rlhf, serve, tmp_path):
+    """Win rates between models whichever order a record has them in. Records that name none are left out."""
+    records = [
+        {"prompt": "a", "completions": ["quality 1", "quality 0"], "models": ["good", "bad"]},
+        {"prompt": "b", "completions": ["quality 0", "quality 1"], "models": ["bad", "good"]},
+        {"prompt": "c", "completions": ["quality 1", "quality 0"]},
+        {"prompt": "d", "completions": ["quality 1", "quality 0"], "models": [{"n": 1}, {"n": 2}]},
+        {"prompt": "e", "completions": ["quality 1", "quality 0"], "models": ["good", "bad"]},
+    ]
+    server = serve(records, "--task", "preference")
+    client = Client(server.url, "Ada")
+    for number in range(4):
+        client.next()
+        client.post("/rank", by_quality(client, number, "Ada") | {"marks": [4, 4]})
+    skipped = {"task": client.next(), "version": 0, "seconds": 1, "reason": "other", "note": "Both are\n| odd."}
+    assert client.post("/skip", skipped)[0] == 200
+    code, error = rlhf("label", "--output_dir", tmp_path / "labels", "--report")
+    assert code == 0, error
+    assert re.search(r"\| bad is preferred to good \| 0.0% \[0.0%, 65.8%\] \|", rlhf.out)
+    assert "good is preferred" not in rlhf.out
+    assert "* Ada, prompt 5: Both are | odd." in rlhf.out
+    assert "1 × Another reason" in rlhf.out

@@ -30,6 +30,7 @@ export function makeBoard(board, said, changed) {
     });
     card.addEventListener("pointerdown", (down) => {
       if (down.button !== 0 || !down.isPrimary || down.target.closest("select")) return;
+      if (down.pointerType === "touch" && !down.target.closest(".grip")) return; // which scrolls the page
       down.preventDefault(); // or the text would be selected
       drag(card, down);
     });

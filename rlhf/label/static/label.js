@@ -34,8 +34,12 @@ $("#sign-in")?.addEventListener("submit", async (event) => {
 });
 
 $("#sign-out")?.addEventListener("click", async () => {
-  await post("/sign-out", {});
-  location.assign("/");
+  try {
+    await post("/sign-out", {});
+    location.assign("/");
+  } catch (error) {
+    show($(".who .error"), String(error.message));
+  }
 });
 
 // A task ---------------------------------------------------------------------------------------------------------
@@ -44,7 +48,7 @@ const form = $("#task");
 if (form) begin(form);
 
 function begin(form) {
-  const { kind, task, draft } = form.dataset;
+  const { kind, task, version, draft } = form.dataset;
   const count = Number(form.dataset.count);
   const indices = [...Array(count).keys()];
   const letters = all(".completion h2", form).map((title) => title.textContent.trim().split(" ").pop());
@@ -105,7 +109,22 @@ function begin(form) {
   function changed() {
     show(error, "");
     countFlags();
-    try { localStorage.setItem(draft, JSON.stringify(state())); } catch { /* no room: the page still has it */ }
+    keepDraft();
+  }
+
+  function keepDraft() {
+    try {
+      localStorage.setItem(draft, JSON.stringify({ ...state(), seconds: elapsed() }));
+    } catch { /* no room, or not allowed: the page still has it */ }
+  }
+
+  function readDraft() {
+    try { return JSON.parse(localStorage.getItem(draft)); } catch { return null; }
+  }
+
+  function dropDraft() {
+    removeEventListener("pagehide", keepDraft);
+    try { localStorage.removeItem(draft); } catch { /* there is none, then */ }
   }
 
   function missing() {
@@ -130,8 +149,8 @@ function begin(form) {
     form.setAttribute("aria-busy", "true");
     show(error, "");
     try {
-      await post(path, { task: Number(task), seconds: elapsed(), ...body });
-      localStorage.removeItem(draft);
+      await post(path, { task: Number(task), version: Number(version), seconds: elapsed(), ...body });
+      dropDraft();
       location.assign("/");
     } catch (problem) {
       show(error, `Not saved: ${problem.message}. Your answer is still on this page; try again.`);
@@ -160,7 +179,16 @@ function begin(form) {
     }
   });
 
-  let given = JSON.parse(form.dataset.state);
-  try { given = JSON.parse(localStorage.getItem(draft)) ?? given; } catch { /* what was saved last, then */ }
-  fill(given);
+  $("#discard", form).addEventListener("click", () => {
+    dropDraft();
+    location.reload();
+  });
+
+  const unsaved = readDraft();
+  fill(unsaved ?? JSON.parse(form.dataset.state));
+  if (unsaved) {
+    seconds = unsaved.seconds;
+    $("#unsaved", form).hidden = false;
+    addEventListener("pagehide", keepDraft); // with the time until now
+  }
 }
