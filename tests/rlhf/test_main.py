@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from rlhf.__main__ import LABEL, TRAIN
+from rlhf.__main__ import EVAL, LABEL, TRAIN
 
 BLOCKED = """
 import sys
@@ -48,8 +48,8 @@ def test_another_missing_module_is_an_error_of_its_own():
     assert "ModuleNotFoundError: No module named torch" in done.stderr
 
 
-@pytest.mark.parametrize(("extra", "packages"), [("train", TRAIN), ("label", LABEL)])
+@pytest.mark.parametrize(("extra", "packages"), [("train", TRAIN), ("label", LABEL), ("eval", EVAL)])
 def test_the_packages_are_those_of_the_extra(extra, packages):
     listed = importlib.metadata.requires("rlhf-kernels")
     names = {re.split(r"[^\w-]", line)[0].lower() for line in listed if f'extra == "{extra}"' in line}
-    assert {"yaml" if name == "pyyaml" else name for name in names} - {"rlhf-kernels"} == packages
+    assert {{"pyyaml": "yaml", "lm-eval": "lm_eval"}.get(name, name) for name in names} - {"rlhf-kernels"} == packages

@@ -228,3 +228,13 @@ def test_pretraining_chunks(tokenizer):
         Example([first], [first + 1, first + 2, eos]),
         Example([first + 3], [eos, first + 4, first + 5]),
     ]
+
+
+def test_keep_every(sft_config):
+    """Three epochs of five steps; the last that is kept is the model."""
+    path = sft.train(sft_config(keep_every=5))
+    kept = sorted(path.parent.glob("step-*"))
+    assert [directory.name for directory in kept] == ["step-000005", "step-000010", "step-000015"]
+    weights = [(directory / "model.safetensors").read_bytes() for directory in (*kept, path)]
+    assert weights[2] == weights[3]
+    assert len(set(weights)) == 3
