@@ -18,6 +18,7 @@ import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,25 +67,14 @@ def evaluate(config: EvaluateConfig) -> dict:
     if isinstance(judge, RewardModelJudge):
         judge.load()
 
-    reference: Any = baseline.load(config, processes)
     of_baseline = asked[len(models)]
-    answers = [answer(baseline, reference, of_baseline, config, processes)]
-    figures = [figures_of(reference, baseline, chunks, config, processes)]
-    results = tasks.run(baseline, reference.model) if tasks else None
-    if results:
-        figures[0]["tasks"] = results.figures()
+    reference = Reference(baseline, baseline.load(config, processes), of_baseline, chunks, tasks)
+    answers = [answer(baseline, reference.model, of_baseline, config, processes)]
+    figures = [reference.figures(config, processes)]
     for candidate, examples in zip(models, asked, strict=False):
-        model: Any = candidate.load(config, processes)
-        answers.append(answer(candidate, model, examples, config, processes))
-        shares = candidate.shares_tokens(baseline)
-        figures.append(figures_of(model, candidate, chunks if shares else None, config, processes))
-        if tasks:
-            figures[-1]["tasks"] = tasks.run(candidate, model.model).figures(results)
-        if shares and examples:
-            sides = (model, examples), (reference, of_baseline)
-            figures[-1]["kl"] = kl_between(*sides, answers[-1].responses, config, processes)
-        if "pretraining_loss" in figures[-1]:
-            figures[-1]["alignment_tax"] = figures[-1]["pretraining_loss"] - figures[0]["pretraining_loss"]
+        said, found = compare(candidate, examples, reference, config, processes)
+        answers.append(said)
+        figures.append(found)
 
     judgments: list[Judgment] = []
     if config.prompts and judge is not None:
@@ -118,14 +108,52 @@ def answer(
     return Answers(candidate.name, texts, responses, candidate.tokenizer, candidate.ends)
 
 
-def figures_of(
-    model: Any, candidate: Candidate, chunks: torch.Tensor | None, config: EvaluateConfig, processes: Processes
-) -> dict[str, Any]:
-    """A candidate's name, and its loss where there is text in its tokens."""
-    if chunks is None:
-        return {"name": candidate.name}
-    loss = pretraining_loss(model, chunks, config.tokens_per_forward, processes)
-    return {"name": candidate.name, "pretraining_loss": loss}
+@dataclass
+class Reference:
+    """The baseline, which stays loaded while the models come one after another."""
+
+    candidate: Candidate
+    model: Any
+    examples: Sequence[PromptExample]
+    chunks: torch.Tensor | None
+    """Pretraining text in its tokens."""
+    tasks: Any
+    loss: float = math.nan
+    results: Any = None
+
+    def figures(self, config: EvaluateConfig, processes: Processes) -> dict[str, Any]:
+        """The baseline's own figures, with which those of the models are compared."""
+        found: dict[str, Any] = {"name": self.candidate.name}
+        if self.chunks is not None:
+            self.loss = pretraining_loss(self.model, self.chunks, config.tokens_per_forward, processes)
+            found["pretraining_loss"] = self.loss
+        if self.tasks:
+            self.results = self.tasks.run(self.candidate, self.model.model)
+            found["tasks"] = self.results.figures()
+        return found
+
+
+def compare(
+    candidate: Candidate,
+    examples: Sequence[PromptExample],
+    reference: Reference,
+    config: EvaluateConfig,
+    processes: Processes,
+) -> tuple[Answers, dict[str, Any]]:
+    """What a model says, and its figures. Its weights are let go of afterwards."""
+    model: Any = candidate.load(config, processes)
+    said = answer(candidate, model, examples, config, processes)
+    found: dict[str, Any] = {"name": candidate.name}
+    if candidate.shares_tokens(reference.candidate):
+        if examples:
+            sides = (model, examples), (reference.model, reference.examples)
+            found["kl"] = kl_between(*sides, said.responses, config, processes)
+        if reference.chunks is not None:
+            loss = pretraining_loss(model, reference.chunks, config.tokens_per_forward, processes)
+            found |= {"pretraining_loss": loss, "alignment_tax": loss - reference.loss}
+    if reference.tasks:
+        found["tasks"] = reference.tasks.run(candidate, model.model).figures(reference.results)
+    return said, found
 
 
 def read_chunks(config: EvaluateConfig, everyone: Sequence[Candidate]) -> torch.Tensor | None:

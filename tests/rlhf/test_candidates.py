@@ -13,6 +13,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from rlhf.config import EvaluateConfig, GenerateConfig, LengthConfig
 from rlhf.demo.pretrain import make_tokenizer
 from rlhf.evaluate import evaluate, generate
+from rlhf.judges import RewardModelJudge
 from rlhf.loading import ModelError, load_tokenizer
 from rlhf.models import ScalarModel
 from rlhf.rates import difference
@@ -64,17 +65,23 @@ def written(config):
         return [json.loads(line) for line in file]
 
 
-def reward_of(reward_model, prompt, completion, *, ended=True):
-    """What the reward model makes of two texts, by transformers."""
-    scorer, tokenizer = ScalarModel.load(reward_model).eval(), load_tokenizer(reward_model)
-    ids = tokenizer(prompt).input_ids + tokenizer(completion).input_ids + [tokenizer.eos_token_id] * ended
+def reward_of(reward_model, prompt, response):
+    """What the reward model makes of the last token of a completion. (transformers looks for one that is no padding.)"""
+    scorer = ScalarModel.load(reward_model).eval()
+    ids = torch.tensor([load_tokenizer(reward_model)(prompt).input_ids + response])
     with torch.no_grad():
-        return scorer.model(torch.tensor([ids])).logits[0, 0].item() + scorer.bias
+        return scorer.head(scorer.inner(input_ids=ids).last_hidden_state[0, -1]).item() + scorer.bias
 
 
-def test_another_tokenizer(make, foreign, base, reward_model, data, caplog):
+def test_another_tokenizer(make, foreign, base, reward_model, data, caplog, monkeypatch):
     """The judge reads the text in its own tokens. There is no KL, nor a tax."""
-    long = {"lengths": LengthConfig(max_prompt_tokens=16, max_response_tokens=40), "judge": reward_model}
+    given, judge = [], RewardModelJudge.judge
+    monkeypatch.setattr(
+        RewardModelJudge,
+        "judge",
+        lambda self, prompts, *answers: given.append(answers) or judge(self, prompts, *answers),
+    )
+    long = {"lengths": LengthConfig(max_prompt_tokens=16, max_response_tokens=20), "judge": reward_model}
     config = make(model=foreign, pretraining_data=data.texts, **long)
     with caplog.at_level(logging.WARNING):
         figures = evaluate(config)
@@ -82,13 +89,17 @@ def test_another_tokenizer(make, foreign, base, reward_model, data, caplog):
     [mine] = figures["models"]
     assert mine.keys() == {"name", "win_rate", "reward"}
     assert figures["baseline"].keys() == {"name", "reward", "pretraining_loss"}
-    records = written(config)
-    short = [r for r in records if all(len(text.split()) < 30 for text in r["completions"])]  # which have ended
-    assert len(short) > 10
-    for record in short:
-        scores = [reward_of(reward_model, record["prompt"], text) for text in record["completions"]]
-        a, b = scores
-        assert record["outcomes"] == [0.5 if record["completions"][0] == record["completions"][1] else float(a > b)]
+    [([ours], baseline)] = given
+    reader, eos = load_tokenizer(reward_model), load_tokenizer(foreign).eos_token_id
+    ends = [response[-1] == eos for response in ours.responses]
+    assert {True, False} == set(ends)
+    for i, record in enumerate(written(config)):
+        read = reader(ours.texts[i]).input_ids + [reader.eos_token_id] * (ends[i] or not ours.texts[i])
+        a, b = (
+            reward_of(reward_model, record["prompt"], read),
+            reward_of(reward_model, record["prompt"], baseline.responses[i]),
+        )
+        assert record["outcomes"] == [0.5 if read == baseline.responses[i] else float(a > b)]
     # Which is judged does not depend on which of the two has the judge's tokenizer.
     turned = evaluate(make("turned", model=base, baseline=foreign, **long))
     assert turned["models"][0]["win_rate"]["rate"] == pytest.approx(1 - mine["win_rate"]["rate"])

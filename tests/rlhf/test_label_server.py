@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import http.client
+import json
 import random
 import re
 import signal
 import socket
 import threading
 import time
+from pathlib import Path
 
 import pytest
+import torch
 from labelling import Client, Server, ranking
 from tools import only_line, write_jsonl
 
 from rlhf.label.store import Store
+from rlhf.loading import load_tokenizer
+from rlhf.models import LanguageModel
+from rlhf.records import read_comparisons
 
 ANSWER = {
     "version": 0,
@@ -369,3 +375,50 @@ def test_report_of_models(rlhf, serve, tmp_path):
     assert "good is preferred" not in rlhf.out
     assert "* Ada, prompt 5: Both are | odd." in rlhf.out
     assert "1 × Another reason" in rlhf.out
+
+
+def test_people_judge_an_evaluation(rlhf, base, reward_model, data, tmp_path):
+    """The first four commands of docs/evaluation.md: the win rate is what the labellers said."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(Path(data.prompts).read_text().splitlines(keepends=True)[:6]))
+    other = tmp_path / "other"
+    model = LanguageModel.load(base)
+    with torch.no_grad():
+        model.model.transformer.wte.weight.mul_(-1)
+    model.save(other, load_tokenizer(base))
+    command = ["evaluate", "--model", other, "--baseline", base, "--prompts", prompts, "--device", "cpu"]
+    command += ["--lengths.max_prompt_tokens", 16, "--lengths.max_response_tokens", 8]
+    assert rlhf(*command, "--output_dir", tmp_path / "first")[0] == 0
+    completions = tmp_path / "first/completions.jsonl"
+    records = [json.loads(line) for line in completions.read_text().splitlines()]
+    server = Server(tmp_path / "labels", "--data", completions, "--task", "preference", "--labels_per_prompt", 2)
+    wanted = []
+    try:
+        for name, likes_first in (("Ada", [1, 1, 0, 1, 0, 1]), ("Bo", [1, 0, 0, 1, 0, 1])):
+            client = Client(server.url, name)
+            for number, first in enumerate(likes_first):
+                assert client.next() == number
+                page = client.get(f"/task/{number}")[2]
+                shown = re.findall(
+                    r'aria-label="Completion \w">\n(.*?)</pre>|<p class="text note">\((empty)\)', page, re.S
+                )
+                texts = ["" if empty else text for text, empty in shown]
+                best = records[number]["completions"][0 if first else 1]
+                ranks = [1 if text == best else 2 for text in texts]
+                marks = [6 if text == best else 3 for text in texts]
+                body = {"task": number, "version": 0, "seconds": 1, "ranks": ranks, "marks": marks, "flags": [[], []]}
+                assert client.post("/rank", body)[0] == 200
+            wanted.append(likes_first)
+        people = tmp_path / "people.jsonl"
+        people.write_text("".join(json.dumps(record) + "\n" for record in server.export()))
+    finally:
+        server.stop()
+    assert rlhf(*command, "--judge", people, "--output_dir", tmp_path / "judged")[0] == 0
+    figures = json.loads((tmp_path / "judged/results.json").read_text())
+    [mine] = figures["models"]
+    expected = sum(sum(likes) for likes in wanted) / 12
+    assert mine["win_rate"]["rate"] == pytest.approx(expected)
+    assert mine["mark"] == pytest.approx(3 + 3 * expected)
+    assert mine["mark_over_baseline"]["mean"] == pytest.approx(6 * expected - 3)
+    # Those with a blank completion are for people to judge, but not for a reward model to learn from.
+    assert len(read_comparisons(people)) == 2 * sum(all(record["completions"]) for record in records)
