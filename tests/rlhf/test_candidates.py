@@ -66,7 +66,7 @@ def written(config):
 
 
 def reward_of(reward_model, prompt, response):
-    """What the reward model makes of the last token of a completion. (transformers looks for one that is no padding.)"""
+    """What the reward model makes of a completion's last token, which for transformers would not be padding."""
     scorer = ScalarModel.load(reward_model).eval()
     ids = torch.tensor([load_tokenizer(reward_model)(prompt).input_ids + response])
     with torch.no_grad():
