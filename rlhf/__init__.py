@@ -2,7 +2,7 @@
 
 Each stage is a module that reads top to bottom: :mod:`rlhf.sft`, :mod:`rlhf.reward`, :mod:`rlhf.ppo`,
 :mod:`rlhf.evaluate`. Each has a ``train(config)`` (or ``evaluate(config)``) that the command ``rlhf`` calls, and that
-can be called from Python::
+can be called from Python. :mod:`rlhf.label` is the page on which people rank and write. For example::
 
     import rlhf
 
@@ -33,12 +33,12 @@ from rlhf.config import (
 from rlhf.settings import ConfigError
 
 if TYPE_CHECKING:
-    from rlhf import evaluate, ppo, reward, sft
+    from rlhf import evaluate, label, ppo, reward, sft
     from rlhf.checkpoints import RunError
     from rlhf.fields import DataError
     from rlhf.loading import ModelError
 
-STAGES = ("evaluate", "ppo", "reward", "sft")
+STAGES = ("evaluate", "label", "ppo", "reward", "sft")
 ERRORS = {"DataError": "rlhf.fields", "ModelError": "rlhf.loading", "RunError": "rlhf.checkpoints"}
 
 
@@ -65,6 +65,7 @@ __all__ = [
     "RunError",
     "SFTConfig",
     "evaluate",
+    "label",
     "ppo",
     "reward",
     "sft",
