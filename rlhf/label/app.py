@@ -84,7 +84,7 @@ def refused(message: str, status: int = 422) -> HTTPException:
     return HTTPException(status, message)
 
 
-def make_app(store: Store, kind: Kind, *, labels_per_prompt: int, seed: int, host: str, token: str | None) -> Any:
+def make_app(store: Store, kind: Kind, *, labels_per_prompt: int, seed: int, token: str | None) -> Any:
     """The page as an ASGI application."""
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     app.mount("/static", StaticFiles(directory=HERE / "static"), name="static")
@@ -148,8 +148,6 @@ def make_app(store: Store, kind: Kind, *, labels_per_prompt: int, seed: int, hos
             return RedirectResponse("/", 303)
         who, task = own_task(request, number)
         given = store.answer(number, who)
-        own = [each.number for each in store.answers(who)]
-        before = own[: own.index(number)] if number in own else own
         values: dict[str, Any] = {"completions": [], "state": {}}
         if kind != "demonstration":
             places = places_of(task, number, who)
@@ -166,7 +164,7 @@ def make_app(store: Store, kind: Kind, *, labels_per_prompt: int, seed: int, hos
             tools=json.dumps(task["tools"], ensure_ascii=False, indent=2) if task.get("tools") else "",
             version=given.changes + 1 if given else 0,
             given=given,
-            back=before[-1] if before else None,
+            back=store.before(number, who),
             draft=f"{identity} {who} {number}",
             **values,
         )
@@ -242,7 +240,7 @@ def make_app(store: Store, kind: Kind, *, labels_per_prompt: int, seed: int, hos
     def icon() -> Response:
         return PlainTextResponse("", 404)
 
-    return Guard(app, host=host, token=token, cookie=f"token-{identity}")
+    return Guard(app, token=token, cookie=f"token-{identity}")
 
 
 def labeller(request: Request) -> str | None:

@@ -88,9 +88,7 @@ def serve(store: Store, config: LabelConfig, listening: socket.socket) -> None:
     """Answers until Ctrl-C or a signal ends it."""
     token = None if is_local(config.host) else store.keep("token", secrets.token_urlsafe(24))
     seed = int(store.keep("seed", str(config.seed)))  # kept, since answers are put back into order by it
-    app = make_app(
-        store, config.task, labels_per_prompt=config.labels_per_prompt, seed=seed, host=config.host, token=token
-    )
+    app = make_app(store, config.task, labels_per_prompt=config.labels_per_prompt, seed=seed, token=token)
     where = f"http://{name_of(config.host)}:{listening.getsockname()[1]}/" + (f"?token={token}" if token else "")
     console.print(f"label: {store.count()} prompts at [bold]{where}[/]; Ctrl-C ends", soft_wrap=True, highlight=False)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3))

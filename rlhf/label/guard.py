@@ -45,13 +45,12 @@ class Guard:
 
     Args:
         app: the page.
-        host: the address that is listened on.
         token: what a browser must show once, in the address; None on localhost.
         cookie: the name under which a browser keeps the token.
     """
 
-    def __init__(self, app: Any, *, host: str, token: str | None, cookie: str):
-        self.app, self.host, self.token, self.cookie = app, host, token, cookie
+    def __init__(self, app: Any, *, token: str | None, cookie: str):
+        self.app, self.token, self.cookie = app, token, cookie
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request, of ASGI's interface."""

@@ -7,6 +7,7 @@ before whoever gave it hears so. Reports and exports read while the page is bein
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import sqlite3
 import threading
@@ -248,16 +249,27 @@ class Store:
 
     def answers(self, labeller: str | None = None) -> list[Answer]:
         """All answers by task and labeller, or those of one labeller by time."""
-        fields = "SELECT number, labeller, answer, skipped, seconds, time, changes FROM answers "
         if labeller is None:
-            rows = self.read(fields + "ORDER BY number, labeller")
-        else:
-            rows = self.read(fields + "WHERE labeller = ? ORDER BY time", (labeller,))
-        return [
-            Answer(number, name, answer and json.loads(answer), skipped and json.loads(skipped), *rest)
-            for number, name, answer, skipped, *rest in rows
-        ]
+            return self._answers("ORDER BY number, labeller")
+        return self._answers("WHERE labeller = ? ORDER BY time, number", labeller)
 
     def answer(self, number: int, labeller: str) -> Answer | None:
         """What a labeller said of a task."""
-        return next((each for each in self.answers(labeller) if each.number == number), None)
+        return next(iter(self._answers("WHERE number = ? AND labeller = ?", number, labeller)), None)
+
+    def before(self, number: int, labeller: str) -> int | None:
+        """The task that a labeller answered last, or the last before this one if it is answered too."""
+        given = self.answer(number, labeller)
+        found = self.read(
+            "SELECT number FROM answers WHERE labeller = ? AND (time, number) < (?, ?) "
+            "ORDER BY time DESC, number DESC LIMIT 1",
+            (labeller, given.time if given else math.inf, number),
+        )
+        return found[0][0] if found else None
+
+    def _answers(self, which: str, *values: Any) -> list[Answer]:
+        fields = "SELECT number, labeller, answer, skipped, seconds, time, changes FROM answers "
+        return [
+            Answer(number, name, answer and json.loads(answer), skipped and json.loads(skipped), *rest)
+            for number, name, answer, skipped, *rest in self.read(fields + which, values)
+        ]

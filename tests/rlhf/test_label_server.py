@@ -116,6 +116,7 @@ def test_an_answer_that_is_sent_twice_is_one(serve):
             {"task": 0, "version": 0, "seconds": 1, "reason": "bored"},
             "reason: must be one of unclear, expertise",
         ),
+        ("/skip", {"task": 0, "version": 0, "seconds": 1, "reason": "other", "note": "\ud800"}, "note: "),
         ("/write", {"task": 0, "version": 0, "seconds": 1, "completion": "x"}, "Here completions are ranked"),
         ("/sign-in", {"name": "\u200b\u0007"}, "name: holds a character that can't be printed"),
         ("/sign-in", {"name": "x" * 65}, "name: String should have at most 64 characters"),
