@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import itertools
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,11 +15,13 @@ from rlhf import encoder_decoder
 from rlhf.config import EvaluateConfig, GenerateConfig, LengthConfig
 from rlhf.data import Limits, PromptExample, PromptRecord, tokenize_prompts
 from rlhf.encoder_decoder import EncoderDecoder
+from rlhf.fields import DataError
 from rlhf.loading import (
     ModelError,
     check_same_tokenizer,
     context_length,
     end_token_ids,
+    is_classifier,
     load_config,
     load_tokenizer,
     name_of,
@@ -29,7 +32,7 @@ from rlhf.objects import described, is_model
 from rlhf.processes import Processes
 from rlhf.rewards import decode
 from rlhf.rollout import NotFiniteError, sample
-from rlhf.settings import ConfigError
+from rlhf.settings import ConfigError, check
 from rlhf.sharding import place
 from rlhf.turns import Prompt
 
@@ -51,11 +54,17 @@ class Candidate:
     @classmethod
     def of(cls, name: str, source: Any, tokenizer: Any | None, prefix: str = "") -> Candidate:
         """A model and what is beside it. A tokenizer that is given has to be the model's."""
+        config = load_config(source)
+        if is_classifier(config):
+            raise ModelError(f"{name}: is a reward model, which writes nothing")
         found = load_tokenizer(tokenizer or source)
         if tokenizer is not None:
             check_same_tokenizer(found, name_of(tokenizer), source)
-        encodes = bool(load_config(source).is_encoder_decoder)
+        encodes = bool(config.is_encoder_decoder)
         ends = frozenset({found.eos_token_id}) if encodes else end_token_ids(source, found)
+        length = len(found(prefix).input_ids) if prefix else 0
+        if length >= context_length(config):
+            raise ConfigError(f"prefix: has {length} tokens for {name}, whose context is {context_length(config)}")
         return cls(name, source, found, ends, prefix, encodes)
 
     def shares_tokens(self, other: Candidate) -> bool:
@@ -66,21 +75,27 @@ class Candidate:
 
     def read(self, records: Sequence[PromptRecord], lengths: LengthConfig) -> list[PromptExample]:
         """The prompts in the model's tokens, with its prefix. Those over the limit without it are left out."""
-        limits = Limits(**asdict(lengths), context_length=context_length(load_config(self.source)))
-        read = encoder_decoder.encode_prompts if self.is_encoder_decoder else tokenize_prompts
-        examples = read(records, self.tokenizer, limits)
+        context = context_length(load_config(self.source))
+        if self.is_encoder_decoder:
+            longest = lengths.max_response_tokens
+            check(longest <= context, "lengths.max_response_tokens", longest, f"at most {context} for {self.name}")
+            most = min(lengths.max_prompt_tokens, context)
+            return encoder_decoder.encode_prompts(records, self.tokenizer, most, self.prefix)
+        examples = tokenize_prompts(records, self.tokenizer, Limits(**asdict(lengths), context_length=context))
         if not self.prefix:
             return examples
         kept = among(records, examples)
         prefixed = [replace(record, prompt=with_prefix(record.prompt, self.prefix)) for record in kept]
-        whole = Limits(limits.context_length, lengths.max_response_tokens, limits.context_length)
-        found = read(prefixed, self.tokenizer, whole)
+        try:  # none is left out for its length now
+            found = tokenize_prompts(prefixed, self.tokenizer, Limits(context, lengths.max_response_tokens, context))
+        except DataError as error:
+            raise DataError(f"{error}; this is {self.name}") from error
         return [PromptExample(e.prompt_ids, record.prompt, e.extra) for e, record in zip(found, kept, strict=True)]
 
     def load(self, config: EvaluateConfig | GenerateConfig, processes: Processes) -> LanguageModel | EncoderDecoder:
         """The weights: whole in every process or, of a causal model, split over them."""
         if self.is_encoder_decoder:
-            return EncoderDecoder.load(self.source, processes.device)
+            return EncoderDecoder.load(self.source, self.name, processes.device)
         return place(LanguageModel.load(self.source, device=processes.device).eval(), config.sharding, processes)
 
     def text(self, response: Sequence[int]) -> str:
@@ -104,7 +119,7 @@ def with_prefix(prompt: Prompt, prefix: str) -> Prompt:
 
 
 def read_prefix(setting: str, path: str | None) -> str:
-    """The text of a prefix's file, without a line end that an editor may have put there last."""
+    """The text of a prefix's file, as it is."""
     if path is None:
         return ""
     try:
@@ -113,14 +128,14 @@ def read_prefix(setting: str, path: str | None) -> str:
         raise ConfigError(f"{setting}: {path} can't be read: {error}") from error
     if not text.strip():
         raise ConfigError(f"{setting}: {path} is empty")
-    return text.removesuffix("\n")
+    return text
 
 
 def sources_of(models: Any) -> list[Any]:
     """Several models from one setting: a list, or a pattern such as ``runs/ppo/iteration-*``."""
     found: list[Any] = []
     for model in models if isinstance(models, list) else [models]:
-        if isinstance(model, str) and any(sign in model for sign in "*?["):
+        if isinstance(model, str) and any(sign in model for sign in "*?[") and not Path(model).exists():
             matches = sorted(path for path in glob.glob(model) if Path(path).is_dir())
             if not matches:
                 raise ModelError(f"{model}: no directory has such a name")
@@ -135,13 +150,14 @@ def candidates(config: EvaluateConfig) -> list[Candidate]:
     prefix, other = read_prefix("prefix", config.prefix), read_prefix("baseline_prefix", config.baseline_prefix)
     given = [(source, prefix, config.prefix) for source in sources_of(config.model)]
     given.append((config.baseline, other, config.baseline_prefix))
-    found: list[Candidate] = []
+    found: dict[str, Candidate] = {}
     for source, text, path in given:
-        name = str(described(source)) if is_model(source) else name_of(source)
-        name += f" after {path}" if text else ""
-        same = sum(each.name.split(" (")[0] == name for each in found)
-        found.append(Candidate.of(f"{name} ({same + 1})" if same else name, source, config.tokenizer, text))
-    return found
+        plain = str(described(source)) if is_model(source) else name_of(source)
+        plain += f" after {path}" if text and (config.prompts or config.tasks) else ""
+        names = (f"{plain} ({number})" if number > 1 else plain for number in itertools.count(1))
+        name = next(name for name in names if name not in found)
+        found[name] = Candidate.of(name, source, config.tokenizer, text)
+    return list(found.values())
 
 
 def prompts_of_all(
@@ -169,8 +185,7 @@ def sample_all(
         "seed": config.seed,
     }
     if isinstance(model, EncoderDecoder):
-        pad = candidate.tokenizer.pad_token_id or 0
-        return processes.joined(model.sample(share, streams, pad=pad, **limits))
+        return processes.joined(model.sample(share, streams, end_token_ids=candidate.ends, **limits))
     try:
         completions = sample(model, share, streams=streams, end_token_ids=candidate.ends, **limits)
     except NotFiniteError as error:

@@ -395,6 +395,8 @@ class EvaluateConfig(Settings):
         super().__post_init__()
         for name in ("model", "baseline"):
             check(bool(getattr(self, name)), name, getattr(self, name), "a directory or a hub name")
+        check(self.judge is None or bool(self.prompts), "judge", self.judge, "null without prompts")
+        check(self.tasks_dir is None or bool(self.tasks), "tasks_dir", self.tasks_dir, "null without tasks")
         for name in ("prefix", "baseline_prefix"):
             check(getattr(self, name) != "", name, "", "a file, or null")
         check(bool(self.output_dir), "output_dir", self.output_dir, "a directory")

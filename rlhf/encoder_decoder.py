@@ -1,31 +1,44 @@
 """Encoder–decoder models (T5, and FLAN-T5 and T0 made of it), which the paper compares with (appendix C.5).
 
-They are only sampled from, by transformers' ``generate``: the prompt is what the encoder reads.
+They are only sampled from: the prompt is what the encoder reads, and a token is drawn as it is from causal models, so a
+completion does not depend on those beside it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import logging
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
+from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.data import Limits, PromptExample, PromptRecord
+from rlhf.data import PromptExample, PromptRecord
 from rlhf.fields import DataError, field_error
-from rlhf.loading import ModelSource, load, load_config
+from rlhf.loading import ModelError, ModelSource, load, load_config
+from rlhf.rollout import NotFiniteError, Sampler
+
+logger = logging.getLogger(__name__)
 
 
 class EncoderDecoder:
     """A model with an encoder for the prompt and a decoder for the completion."""
 
-    def __init__(self, model: Any):
-        self.model = model
+    def __init__(self, model: Any, name: str):
+        self.model, self.name = model, name
+        start = model.config.decoder_start_token_id
+        if start is None:
+            raise ModelError(f"{name}: its configuration has no decoder_start_token_id, so no completion can begin")
+        self.start: int = start
+        names = inspect.signature(model.forward).parameters
+        self.cache_name = "cache" if "cache" in names else "past_key_values"  # transformers has renamed it
 
     @classmethod
-    def load(cls, source: ModelSource, device: torch.device | str) -> EncoderDecoder:
+    def load(cls, source: ModelSource, name: str, device: torch.device | str) -> EncoderDecoder:
         """Reads the model, in float32."""
-        return cls(load(AutoModelForSeq2SeqLM, source, load_config(source), None, device).eval())
+        auto = type(source) if isinstance(source, PreTrainedModel) else AutoModelForSeq2SeqLM
+        return cls(load(auto, source, load_config(source), None, device).eval(), name)
 
     @torch.no_grad()
     def sample(
@@ -33,55 +46,69 @@ class EncoderDecoder:
         prompts: Sequence[list[int]],
         streams: Sequence[int],
         *,
-        pad: int,
+        end_token_ids: Collection[int],
         max_new_tokens: int,
         temperature: float,
         batch_size: int,
         seed: int,
     ) -> list[list[int]]:
-        """A completion for every prompt, as token ids, drawn with the seed and the numbers of those in its batch."""
+        """A completion for every prompt, as token ids. ``streams`` has a number for each, which its draws depend on."""
         found: dict[int, list[int]] = {}
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), batch_size):
             members = order[start : start + batch_size]
-            length = max(len(prompts[i]) for i in members)
-            ids = torch.tensor([prompts[i] + [pad] * (length - len(prompts[i])) for i in members])
-            mask = torch.tensor([[1] * len(prompts[i]) + [0] * (length - len(prompts[i])) for i in members])
-            devices = [self.model.device] if self.model.device.type == "cuda" else []
-            with torch.random.fork_rng(devices):
-                torch.manual_seed(hash((seed, *(streams[i] for i in members))) % 2**63)
-                options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-                sampled = self.model.generate(
-                    input_ids=ids.to(self.model.device),
-                    attention_mask=mask.to(self.model.device),
-                    max_new_tokens=max_new_tokens,
-                    **(options if temperature else {"do_sample": False}),
-                )
-            for i, row in zip(members, sampled.tolist(), strict=True):
-                found[i] = cut(row[1:], self.ends, pad)  # the first token is the decoder's start
+            sampler = Sampler(seed, torch.tensor([streams[i] for i in members], device=self.model.device), temperature)
+            rows = self._sample_batch([prompts[i] for i in members], sampler, end_token_ids, max_new_tokens)
+            found.update(zip(members, rows, strict=True))
         return [found[i] for i in range(len(prompts))]
 
-    @property
-    def ends(self) -> frozenset[int]:
-        """The tokens that end a completion."""
-        named = self.model.generation_config.eos_token_id
-        return frozenset(named if isinstance(named, list) else [named])
+    def _sample_batch(
+        self, prompts: list[list[int]], sampler: Sampler, end_token_ids: Collection[int], max_new_tokens: int
+    ) -> list[list[int]]:
+        device, length = self.model.device, max(map(len, prompts))
+        # The token of padding does not matter: it is masked.
+        ids = torch.tensor([prompt + [0] * (length - len(prompt)) for prompt in prompts], device=device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        mask = (torch.arange(length, device=device) < lengths[:, None]).long()
+        encoded = self.model.get_encoder()(input_ids=ids, attention_mask=mask)
+        rows = torch.arange(len(prompts), device=device)
+        ends = torch.tensor(sorted(end_token_ids), device=device)
+        drawn = torch.full_like(rows, self.start)
+        ended = torch.zeros_like(rows, dtype=torch.bool)
+        columns, cache = [], None
+        for step in range(max_new_tokens):
+            out = self.model(
+                encoder_outputs=encoded, attention_mask=mask, decoder_input_ids=drawn[:, None], use_cache=True,
+                **{self.cache_name: cache},
+            )  # fmt: skip
+            cache = out.past_key_values
+            try:
+                drawn, _ = sampler.draw(out.logits[:, -1].float(), rows, step)
+            except NotFiniteError as error:
+                raise ModelError(f"{self.name}: {error}") from error
+            columns.append(drawn)
+            ended |= torch.isin(drawn, ends)
+            if ended.all():
+                break
+        return [until_end(row, end_token_ids) for row in torch.stack(columns, 1).tolist()]
 
 
-def cut(tokens: list[int], ends: frozenset[int], pad: int) -> list[int]:
-    """A row of generated tokens without what follows its end."""
-    for i, token in enumerate(tokens):
-        if token in ends:
-            return tokens[: i + 1]
-    while tokens and tokens[-1] == pad:
-        tokens = tokens[:-1]
-    return tokens
+def until_end(tokens: list[int], end_token_ids: Collection[int]) -> list[int]:
+    """A row of tokens up to the first that ends it."""
+    at = next((i for i, token in enumerate(tokens) if token in end_token_ids), len(tokens))
+    return tokens[: at + 1]
 
 
 def encode_prompts(
-    records: Sequence[PromptRecord], tokenizer: PreTrainedTokenizerBase, limits: Limits
+    records: Sequence[PromptRecord],
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_tokens: int,
+    prefix: str = "",
 ) -> list[PromptExample]:
-    """The prompts as the encoder reads them, with the tokens that end a text, within the limit on their length."""
+    """The prompts as the encoder reads them, with the tokens that end a text.
+
+    Those over ``max_prompt_tokens`` without the prefix are left out, with a count.
+    """
     kept = []
     for record in records:
         text = record.prompt
@@ -90,9 +117,11 @@ def encode_prompts(
                 reason = f"is a conversation, which {type(tokenizer).__name__} has no way to write"
                 raise field_error(record.where, record.fields[0], reason)
             text = text[0]["content"]
-        ids = tokenizer(text).input_ids
-        if len(ids) <= limits.max_prompt_tokens:
-            kept.append(PromptExample(ids, record.prompt, record.extra))
+        if len(tokenizer(text).input_ids) <= max_prompt_tokens:
+            kept.append(PromptExample(tokenizer(prefix + text).input_ids, record.prompt, record.extra))
+    dropped = f"dropped {len(records) - len(kept)} of {len(records)} prompts: over {max_prompt_tokens} tokens"
     if not kept:
-        raise DataError(f"no data is left to use: all prompts have over {limits.max_prompt_tokens} tokens")
+        raise DataError(f"no data is left to use: {dropped}")
+    if len(kept) < len(records):
+        logger.warning(dropped)
     return kept

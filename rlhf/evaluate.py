@@ -286,6 +286,7 @@ def write(
     with describing(f"{output}: results could not be written"):
         (output / "completions.jsonl").write_text("".join(map(as_line, records)), encoding="utf-8")
         (output / "results.json").write_text(json.dumps(figures, indent=2) + "\n")
+        (output / "win_rates.png").unlink(missing_ok=True)  # of an earlier evaluation
         rates = {each["name"]: Rate(**each["win_rate"]) for each in figures["models"] if "win_rate" in each}
         if rates:
             from rlhf.report import plot_win_rates  # which takes matplotlib along
@@ -297,6 +298,7 @@ def write(
 
 COLUMNS = {
     "win_rate": ("win rate", lambda value: str(Rate(**value))),
+    "judged": ("prompts judged", number),
     "reward": ("mean reward", number),
     "mark": ("mean mark", number),
     "mark_over_baseline": ("mark over the baseline's", lambda value: str(Difference(**value))),
@@ -314,7 +316,8 @@ def describe(figures: dict[str, Any]) -> str:
     lines = [f"# Against {figures['baseline']['name']}", ""]
     if figures["prompts"]:
         judged = f", judged by {figures['judge']}" if figures["judge"] else ""
-        lines += [f"{figures['prompts']:,} prompts{judged}. Every completion: `completions.jsonl`.", ""]
+        count = "1 prompt" if figures["prompts"] == 1 else f"{figures['prompts']:,} prompts"
+        lines += [f"{count}{judged}. Every completion: `completions.jsonl`.", ""]
     if shown:
         header = ["", *(COLUMNS[name][0] for name in shown)]
         cells = [[COLUMNS[name][1](row[name]) if name in row else "–" for name in shown] for row in rows]

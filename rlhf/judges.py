@@ -66,8 +66,10 @@ class Judgment:
     @classmethod
     def of(cls, outcomes: Sequence[float | None], of_model: Figures, of_baseline: Figures) -> Judgment:
         """Adds the win rate to what else is known of the model."""
-        rate = win_rate([outcome for outcome in outcomes if outcome is not None])
-        return cls(list(outcomes), {"win_rate": asdict(rate), **of_model}, of_baseline)
+        judged = [outcome for outcome in outcomes if outcome is not None]
+        return cls(
+            list(outcomes), {"win_rate": asdict(win_rate(judged)), "judged": len(judged), **of_model}, of_baseline
+        )
 
 
 class RewardModelJudge:
@@ -187,34 +189,52 @@ class PeopleJudge:
                 self.given[as_key(prompt(record, where))].append(dict(rows))
 
     def judge(self, prompts: list[PromptExample], models: Sequence[Answers], baseline: Answers) -> list[Judgment]:
-        """The mean over labellers of each prompt. Prompts that nobody judged are left out, with a count."""
-        missing = sum(as_key(example.text) not in self.given for example in prompts)
-        if missing == len(prompts):
-            raise ConfigError(f"judge: {self.path} has none of the {len(prompts)} prompts")
-        if missing:
-            logger.warning("judge: %s has no preferences for %d of %d prompts", self.path, missing, len(prompts))
-        return [self.compare(prompts, model, baseline) for model in models]
+        """The mean over labellers of each prompt. Prompts that nobody judged are left out, with a count.
 
-    def compare(self, prompts: list[PromptExample], model: Answers, baseline: Answers) -> Judgment:
+        Raises:
+            ConfigError: nothing at all was judged of a model and the baseline.
+        """
+        if not any(as_key(example.text) in self.given for example in prompts):
+            raise ConfigError(f"judge: {self.path} has none of the {len(prompts)} prompts")
+        of_baseline = self.mean_mark(prompts, baseline)
+        return [self.compare(prompts, model, baseline, of_baseline) for model in models]
+
+    def compare(
+        self, prompts: list[PromptExample], model: Answers, baseline: Answers, of_baseline: Figures
+    ) -> Judgment:
         """One model against the baseline."""
         outcomes: list[float | None] = []
         marks = []
         for example, a, b in zip(prompts, model.texts, baseline.texts, strict=True):
             rankings = self.given.get(as_key(example.text), [])
             both = [(ranking[a], ranking[b]) for ranking in rankings if a in ranking and b in ranking]
-            if rankings and not both:
-                raise ConfigError(
-                    f"judge: {self.path} has other completions of the prompt {shown(example)} than those of "
-                    f"{model.name} and {baseline.name}; give the models, prompts, lengths and seed that were labelled"
-                )
             outcomes.append(fmean([preferred(one[0], other[0]) for one, other in both]) if both else None)
             marked = [(one[1], other[1]) for one, other in both if one[1] is not None and other[1] is not None]
             if marked:
                 marks.append((fmean(one for one, _ in marked), fmean(other for _, other in marked)))
-        if not marks:
-            return Judgment.of(outcomes, {}, {})
-        of_model = {"mark": fmean(one for one, _ in marks), "mark_over_baseline": asdict(difference(marks))}
-        return Judgment.of(outcomes, of_model, {"mark": fmean(other for _, other in marks)})
+        missing = outcomes.count(None)
+        if missing == len(prompts):
+            raise ConfigError(
+                f"judge: {self.path} has other completions of its prompts than those of {model.name} and "
+                f"{baseline.name}; give the models, prompts, lengths and seed that were labelled"
+            )
+        if missing:
+            logger.warning("judge: %d of %d completions of %s were not judged", missing, len(prompts), model.name)
+        of_model: Figures = {"mark": fmean(one for one, _ in marks)} if marks else {}
+        if len(marks) > 1:
+            of_model["mark_over_baseline"] = asdict(difference(marks))
+        return Judgment.of(outcomes, of_model, of_baseline)
+
+    def mean_mark(self, prompts: list[PromptExample], given: Answers) -> Figures:
+        """The mean mark of a candidate's completions, of each prompt by all who marked it."""
+        means = []
+        for example, text in zip(prompts, given.texts, strict=True):
+            rankings = self.given.get(as_key(example.text), [])
+            marks = [ranking[text][1] for ranking in rankings if text in ranking]
+            known = [mark for mark in marks if mark is not None]
+            if known:
+                means.append(fmean(known))
+        return {"mark": fmean(means)} if means else {}
 
 
 def preferred(rank: float, other: float) -> float:

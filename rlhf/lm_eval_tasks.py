@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import lm_eval
@@ -34,6 +35,8 @@ class Tasks:
 
     def __init__(self, names: Sequence[str], directory: str | None, tokens_per_forward: int):
         self.names, self.tokens_per_forward = list(names), tokens_per_forward
+        if directory is not None and not Path(directory).is_dir():
+            raise ConfigError(f"tasks_dir: {directory} is no directory")
         try:
             self.manager = TaskManager(include_path=directory)
         except Exception as error:  # of whatever kind reading somebody's definitions may raise
@@ -88,9 +91,9 @@ class Results:
         Its interval is that of independent figures elsewhere, and None where lm-eval gives no standard errors.
         """
         (value, error), (other, other_error) = self.values[task, key], baseline.values[task, key]
-        pairs = list(zip(self.examples(task, key), baseline.examples(task, key), strict=True))
-        if pairs:
-            return asdict(difference(pairs))
+        ours, theirs = self.examples(task, key), baseline.examples(task, key)
+        if len(ours) == len(theirs) > 1:
+            return asdict(difference(list(zip(ours, theirs, strict=True))))
         if error is None or other_error is None:
             return {"mean": value - other, "low": None, "high": None}
         half = Z * math.hypot(error, other_error)

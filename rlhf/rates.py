@@ -35,7 +35,7 @@ def wilson(rate: float, n: float) -> Rate:
     """Wilson's score interval for a share among ``n``."""
     centre = (rate + Z * Z / (2 * n)) / (1 + Z * Z / n)
     half = Z / (1 + Z * Z / n) * math.sqrt(rate * (1 - rate) / n + Z * Z / (4 * n * n))
-    return Rate(rate, centre - half, centre + half)
+    return Rate(rate, max(0.0, centre - half), min(1.0, centre + half))
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ class Difference:
 def difference(pairs: Sequence[tuple[float, float]]) -> Difference:
     """The mean of a − b over pairs that do not depend on each other, ± 1.96 of its standard error."""
     n = len(pairs)
-    if n == 0:
-        raise ValueError("pairs: is empty; a difference needs at least one pair")
+    if n < 2:
+        raise ValueError(f"pairs: there are {n}; an interval of differences needs at least two")
     mean = sum(a - b for a, b in pairs) / n
-    half = Z * math.sqrt(sum((a - b - mean) ** 2 for a, b in pairs) / (n * max(n - 1, 1)))
+    half = Z * math.sqrt(sum((a - b - mean) ** 2 for a, b in pairs) / (n * (n - 1)))
     return Difference(mean, mean - half, mean + half)
 
 

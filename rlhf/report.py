@@ -69,4 +69,5 @@ def plot_win_rates(rates: Mapping[str, Rate], baseline: str, path: Path) -> None
 
 def end_of(name: str) -> str:
     """A name that leaves room for a plot: paths differ at their ends."""
-    return name if len(name) <= 40 else "…" + name[-39:]
+    end = name if len(name) <= 40 else "…" + name[-39:]
+    return end.replace("$", r"\$")  # which begins a formula

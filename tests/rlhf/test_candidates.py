@@ -87,7 +87,7 @@ def test_another_tokenizer(make, foreign, base, reward_model, data, caplog, monk
         figures = evaluate(config)
     assert f"{foreign}: has no alignment tax, since its tokens are not those of the baseline" in caplog.messages
     [mine] = figures["models"]
-    assert mine.keys() == {"name", "win_rate", "reward"}
+    assert mine.keys() == {"name", "win_rate", "judged", "reward"}
     assert figures["baseline"].keys() == {"name", "reward", "pretraining_loss"}
     [([ours], baseline)] = given
     reader, eos = load_tokenizer(reward_model), load_tokenizer(foreign).eos_token_id
@@ -110,7 +110,7 @@ def test_encoder_decoder(make, t5, base, reward_model, tmp_path, data):
     """What it says, most likely token by most likely token, is what transformers has it say to each prompt alone."""
     config = make(model=t5, judge=reward_model)
     figures = evaluate(config)
-    assert figures["models"][0].keys() == {"name", "win_rate", "reward"}
+    assert figures["models"][0].keys() == {"name", "win_rate", "judged", "reward"}
     assert figures == evaluate(make("again", model=t5, judge=reward_model))
     lengths = LengthConfig(max_prompt_tokens=16, max_response_tokens=8)
     path = generate(
@@ -284,8 +284,9 @@ def test_people_who_differ_and_people_who_skip(make, other_model, tmp_path, capl
     judge = write_jsonl(tmp_path / "people.jsonl", people)
     with caplog.at_level(logging.WARNING):
         figures = evaluate(make("judged", model=other_model, judge=judge))
-    assert f"judge: {judge} has no preferences for 38 of 40 prompts" in caplog.messages
+    assert f"judge: 38 of 40 completions of {other_model} were not judged" in caplog.messages
     assert figures["models"][0]["win_rate"]["rate"] == pytest.approx((2 / 3 + 0.5) / 2)
+    assert figures["models"][0]["judged"] == 2
     given = [record["outcomes"][0] for record in written(make("judged")) if record["outcomes"] != [None]]
     assert sorted(given) == pytest.approx([0.5, 2 / 3])
 
@@ -294,9 +295,7 @@ def test_people_who_judged_something_else(make, rlhf, other_model, base, tmp_pat
     config = make(model=other_model)
     evaluate(config)
     judge = write_jsonl(tmp_path / "people.jsonl", [by_length(record, "Ada") for record in written(config)])
-    with pytest.raises(
-        ConfigError, match=r"has other completions of the prompt '.*' than those of .*; give the models"
-    ):
+    with pytest.raises(ConfigError, match=r"has other completions of its prompts than those of .*; give the models"):
         evaluate(make("seed", model=other_model, judge=judge, seed=4))
     other = write_jsonl(tmp_path / "other.jsonl", [{"prompt": "another", "completions": ["x", "y"], "ranks": [1, 2]}])
     with pytest.raises(ConfigError, match=r"judge: .*other.jsonl has none of the 40 prompts"):
@@ -331,7 +330,70 @@ def test_people_who_judged_something_else(make, rlhf, other_model, base, tmp_pat
     assert (code, "absent.jsonl" in only_line(error)) == (2, True)
 
 
+def test_marks_of_models_that_were_labelled_apart(make, other_model, foreign, tmp_path):
+    """The baseline's mark is over all that it got, whichever model it was compared with."""
+    options = {"model": [other_model, foreign]}
+    evaluate(make(**options))
+    records = written(make(**options))
+    people = []
+    for i, marks in ((0, [6, 7]), (1, [5, 1])):
+        for record in records:
+            pair = {"prompt": record["prompt"], "completions": [record["completions"][i], record["completions"][2]]}
+            people.append({**pair, "ranks": [1, 2], "marks": marks})
+    figures = evaluate(make("judged", judge=write_jsonl(tmp_path / "people.jsonl", people), **options))
+    one, other = figures["models"]
+    assert (one["mark"], other["mark"]) == (pytest.approx(6, abs=0.5), pytest.approx(5, abs=0.5))
+    assert figures["baseline"]["mark"] == pytest.approx(4, abs=0.5)
+
+
+def test_an_encoder_decoder_is_sampled_as_the_settings_say(make, t5, data, tmp_path):
+    """Neither its generation_config, nor the size of a batch, nor how it was given changes a completion."""
+    plain = evaluate(make(model=t5))
+    records = written(make(model=t5))
+    other = tmp_path / "other"
+    model = T5ForConditionalGeneration.from_pretrained(t5)
+    model.generation_config.update(num_beams=4, min_length=8, no_repeat_ngram_size=2, repetition_penalty=2.0)
+    model.save_pretrained(other)
+    load_tokenizer(t5).save_pretrained(other)
+    for name, options in [
+        ("beams", {"model": str(other)}),
+        ("batches", {"model": t5, "batch_size": 3}),
+        ("object", {"model": T5ForConditionalGeneration.from_pretrained(t5)}),
+    ]:
+        figures = evaluate(make(name, **options))
+        assert figures["prompts"] == plain["prompts"]
+        assert [r["completions"] for r in written(make(name))] == [r["completions"] for r in records], name
+
+
+def test_prefixes_that_cannot_be(make, base, t5, reward_model, tmp_path):
+    prefix = tmp_path / "prefix.txt"
+    prefix.write_text("w01 " * 70)
+    with pytest.raises(ConfigError, match=rf"prefix: has 70 tokens for {base} after .*, whose context is 64"):
+        evaluate(make(prefix=str(prefix)))
+    prefix.write_text("w01 " * 54)
+    with pytest.raises(ValueError, match=rf"field 'prompt': has 5\d tokens, which .*; this is {base} after {prefix}"):
+        evaluate(make(prefix=str(prefix)))
+    user = write_jsonl(tmp_path / "user.jsonl", [{"prompt": [{"role": "user", "content": "w01 w02"}]}])
+    path = evaluate(make(model=t5, baseline=t5, prefix=str(prefix), prompts=user))
+    assert path["prompts"] == 1
+    with pytest.raises(ModelError, match="is a reward model, which writes nothing"):
+        evaluate(make(model=reward_model))
+
+
+def test_names(make, base, other_model, monkeypatch, tmp_path):
+    """Each row has a name of its own, and a directory may have any."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "a (2)", "x[1]", "$a_^$"):
+        (tmp_path / name).symlink_to(base)
+    models = ["a", "a (2)", "a", "a", "x[1]", "$a_^$"]
+    figures = evaluate(make(model=models, baseline="a", judge=longer))
+    names = [each["name"] for each in (*figures["models"], figures["baseline"])]
+    assert names == ["a", "a (2)", "a (3)", "a (4)", "x[1]", "$a_^$", "a (5)"]
+
+
 def test_difference_by_hand():
     found = difference([(7, 5), (4, 4), (3, 4)])
     assert found.mean == pytest.approx(1 / 3)  # 2, 0, −1: variance 7/3, standard error √(7/9)
     assert (found.low, found.high) == pytest.approx((1 / 3 - 1.96 * (7 / 9) ** 0.5, 1 / 3 + 1.96 * (7 / 9) ** 0.5))
+    with pytest.raises(ValueError, match="at least two"):
+        difference([(7, 5)])

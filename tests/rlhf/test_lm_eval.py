@@ -147,7 +147,7 @@ def test_a_prefix_goes_before_every_example(rlhf, base, tasks, tmp_path):
     code, error = rlhf(*command, "--tasks_dir", tasks, "--prefix", prefix, "--output_dir", tmp_path / "out")
     assert code == 0, error
     figures = json.loads((tmp_path / "out/results.json").read_text())
-    theirs = by_lm_eval(base, tasks, tmp_path / "theirs", "--system_instruction", "w40 w41 w42 w43")
+    theirs = by_lm_eval(base, tasks, tmp_path / "theirs", "--system_instruction", "w40 w41 w42 w43\n")
     assert figures["models"][0]["tasks"]["next_word"]["acc"]["value"] == theirs["next_word"]["acc,none"]
 
 
