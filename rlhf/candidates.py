@@ -120,7 +120,7 @@ def with_prefix(prompt: Prompt, prefix: str) -> Prompt:
 
 def read_prefix(setting: str, path: str | None) -> str:
     """The text of a prefix's file, as it is."""
-    if path is None:
+    if not path:
         return ""
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -147,11 +147,15 @@ def sources_of(models: Any) -> list[Any]:
 
 def candidates(config: EvaluateConfig) -> list[Candidate]:
     """The models of an evaluation, and last the baseline."""
-    prefix, other = read_prefix("prefix", config.prefix), read_prefix("baseline_prefix", config.baseline_prefix)
-    given = [(source, prefix, config.prefix) for source in sources_of(config.model)]
-    given.append((config.baseline, other, config.baseline_prefix))
+    sources = sources_of(config.model)
+    prefixes = config.prefix if isinstance(config.prefix, list) else [config.prefix] * len(sources)
+    if len(prefixes) != len(sources):
+        counts = f"there are {len(prefixes)} for {len(sources)} models"
+        raise ConfigError(f"prefix: {counts}; give one for all, or one for each, '' for none")
+    given = [(source, "prefix", path) for source, path in zip(sources, prefixes, strict=True)]
     found: dict[str, Candidate] = {}
-    for source, text, path in given:
+    for source, setting, path in [*given, (config.baseline, "baseline_prefix", config.baseline_prefix)]:
+        text = read_prefix(setting, path)
         plain = str(described(source)) if is_model(source) else name_of(source)
         plain += f" after {path}" if text and (config.prompts or config.tasks) else ""
         names = (f"{plain} ({number})" if number > 1 else plain for number in itertools.count(1))

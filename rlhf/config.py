@@ -356,8 +356,9 @@ class EvaluateConfig(Settings):
     or be an encoder-decoder model."""
     output_dir: str
     """Where the report, the figures and every completion go."""
-    prefix: str | None = None
-    """A file of text that goes before every prompt of the models, few-shot examples for instance."""
+    prefix: list[str] | str | None = None
+    """A file of text that goes before every prompt of the models, few-shot examples for instance; or one for each, ''
+    for none."""
     baseline_prefix: str | None = None
     """The same for the baseline: the paper's prompted GPT-3."""
     prompts: Data = field(default_factory=list)
@@ -397,8 +398,7 @@ class EvaluateConfig(Settings):
             check(bool(getattr(self, name)), name, getattr(self, name), "a directory or a hub name")
         check(self.judge is None or bool(self.prompts), "judge", self.judge, "null without prompts")
         check(self.tasks_dir is None or bool(self.tasks), "tasks_dir", self.tasks_dir, "null without tasks")
-        for name in ("prefix", "baseline_prefix"):
-            check(getattr(self, name) != "", name, "", "a file, or null")
+        check(self.baseline_prefix != "", "baseline_prefix", "", "a file, or null")
         check(bool(self.output_dir), "output_dir", self.output_dir, "a directory")
         given = self.prompts or self.pretraining_data or self.tasks
         check(bool(given), "prompts", self.prompts, "given, or pretraining_data or tasks")

@@ -178,6 +178,11 @@ def test_prefix(make, base, other_model, reward_model, data, tmp_path):
     assert plain["models"][0]["reward"] == figures["models"][0]["reward"], "the judge has seen the prefix"
     assert plain["models"][0]["kl"] != pytest.approx(figures["models"][0]["kl"], rel=1e-3)
 
+    one_each = evaluate(make("each", model=[base, base], prefix=["", str(prefix)]))
+    assert [each["name"] for each in one_each["models"]] == [base, f"{base} after {prefix}"]
+    assert [each["kl"] == 0 for each in one_each["models"]] == [True, False]
+    with pytest.raises(ConfigError, match="prefix: there are 2 for 1 models; give one for all, or one for each"):
+        evaluate(make("each", prefix=[str(prefix)] * 2))
     both = evaluate(make("both", prefix=str(prefix), baseline_prefix=str(prefix), judge=reward_model))
     assert (both["models"][0]["kl"], both["models"][0]["win_rate"]["rate"]) == (0, 0.5)
 
