@@ -14,6 +14,8 @@ from labelling import Server, ranking
 from test_label_server import check
 from tools import run_here
 
+from rlhf.records import read_demonstrations
+
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
@@ -295,6 +297,7 @@ def test_demonstrations(serve, browse):
     first, second = server.export()
     assert (first["prompt"], first["completion"], first["id"]) == ("Name a colour.", "Blue,\n<b>or</b> green 🐸.", 7)
     assert (second["prompt"], second["completion"]) == ([{"role": "user", "content": "Hi"}], "Hello!")
+    assert [each.completion for each in read_demonstrations([first, second])] == [first["completion"], "Hello!"]
 
 
 def test_nothing_written_is_lost(serve, browse):
