@@ -75,6 +75,12 @@ class Candidate:
 
     def read(self, records: Sequence[PromptRecord], lengths: LengthConfig) -> list[PromptExample]:
         """The prompts in the model's tokens, with its prefix. Those over the limit without it are left out."""
+        try:
+            return self._read(records, lengths)
+        except DataError as error:
+            raise DataError(f"{error} ({self.name})") from error
+
+    def _read(self, records: Sequence[PromptRecord], lengths: LengthConfig) -> list[PromptExample]:
         context = context_length(load_config(self.source))
         if self.is_encoder_decoder:
             longest = lengths.max_response_tokens
@@ -86,10 +92,8 @@ class Candidate:
             return examples
         kept = among(records, examples)
         prefixed = [replace(record, prompt=with_prefix(record.prompt, self.prefix)) for record in kept]
-        try:  # none is left out for its length now
-            found = tokenize_prompts(prefixed, self.tokenizer, Limits(context, lengths.max_response_tokens, context))
-        except DataError as error:
-            raise DataError(f"{error}; this is {self.name}") from error
+        whole = Limits(context, lengths.max_response_tokens, context)  # none is left out for its length now
+        found = tokenize_prompts(prefixed, self.tokenizer, whole)
         return [PromptExample(e.prompt_ids, record.prompt, e.extra) for e, record in zip(found, kept, strict=True)]
 
     def load(self, config: EvaluateConfig | GenerateConfig, processes: Processes) -> LanguageModel | EncoderDecoder:

@@ -376,7 +376,7 @@ def test_prefixes_that_cannot_be(make, base, t5, reward_model, tmp_path):
     with pytest.raises(ConfigError, match=rf"prefix: has 70 tokens for {base} after .*, whose context is 64"):
         evaluate(make(prefix=str(prefix)))
     prefix.write_text("w01 " * 54)
-    with pytest.raises(ValueError, match=rf"field 'prompt': has 5\d tokens, which .*; this is {base} after {prefix}"):
+    with pytest.raises(ValueError, match=rf"field 'prompt': has 5\d tokens, which .* \({base} after {prefix}\)"):
         evaluate(make(prefix=str(prefix)))
     user = write_jsonl(tmp_path / "user.jsonl", [{"prompt": [{"role": "user", "content": "w01 w02"}]}])
     path = evaluate(make(model=t5, baseline=t5, prefix=str(prefix), prompts=user))
