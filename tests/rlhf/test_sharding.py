@@ -95,6 +95,7 @@ def test_rollout_block_by_block(one, base, reward_model, data, tmp_path):
     assert_same(tmp_path / "two", one("ppo"))
 
 
+@pytest.mark.long_for(first=[1])
 @pytest.mark.parametrize("first", [1, 2])
 def test_resumed_with_another_number_of_processes(first, one, base, reward_model, data, tmp_path):
     """Stopped at a checkpoint by one process, and gone on with by two of half the weights; and the other way round."""
@@ -131,15 +132,13 @@ def killed_at(step, *settings):
             process.kill()
 
 
-@pytest.mark.long_for(kills=[10])
-@pytest.mark.parametrize("kills", [1, 10])
+@pytest.mark.long
 @pytest.mark.timeout(900)
-def test_kill_of_one_process_ends_the_other_and_loses_nothing(kills, base, reward_model, data, tmp_path):
-    """However often it happens, the run ends with the bits of the run that nobody killed."""
+def test_kill_of_one_process_ends_the_other_and_loses_nothing(base, reward_model, data, tmp_path):
+    """After ten of them the run ends with the bits of the run that nobody killed."""
+    kills = 10
     settings = command("ppo-ptx", base, reward_model, data, "--sharding", "full", "--checkpoint_every", 2)
     settings += ["--episodes", 8 * 4 * (kills + 1)]
-    if kills == 1:
-        settings += ["--tokens_per_forward", 256]
     for error, status, _ in together(*settings, "--output_dir", tmp_path / "whole"):
         assert status == 0, error
     draw = random.Random(0)
@@ -173,6 +172,7 @@ def test_evaluate(rlhf, base, one, reward_model, data, tmp_path):
     assert (tmp_path / "two/completions.jsonl").read_bytes() == (tmp_path / "one/completions.jsonl").read_bytes()
 
 
+@pytest.mark.long
 def test_generate(rlhf, base, data, tmp_path):
     settings = ["generate", "--model", base, "--prompts", data.prompts, "--samples", 3, "--device", "cpu"]
     settings += ["--lengths.max_response_tokens", 8]
