@@ -47,6 +47,8 @@ class Candidate:
     tokenizer: PreTrainedTokenizerBase
     ends: frozenset[int]
     """The tokens that end its completions."""
+    context: int
+    """How many tokens it can see."""
     prefix: str = ""
     """Text before every prompt, of few-shot examples for instance."""
     is_encoder_decoder: bool = False
@@ -62,16 +64,16 @@ class Candidate:
             check_same_tokenizer(found, name_of(tokenizer), source)
         encodes = bool(config.is_encoder_decoder)
         ends = frozenset({found.eos_token_id}) if encodes else end_token_ids(source, found)
-        length = len(found(prefix).input_ids) if prefix else 0
-        if length >= context_length(config):
-            raise ConfigError(f"prefix: has {length} tokens for {name}, whose context is {context_length(config)}")
-        return cls(name, source, found, ends, prefix, encodes)
+        length, context = len(found(prefix).input_ids) if prefix else 0, context_length(config)
+        if length >= context:
+            raise ConfigError(f"prefix: has {length} tokens for {name}, whose context is {context}")
+        return cls(name, source, found, ends, context, prefix, encodes)
 
     def shares_tokens(self, other: Candidate) -> bool:
         """Whether both give probabilities to the same tokens, so that these can be compared."""
         if self.is_encoder_decoder or other.is_encoder_decoder:
             return False
-        return self.tokenizer is other.tokenizer or other_tokenizer(self.tokenizer, other.tokenizer) is None
+        return other_tokenizer(self.tokenizer, other.tokenizer) is None
 
     def read(self, records: Sequence[PromptRecord], lengths: LengthConfig) -> list[PromptExample]:
         """The prompts in the model's tokens, with its prefix. Those over the limit without it are left out."""
@@ -81,7 +83,7 @@ class Candidate:
             raise DataError(f"{error} ({self.name})") from error
 
     def _read(self, records: Sequence[PromptRecord], lengths: LengthConfig) -> list[PromptExample]:
-        context = context_length(load_config(self.source))
+        context = self.context
         if self.is_encoder_decoder:
             longest = lengths.max_response_tokens
             check(longest <= context, "lengths.max_response_tokens", longest, f"at most {context} for {self.name}")
@@ -172,9 +174,12 @@ def prompts_of_all(
     records: Sequence[PromptRecord], readers: Sequence[Any], lengths: LengthConfig
 ) -> list[list[PromptExample]]:
     """What each reader makes of the prompts that are within the limits of all."""
+    read = []
     for reader in readers:
-        records = among(records, reader.read(records, lengths))
-    return [reader.read(records, lengths) for reader in readers]
+        read.append(reader.read(records, lengths))
+        records = among(records, read[-1])
+    kept = {id(record.extra) for record in records}
+    return [[example for example in examples if id(example.extra) in kept] for examples in read]
 
 
 def sample_all(
@@ -187,15 +192,16 @@ def sample_all(
     """One completion per prompt, as token ids. Each process samples its share."""
     share, streams = processes.share(ids), processes.share(range(len(ids)))
     limits: dict[str, Any] = {
+        "streams": streams,
+        "end_token_ids": candidate.ends,
         "max_new_tokens": config.lengths.max_response_tokens,
         "temperature": config.temperature,
         "batch_size": config.batch_size,
         "seed": config.seed,
     }
-    if isinstance(model, EncoderDecoder):
-        return processes.joined(model.sample(share, streams, end_token_ids=candidate.ends, **limits))
     try:
-        completions = sample(model, share, streams=streams, end_token_ids=candidate.ends, **limits)
+        if isinstance(model, EncoderDecoder):
+            return processes.joined(model.sample(share, **limits))
+        return processes.joined([completion.tokens for completion in sample(model, share, **limits)])
     except NotFiniteError as error:
         raise ModelError(f"{candidate.name}: {error}; was its training run stopped at a NaN?") from error
-    return processes.joined([completion.tokens for completion in completions])

@@ -120,13 +120,6 @@ def describing(what: str, half_written: Path | None = None) -> Iterator[None]:
         raise RunError(f"{what}: {reason}") from error
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file so that a kill leaves the old file or the new one, never a part of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def flush(path: Path) -> None:
     """Forces a file or a directory entry onto the disk."""
     handle = os.open(path, os.O_RDONLY)

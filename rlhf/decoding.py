@@ -105,6 +105,11 @@ def make_cache(config: Any) -> DynamicCache:
     return cache
 
 
+def cache_argument(module: Any) -> str:
+    """The argument that takes a module's cache: transformers has renamed it, models with code of their own have not."""
+    return "cache" if "cache" in inspect.signature(module.forward).parameters else "past_key_values"
+
+
 class Decoder:
     """A batch of sequences that grow together. :meth:`keep` takes out the rows that are done."""
 
@@ -129,8 +134,7 @@ class Decoder:
         self.positions = (self.mask.cumsum(1) - 1).clamp(min=0)
         self.cache = make_cache(model.model.config)
         names = inspect.signature(inner.forward).parameters
-        # transformers has renamed this argument; models with code of their own still call it past_key_values.
-        self.cache_name = "cache" if "cache" in names else "past_key_values"
+        self.cache_name = cache_argument(inner)
         self.takes_positions = "position_ids" in names
 
     def logits(self) -> Tensor:

@@ -6,7 +6,6 @@ completion does not depend on those beside it.
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -15,9 +14,10 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.data import PromptExample, PromptRecord
+from rlhf.decoding import cache_argument
 from rlhf.fields import DataError, field_error
 from rlhf.loading import ModelError, ModelSource, load, load_config
-from rlhf.rollout import NotFiniteError, Sampler
+from rlhf.rollout import Sampler
 
 logger = logging.getLogger(__name__)
 
@@ -26,13 +26,12 @@ class EncoderDecoder:
     """A model with an encoder for the prompt and a decoder for the completion."""
 
     def __init__(self, model: Any, name: str):
-        self.model, self.name = model, name
+        self.model = model
         start = model.config.decoder_start_token_id
         if start is None:
             raise ModelError(f"{name}: its configuration has no decoder_start_token_id, so no completion can begin")
         self.start: int = start
-        names = inspect.signature(model.forward).parameters
-        self.cache_name = "cache" if "cache" in names else "past_key_values"  # transformers has renamed it
+        self.cache_name = cache_argument(model)
 
     @classmethod
     def load(cls, source: ModelSource, name: str, device: torch.device | str) -> EncoderDecoder:
@@ -44,15 +43,19 @@ class EncoderDecoder:
     def sample(
         self,
         prompts: Sequence[list[int]],
-        streams: Sequence[int],
         *,
+        streams: Sequence[int],
         end_token_ids: Collection[int],
         max_new_tokens: int,
         temperature: float,
         batch_size: int,
         seed: int,
     ) -> list[list[int]]:
-        """A completion for every prompt, as token ids. ``streams`` has a number for each, which its draws depend on."""
+        """A completion for every prompt, as token ids. ``streams`` has a number for each, which its draws depend on.
+
+        Raises:
+            NotFiniteError: the model's logits are NaN or infinite.
+        """
         found: dict[int, list[int]] = {}
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         for start in range(0, len(order), batch_size):
@@ -82,10 +85,7 @@ class EncoderDecoder:
                 **{self.cache_name: cache},
             )  # fmt: skip
             cache = out.past_key_values
-            try:
-                drawn, _ = sampler.draw(out.logits[:, -1].float(), rows, step)
-            except NotFiniteError as error:
-                raise ModelError(f"{self.name}: {error}") from error
+            drawn, _ = sampler.draw(out.logits[:, -1].float(), rows, step)
             columns.append(drawn)
             ended |= torch.isin(drawn, ends)
             if ended.all():

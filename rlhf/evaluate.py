@@ -31,13 +31,15 @@ from rlhf.checkpoints import describing
 from rlhf.config import EvaluateConfig, GenerateConfig
 from rlhf.data import PromptExample, read_prompts, read_texts, tokenize_texts
 from rlhf.encoder_decoder import EncoderDecoder
+from rlhf.files import write_whole
 from rlhf.judges import Answers, Judgment, RewardModelJudge, load_judge
 from rlhf.loading import ModelError, check_context, name_of
 from rlhf.models import LanguageModel
 from rlhf.objects import described
 from rlhf.processes import Processes
 from rlhf.rates import Difference, Rate, win_rate
-from rlhf.records import ANSWER_FIELDS
+from rlhf.records import further_fields
+from rlhf.report import plot_win_rates
 from rlhf.settings import ConfigError
 from rlhf.sharding import Passes
 from rlhf.tables import markdown_table, number
@@ -104,8 +106,7 @@ def answer(
 ) -> Answers:
     """What a candidate says to every prompt."""
     responses = sample_all(candidate, model, [example.prompt_ids for example in examples], config, processes)
-    texts = list(map(candidate.text, responses))
-    return Answers(candidate.name, texts, responses, candidate.tokenizer, candidate.ends)
+    return Answers(candidate, responses, list(map(candidate.text, responses)))
 
 
 @dataclass
@@ -246,21 +247,19 @@ def generate(config: GenerateConfig) -> Path:
         return output
     if empty := sum(not text.strip() for text in responses):
         logger.warning("%d of %d completions are empty", empty, len(responses))
-    temporary = output.with_name(output.name + ".tmp")
+    records = [
+        {
+            "prompt": example.text,
+            "completions": responses[i * config.samples : (i + 1) * config.samples],
+            **further_fields(example.extra),
+        }
+        for i, example in enumerate(prompts)
+    ]
     with describing(f"{output}: could not be written"):
         output.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w") as file:
-            for i, example in enumerate(prompts):
-                completions = responses[i * config.samples : (i + 1) * config.samples]
-                file.write(as_line({"prompt": example.text, "completions": completions, **further_fields(example)}))
-        temporary.rename(output)
+        write_whole(output, "".join(map(as_line, records)))
     console.print(f"generate: {len(prompts)} prompts × {config.samples} completions in [bold]{output}[/]")
     return output
-
-
-def further_fields(example: PromptExample) -> dict[str, Any]:
-    """The fields of a record besides its prompt, ``tools`` for instance, but without the answers of other models."""
-    return {name: value for name, value in example.extra.items() if name not in ANSWER_FIELDS}
 
 
 def as_line(record: Mapping[str, Any]) -> str:
@@ -279,18 +278,16 @@ def write(
     records = []
     for i, example in enumerate(prompts):
         record: dict[str, Any] = {"prompt": example.text, "completions": [each.texts[i] for each in answers]}
-        record["models"] = [each.name for each in answers]
+        record["models"] = [each.candidate.name for each in answers]
         if judgments:
             record["outcomes"] = [judgment.outcomes[i] for judgment in judgments]
-        records.append({**record, **further_fields(example)})
+        records.append({**record, **further_fields(example.extra)})
     with describing(f"{output}: results could not be written"):
         (output / "completions.jsonl").write_text("".join(map(as_line, records)), encoding="utf-8")
         (output / "results.json").write_text(json.dumps(figures, indent=2) + "\n")
         (output / "win_rates.png").unlink(missing_ok=True)  # of an earlier evaluation
         rates = {each["name"]: Rate(**each["win_rate"]) for each in figures["models"] if "win_rate" in each}
         if rates:
-            from rlhf.report import plot_win_rates  # which takes matplotlib along
-
             plot_win_rates(rates, figures["baseline"]["name"], output / "win_rates.png")
         (output / "report.md").write_text(describe(figures), encoding="utf-8")
     console.print(f"evaluate: [bold]{output / 'report.md'}[/]")
@@ -321,7 +318,7 @@ def describe(figures: dict[str, Any]) -> str:
     if shown:
         header = ["", *(COLUMNS[name][0] for name in shown)]
         cells = [[COLUMNS[name][1](row[name]) if name in row else "–" for name in shown] for row in rows]
-        named = [[row["name"].replace("|", "\\|"), *own] for row, own in zip(rows, cells, strict=True)]
+        named = [[row["name"], *own] for row, own in zip(rows, cells, strict=True)]
         lines += [markdown_table(header, named), ""]
     if "win_rate" in shown:
         lines += ["![win rates](win_rates.png)", ""]

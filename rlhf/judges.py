@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.batch import Group
+from rlhf.candidates import Candidate
 from rlhf.config import EvaluateConfig, LengthConfig
 from rlhf.data import Limits, PromptExample, PromptRecord, tokenize_prompts
 from rlhf.fields import check_rank, field_error, type_and_line, typed
@@ -46,11 +47,9 @@ Figures = dict[str, Any]
 class Answers:
     """What one candidate said to every prompt."""
 
-    name: str
-    texts: list[str]
+    candidate: Candidate
     responses: list[list[int]]
-    tokenizer: PreTrainedTokenizerBase
-    ends: frozenset[int]
+    texts: list[str]
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class RewardModelJudge:
         ]
         *of_models, of_baseline = [torch.stack(column) for column in zip(*columns, strict=True)]
         for each, values in zip((*models, baseline), (*of_models, of_baseline), strict=True):
-            self.check(f"judge: the score of the completion of {each.name}", values, prompts)
+            self.check(f"judge: the score of the completion of {each.candidate.name}", values, prompts)
         return [
             Judgment.of(
                 [preferred(b, a) for a, b in zip(own.tolist(), of_baseline.tolist(), strict=True)],
@@ -122,9 +121,9 @@ class RewardModelJudge:
 
     def responses(self, prompts: list[PromptExample], given: Answers) -> list[list[int]]:
         """Completions in the reward model's tokens: those that were sampled, or their text read anew."""
-        if given.tokenizer is self.tokenizer or other_tokenizer(self.tokenizer, given.tokenizer) is None:
+        if other_tokenizer(self.tokenizer, given.candidate.tokenizer) is None:
             return given.responses
-        ended = [bool(response) and response[-1] in given.ends for response in given.responses]
+        ended = [response[-1] in given.candidate.ends for response in given.responses]
         try:
             groups = read_anew(prompts, given.texts, ended, self.tokenizer, self.limit)
         except RewardError as error:
@@ -215,11 +214,13 @@ class PeopleJudge:
         missing = outcomes.count(None)
         if missing == len(prompts):
             raise ConfigError(
-                f"judge: {self.path} has other completions of its prompts than those of {model.name} and "
-                f"{baseline.name}; give the models, prompts, lengths and seed that were labelled"
+                f"judge: {self.path} has other completions of its prompts than those of {model.candidate.name} and "
+                f"{baseline.candidate.name}; give the models, prompts, lengths and seed that were labelled"
             )
         if missing:
-            logger.warning("judge: %d of %d completions of %s were not judged", missing, len(prompts), model.name)
+            logger.warning(
+                "judge: %d of %d completions of %s were not judged", missing, len(prompts), model.candidate.name
+            )
         of_model: Figures = {"mark": fmean(one for one, _ in marks)} if marks else {}
         if len(marks) > 1:
             of_model["mark_over_baseline"] = asdict(difference(marks))

@@ -18,7 +18,7 @@ from lm_eval.tasks import TaskManager
 
 from rlhf.candidates import Candidate
 from rlhf.fields import type_and_line
-from rlhf.loading import ModelError, context_length, load_config
+from rlhf.loading import ModelError
 from rlhf.rates import Z, difference
 from rlhf.settings import ConfigError
 from rlhf.tables import markdown_table, number
@@ -48,8 +48,7 @@ class Tasks:
 
     def run(self, candidate: Candidate, model: Any) -> Results:
         """A candidate's results. Its prefix goes before every example, as lm-eval's system instruction."""
-        length = context_length(load_config(candidate.source))
-        rows = max(1, self.tokens_per_forward // min(length, self.tokens_per_forward))
+        rows = max(1, self.tokens_per_forward // candidate.context)
         wrapped = HFLM(pretrained=model, tokenizer=candidate.tokenizer, batch_size=rows)
         try:
             found: Any = lm_eval.simple_evaluate(
@@ -119,7 +118,7 @@ def describe(figures: Mapping[str, Any]) -> str:
         for metric, entry in metrics.items():
             cells = [written(each["tasks"][task][metric]) for each in models]
             rows.append([task, metric, written(entry), *cells])
-    return markdown_table([name.replace("|", "\\|") for name in header], rows)
+    return markdown_table(header, rows)
 
 
 def written(entry: Mapping[str, Any]) -> str:

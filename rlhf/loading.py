@@ -123,7 +123,7 @@ def other_tokenizer(first: PreTrainedTokenizerBase, other: TokenizerSource) -> P
 
     A model made in memory has no tokenizer to compare with. Whoever gives such a model has to know that it fits.
     """
-    if not isinstance(other, (str, Path, PreTrainedTokenizerBase)) and not other.name_or_path:
+    if other is first or (not isinstance(other, (str, Path, PreTrainedTokenizerBase)) and not other.name_or_path):
         return None
     second = load_tokenizer(other)
     same = first.get_vocab() == second.get_vocab() and first.eos_token_id == second.eos_token_id

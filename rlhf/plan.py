@@ -12,7 +12,6 @@ bandwidth.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 import time
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from rlhf.config import LengthConfig, PPOConfig, RewardConfig, RunConfig, SFTConfig
+from rlhf.decoding import cache_argument
 from rlhf.fields import first_line
 from rlhf.loading import (
     ModelError,
@@ -208,9 +208,10 @@ def autocast(config: RunConfig) -> torch.autocast:
 def count_cache(model: Backbone, config: RunConfig) -> int:
     """Bytes of keys, values and states per token, of a prompt of 8."""
     cache = DynamicCache(config=model.model.config)
-    name = "cache" if "cache" in inspect.signature(model.inner.forward).parameters else "past_key_values"
     with torch.no_grad(), autocast(config), contextlib.suppress(AttributeError):  # a cache of another kind: of states
-        model.inner(input_ids=torch.zeros(1, 8, dtype=torch.long), use_cache=True, **{name: cache})
+        model.inner(
+            input_ids=torch.zeros(1, 8, dtype=torch.long), use_cache=True, **{cache_argument(model.inner): cache}
+        )
     found = [value for layer in cache.layers for value in vars(layer).values() if isinstance(value, torch.Tensor)]
     return sum(tensor.nbytes for tensor in found if tensor.dim() == 4 and tensor.shape[-2] == 8) // 8
 

@@ -237,6 +237,11 @@ def is_blank(completion: Completion) -> bool:
     return isinstance(completion, str) and not completion.strip()
 
 
+def further_fields(record: Record) -> dict[str, Any]:
+    """The fields of a record that hold neither its prompt nor answers to it: ``tools``, an id, …"""
+    return {name: value for name, value in record.items() if name not in ANSWER_FIELDS}
+
+
 def prompt_record(record: Record, where: str) -> PromptRecord:
     """Checks the prompt of a record of any kind. It is the prompt that training on the record would use."""
     asked: Prompt

@@ -54,17 +54,22 @@ def plot_history(history: Sequence[Mapping[str, Any]], curves: Sequence[Sequence
 def plot_win_rates(rates: Mapping[str, Rate], baseline: str, path: Path) -> None:
     """Win rates against a baseline with their intervals, as in the paper's Figure 1."""
     figure, axes = plt.subplots(figsize=(6.5, 1.4 + 0.45 * len(rates)))
-    for y, rate in enumerate(rates.values()):
-        axes.barh(y, rate.rate, color="tab:orange", alpha=0.8)
-        axes.plot([rate.low, rate.high], [y, y], color="black", linewidth=2)
-        axes.text(rate.high + 0.01, y, f"{rate.rate:.0%}", va="center", fontsize=9)
-    axes.axvline(0.5, color="black", linestyle="--", linewidth=1)
-    axes.set_yticks(range(len(rates)), list(map(end_of, rates)))
-    axes.set_xlim(0, 1)
+    draw_win_rates(axes, list(map(end_of, rates)), list(rates.values()), ["tab:orange"] * len(rates))
     axes.invert_yaxis()
     axes.set_xlabel(f"win rate against {end_of(baseline)}, 95 % interval")
     figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
+
+
+def draw_win_rates(axes: Any, names: Sequence[str], rates: Sequence[Rate], colours: Sequence[str]) -> None:
+    """A bar for each rate, from below, with its interval."""
+    for y, (rate, colour) in enumerate(zip(rates, colours, strict=True)):
+        axes.barh(y, rate.rate, color=colour, alpha=0.8)
+        axes.plot([rate.low, rate.high], [y, y], color="black", linewidth=2)
+        axes.text(max(rate.high, 0.02) + 0.01, y, f"{rate.rate:.0%}", va="center", fontsize=9)
+    axes.axvline(0.5, color="black", linestyle="--", linewidth=1)
+    axes.set_yticks(range(len(rates)), names)
+    axes.set_xlim(0, 1)
 
 
 def end_of(name: str) -> str:

@@ -39,8 +39,9 @@ from transformers import PreTrainedTokenizerBase
 
 from rlhf import checkpoints
 from rlhf.batch import Batch, Group
-from rlhf.checkpoints import RunError, describing, flush, write_whole
+from rlhf.checkpoints import RunError, describing, flush
 from rlhf.config import Adam, RunConfig
+from rlhf.files import write_whole
 from rlhf.liger import use_liger
 from rlhf.loading import ModelSource
 from rlhf.lora import add_adapter

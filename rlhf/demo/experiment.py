@@ -28,7 +28,7 @@ import yaml
 from torch import Tensor
 
 from rlhf import ppo, reward, sft
-from rlhf.checkpoints import RunError, write_whole
+from rlhf.checkpoints import RunError
 from rlhf.config import Adam, LengthConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf.data import Limits, read_comparisons, tokenize_comparisons, tokenize_texts
 from rlhf.demo import report
@@ -38,6 +38,7 @@ from rlhf.demo.labellers import Labeller, agreement, gold_utility, hire
 from rlhf.demo.pretrain import CHUNK, CONTEXT, Size, make_tokenizer, pretrain
 from rlhf.demo.world import STOP_WORD, Instruction, World, answer_page
 from rlhf.evaluate import pretraining_loss, win_rate
+from rlhf.files import write_whole
 from rlhf.loading import load_tokenizer
 from rlhf.models import LanguageModel, ScalarModel
 from rlhf.processes import Processes

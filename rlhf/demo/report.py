@@ -12,6 +12,8 @@ matplotlib.use("Agg")  # no display is needed to write a file
 import matplotlib.pyplot as plt
 from rich.table import Table
 
+from rlhf.rates import Rate
+from rlhf.report import draw_win_rates
 from rlhf.tables import markdown_table
 from rlhf.training import console
 
@@ -118,19 +120,11 @@ def page(figures: dict[str, Any], rows: list[list[str]]) -> str:
 
 def plot_win_rates(path: Path, figures: dict[str, Any]) -> None:
     """Plots win rates against the SFT model with their intervals, as in the paper's Figure 1."""
-    rates = figures["win_rate_vs_sft"]
     order = ["base", "base_few_shot", "large_base", "ppo", "ppo_ptx"]
+    rates = [Rate(**figures["win_rate_vs_sft"][name]) for name in order]
     figure, axes = plt.subplots(figsize=(6.5, 3.2))
-    for y, name in enumerate(order):
-        rate = rates[name]
-        colour = COLOURS.get(name, "tab:gray")
-        axes.barh(y, rate["rate"], color=colour, alpha=0.8)
-        axes.plot([rate["low"], rate["high"]], [y, y], color="black", linewidth=2)
-        axes.text(max(rate["high"], 0.02) + 0.01, y, f"{rate['rate']:.0%}", va="center", fontsize=9)
-    axes.axvline(0.5, color="black", linestyle="--", linewidth=1)
+    draw_win_rates(axes, [NAMES[name] for name in order], rates, [COLOURS.get(name, "tab:gray") for name in order])
     axes.text(0.51, len(order) - 0.45, "SFT", fontsize=9)
-    axes.set_yticks(range(len(order)), [NAMES[name] for name in order])
-    axes.set_xlim(0, 1)
     axes.set_ylim(-0.6, len(order) - 0.1)
     axes.set_xlabel("win rate against SFT, 95 % interval")
     save(figure, path)

@@ -12,6 +12,7 @@ import uvicorn
 from rich.console import Console
 
 from rlhf.config import LabelConfig
+from rlhf.files import write_whole
 from rlhf.label.app import make_app
 from rlhf.label.export import records
 from rlhf.label.guard import is_local
@@ -63,14 +64,10 @@ def write_export(store: Store, target: Path) -> None:
         raise ConfigError(f"export: {target} is there, and is no file")
     if target.resolve().name.startswith(store.path.name) and target.resolve().parent == store.path.resolve().parent:
         raise ConfigError(f"export: {target} is where the answers are kept")
-    temporary = target.with_name(target.name + ".tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in found)
-        temporary.replace(target)
+        write_whole(target, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in found))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ConfigError(f"export: {target} can't be written: {error}") from error
     console.print(f"label: {len(found)} records in [bold]{target}[/]")
 
@@ -89,7 +86,7 @@ def serve(store: Store, config: LabelConfig, listening: socket.socket) -> None:
     token = None if is_local(config.host) else store.keep("token", secrets.token_urlsafe(24))
     seed = int(store.keep("seed", str(config.seed)))  # kept, since answers are put back into order by it
     app = make_app(store, config.task, labels_per_prompt=config.labels_per_prompt, seed=seed, token=token)
-    where = f"http://{name_of(config.host)}:{listening.getsockname()[1]}/" + (f"?token={token}" if token else "")
+    where = f"http://{host_in_url(config.host)}:{listening.getsockname()[1]}/" + (f"?token={token}" if token else "")
     console.print(f"label: {store.count()} prompts at [bold]{where}[/]; Ctrl-C ends", soft_wrap=True, highlight=False)
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=3))
     with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises anew once it has ended in order
@@ -98,7 +95,7 @@ def serve(store: Store, config: LabelConfig, listening: socket.socket) -> None:
     console.print(f"label: {answers} answers in [bold]{store.path}[/]; the same command goes on")
 
 
-def name_of(host: str) -> str:
+def host_in_url(host: str) -> str:
     """The name by which a browser reaches an address that is listened on."""
     if host in ("127.0.0.1", "localhost"):
         return "localhost"

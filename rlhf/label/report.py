@@ -75,9 +75,7 @@ def labellers(answers: Sequence[Answer]) -> str:
         )
         seconds = f"{median(each.seconds for each in own):.0f} s" if own else "–"
         changed = sum(each.changes > 0 for each in own)
-        rows.append(
-            [cell(name), str(len(own)), str(changed), seconds, "–" if found is None else str(found), skipped or "–"]
-        )
+        rows.append([name, str(len(own)), str(changed), seconds, "–" if found is None else str(found), skipped or "–"])
     return markdown_table(
         ["labeller", "answers", "changed", "median time", "agreement with the others", "skipped"], rows
     )
@@ -109,17 +107,12 @@ def models(store: Store, given: Sequence[Answer]) -> str | None:
             outcomes[one, other].append(0.5 if first == second else float(first < second))
     if not marks:
         return None
-    rows = [[f"mean mark of {cell(name)}", f"{mean(values):.2f}"] for name, values in marks.items()]
+    rows = [[f"mean mark of {name}", f"{mean(values):.2f}"] for name, values in marks.items()]
     rates: dict[tuple[str, str], Rate] = {names: win_rate(values) for names, values in outcomes.items()}
-    rows += [[f"{cell(one)} is preferred to {cell(other)}", str(rate)] for (one, other), rate in rates.items()]
+    rows += [[f"{one} is preferred to {other}", str(rate)] for (one, other), rate in rates.items()]
     return markdown_table(["", ""], rows)
 
 
 def is_text(value: Any) -> bool:
     """Whether a value is a text, as a model's name must be."""
     return isinstance(value, str)
-
-
-def cell(text: str) -> str:
-    """A text that ends no cell of a table."""
-    return text.replace("|", "\\|")

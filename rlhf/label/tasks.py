@@ -13,11 +13,11 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 from rlhf.fields import DataError, counted, field_error, typed
-from rlhf.records import ANSWER_FIELDS, Data, prompt_record
+from rlhf.records import Data, further_fields, prompt_record
 from rlhf.sources import Record, sources
 from rlhf.turns import Completion, Prompt, answer, prompt
 
@@ -60,19 +60,18 @@ def task(record: Record, where: str, kind: Kind) -> dict[str, Any]:
     try:
         if kind == "demonstration":
             found = prompt_record(record, where)
-            made = {"prompt": found.prompt, **further(found.extra)}
+            made = {"prompt": found.prompt, **further_fields(found.extra)}
         else:
-            made = {"prompt": prompt(record, where), "completions": completions(record, where, kind), **further(record)}
+            made = {
+                "prompt": prompt(record, where),
+                "completions": completions(record, where, kind),
+                **further_fields(record),
+            }
         return json.loads(json.dumps(made, allow_nan=False, default=str))
     except ValueError as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{where}: can't be kept as JSON: {error}") from error
-
-
-def further(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a record that are neither its prompt nor answers to it."""
-    return {name: value for name, value in record.items() if name not in ANSWER_FIELDS}
 
 
 def completions(record: Record, where: str, kind: Kind) -> list[Completion]:

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlhf.config import Adam, LengthConfig, PPOConfig, RewardConfig, SFTConfig
+from rlhf.config import Adam, EvaluateConfig, LengthConfig, PPOConfig, RewardConfig, SFTConfig
 from rlhf.demo.pretrain import make_tokenizer
 from rlhf.loading import load_tokenizer
 from rlhf.models import LanguageModel, ScalarModel
@@ -131,6 +131,16 @@ def ppo_config(tmp_path, base, reward_model, data):
             "device": "cpu",
         }
         return PPOConfig(output_dir=str(tmp_path / name), **{"prompts": data.prompts} | settings | options)
+
+    return make
+
+
+@pytest.fixture
+def evaluate_config(tmp_path, base, data):
+    def make(name="out", **options):
+        settings = {"model": base, "baseline": base, "prompts": data.prompts, "device": "cpu", "pretraining_tokens": 16}
+        settings["lengths"] = LengthConfig(max_prompt_tokens=16, max_response_tokens=8)
+        return EvaluateConfig(output_dir=str(tmp_path / name), **settings | options)
 
     return make
 

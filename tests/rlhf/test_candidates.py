@@ -7,10 +7,10 @@ import logging
 
 import pytest
 import torch
-from tools import WORDS, only_line, tiny_gpt2, write_jsonl
+from tools import WORDS, longer, only_line, tiny_gpt2, write_jsonl, written
 from transformers import T5Config, T5ForConditionalGeneration
 
-from rlhf.config import EvaluateConfig, GenerateConfig, LengthConfig
+from rlhf.config import GenerateConfig, LengthConfig
 from rlhf.demo.pretrain import make_tokenizer
 from rlhf.evaluate import evaluate, generate
 from rlhf.judges import RewardModelJudge
@@ -50,21 +50,6 @@ def t5(tmp_path_factory, tokenizer):
     return str(directory)
 
 
-@pytest.fixture
-def make(tmp_path, base, data):
-    def config(name="out", **options):
-        settings = {"model": base, "baseline": base, "output_dir": str(tmp_path / name), "prompts": data.prompts}
-        lengths = LengthConfig(max_prompt_tokens=16, max_response_tokens=8)
-        return EvaluateConfig(**settings | {"lengths": lengths, "device": "cpu", "pretraining_tokens": 16} | options)
-
-    return config
-
-
-def written(config):
-    with open(f"{config.output_dir}/completions.jsonl") as file:
-        return [json.loads(line) for line in file]
-
-
 def reward_of(reward_model, prompt, response):
     """What the reward model makes of a completion's last token, which for transformers would not be padding."""
     scorer = ScalarModel.load(reward_model).eval()
@@ -73,7 +58,7 @@ def reward_of(reward_model, prompt, response):
         return scorer.head(scorer.inner(input_ids=ids).last_hidden_state[0, -1]).item() + scorer.bias
 
 
-def test_another_tokenizer(make, foreign, base, reward_model, data, caplog, monkeypatch):
+def test_another_tokenizer(evaluate_config, foreign, base, reward_model, data, caplog, monkeypatch):
     """The judge reads the text in its own tokens. There is no KL, nor a tax."""
     given, judge = [], RewardModelJudge.judge
     monkeypatch.setattr(
@@ -82,7 +67,7 @@ def test_another_tokenizer(make, foreign, base, reward_model, data, caplog, monk
         lambda self, prompts, *answers: given.append(answers) or judge(self, prompts, *answers),
     )
     long = {"lengths": LengthConfig(max_prompt_tokens=16, max_response_tokens=20), "judge": reward_model}
-    config = make(model=foreign, pretraining_data=data.texts, **long)
+    config = evaluate_config(model=foreign, pretraining_data=data.texts, **long)
     with caplog.at_level(logging.WARNING):
         figures = evaluate(config)
     assert f"{foreign}: has no alignment tax, since its tokens are not those of the baseline" in caplog.messages
@@ -101,17 +86,17 @@ def test_another_tokenizer(make, foreign, base, reward_model, data, caplog, monk
         )
         assert record["outcomes"] == [0.5 if read == baseline.responses[i] else float(a > b)]
     # Which is judged does not depend on which of the two has the judge's tokenizer.
-    turned = evaluate(make("turned", model=base, baseline=foreign, **long))
+    turned = evaluate(evaluate_config("turned", model=base, baseline=foreign, **long))
     assert turned["models"][0]["win_rate"]["rate"] == pytest.approx(1 - mine["win_rate"]["rate"])
     assert turned["baseline"]["reward"] == pytest.approx(mine["reward"], abs=1e-5)
 
 
-def test_encoder_decoder(make, t5, base, reward_model, tmp_path, data):
+def test_encoder_decoder(evaluate_config, t5, base, reward_model, tmp_path, data):
     """What it says, most likely token by most likely token, is what transformers has it say to each prompt alone."""
-    config = make(model=t5, judge=reward_model)
+    config = evaluate_config(model=t5, judge=reward_model)
     figures = evaluate(config)
     assert figures["models"][0].keys() == {"name", "win_rate", "judged", "reward"}
-    assert figures == evaluate(make("again", model=t5, judge=reward_model))
+    assert figures == evaluate(evaluate_config("again", model=t5, judge=reward_model))
     lengths = LengthConfig(max_prompt_tokens=16, max_response_tokens=8)
     path = generate(
         GenerateConfig(
@@ -128,7 +113,7 @@ def test_encoder_decoder(make, t5, base, reward_model, tmp_path, data):
         said.add(record["completions"][0])
     assert len(said) > 3
     with pytest.raises(ConfigError, match="pretraining_data: is given, but the baseline has an encoder"):
-        evaluate(make(baseline=t5, pretraining_data=data.texts))
+        evaluate(evaluate_config(baseline=t5, pretraining_data=data.texts))
 
 
 def test_encoder_decoder_samples_differ(t5, data, tmp_path):
@@ -148,18 +133,18 @@ def test_encoder_decoder_samples_differ(t5, data, tmp_path):
     assert sum(len(set(record["completions"])) > 1 for record in records) > 20
 
 
-def test_conversations_for_an_encoder(make, t5, base, tmp_path):
+def test_conversations_for_an_encoder(evaluate_config, t5, base, tmp_path):
     user = {"role": "user", "content": "w01 w02"}
     prompts = write_jsonl(tmp_path / "talk.jsonl", [{"prompt": [user, {"role": "assistant", "content": "w03"}, user]}])
     with pytest.raises(ValueError, match=r"talk.jsonl:1: field 'prompt': is a conversation, which \w+ has no way"):
-        evaluate(make(model=t5, baseline=t5, prompts=prompts))
+        evaluate(evaluate_config(model=t5, baseline=t5, prompts=prompts))
 
 
-def test_prefix(make, base, other_model, reward_model, data, tmp_path):
+def test_prefix(evaluate_config, base, other_model, reward_model, data, tmp_path):
     """The model says what it says to prompts with the prefix. The judge does not see it."""
     prefix = tmp_path / "prefix.txt"
     prefix.write_text("w10 w11 w12 \n")
-    config = make(model=other_model, baseline_prefix=str(prefix), judge=reward_model)
+    config = evaluate_config(model=other_model, baseline_prefix=str(prefix), judge=reward_model)
     figures = evaluate(config)
     assert figures["baseline"]["name"] == f"{base} after {prefix}"
     with open(data.prompts) as file:
@@ -173,27 +158,27 @@ def test_prefix(make, base, other_model, reward_model, data, tmp_path):
     records = written(config)
     assert [record["completions"][1] for record in records] == expected
     assert [record["prompt"] for record in records] == prompts
-    plain = evaluate(make("plain", model=other_model, judge=reward_model))
-    assert [r["completions"][0] for r in written(make("plain"))] == [r["completions"][0] for r in records]
+    plain = evaluate(evaluate_config("plain", model=other_model, judge=reward_model))
+    assert [r["completions"][0] for r in written(evaluate_config("plain"))] == [r["completions"][0] for r in records]
     assert plain["models"][0]["reward"] == figures["models"][0]["reward"], "the judge has seen the prefix"
     assert plain["models"][0]["kl"] != pytest.approx(figures["models"][0]["kl"], rel=1e-3)
 
-    one_each = evaluate(make("each", model=[base, base], prefix=["", str(prefix)]))
+    one_each = evaluate(evaluate_config("each", model=[base, base], prefix=["", str(prefix)]))
     assert [each["name"] for each in one_each["models"]] == [base, f"{base} after {prefix}"]
     assert [each["kl"] == 0 for each in one_each["models"]] == [True, False]
     with pytest.raises(ConfigError, match="prefix: there are 2 for 1 models; give one for all, or one for each"):
-        evaluate(make("each", prefix=[str(prefix)] * 2))
-    both = evaluate(make("both", prefix=str(prefix), baseline_prefix=str(prefix), judge=reward_model))
+        evaluate(evaluate_config("each", prefix=[str(prefix)] * 2))
+    both = evaluate(evaluate_config("both", prefix=str(prefix), baseline_prefix=str(prefix), judge=reward_model))
     assert (both["models"][0]["kl"], both["models"][0]["win_rate"]["rate"]) == (0, 0.5)
 
 
 @pytest.mark.parametrize(("content", "says"), [(None, "can't be read"), ("\n", "is empty"), (b"\xff", "can't be read")])
-def test_bad_prefix(make, tmp_path, content, says):
+def test_bad_prefix(evaluate_config, tmp_path, content, says):
     path = tmp_path / "prefix.txt"
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ConfigError, match=rf"^baseline_prefix: {path} {says}"):
-        evaluate(make(baseline_prefix=str(path)))
+        evaluate(evaluate_config(baseline_prefix=str(path)))
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +190,7 @@ def other_model(tmp_path_factory, tokenizer):
     return str(directory)
 
 
-def test_three_models_in_one_table(rlhf, base, other_model, foreign, t5, reward_model, data, tmp_path, make):
+def test_three_models_in_one_table(rlhf, base, other_model, foreign, t5, reward_model, data, tmp_path, evaluate_config):
     command = ["evaluate", "--baseline", base, "--judge", reward_model, "--prompts", data.prompts, "--device", "cpu"]
     command += ["--lengths.max_prompt_tokens", 16, "--lengths.max_response_tokens", 8]
     code, error = rlhf(
@@ -215,7 +200,7 @@ def test_three_models_in_one_table(rlhf, base, other_model, foreign, t5, reward_
     figures = json.loads((tmp_path / "three/results.json").read_text())
     assert [each["name"] for each in figures["models"]] == [other_model, foreign, t5]
     for each in figures["models"]:
-        [alone] = evaluate(make("alone", model=each["name"], judge=reward_model))["models"]
+        [alone] = evaluate(evaluate_config("alone", model=each["name"], judge=reward_model))["models"]
         assert each.keys() == alone.keys()
         for name, value in alone.items():
             assert each[name] == (value if name == "name" else pytest.approx(value, rel=1e-5))
@@ -226,14 +211,14 @@ def test_three_models_in_one_table(rlhf, base, other_model, foreign, t5, reward_
     assert all(len(r["completions"]) == len(r["models"]) == 4 and len(r["outcomes"]) == 3 for r in records)
 
 
-def test_all_kept_models_of_a_run(make, base, other_model, tmp_path):
+def test_all_kept_models_of_a_run(evaluate_config, base, other_model, tmp_path):
     for number, source in ((20, other_model), (10, base)):
         (tmp_path / f"iteration-{number:06d}").symlink_to(source)
-    figures = evaluate(make(model=str(tmp_path / "iteration-*")))
+    figures = evaluate(evaluate_config(model=str(tmp_path / "iteration-*")))
     assert [each["name"][-6:] for each in figures["models"]] == ["000010", "000020"]
     assert [each["kl"] == 0 for each in figures["models"]] == [True, False]
     with pytest.raises(ModelError, match=r"step-\*: no directory has such a name"):
-        evaluate(make(model=str(tmp_path / "step-*")))
+        evaluate(evaluate_config(model=str(tmp_path / "step-*")))
 
 
 # People ----------------------------------------------------------------------------------------------------------
@@ -248,14 +233,10 @@ def by_length(record, labeller, marks=True):
     )
 
 
-def longer(prompt, a, b):
-    return 0.5 if len(a) == len(b) else float(len(a) > len(b))
-
-
-def test_people_as_judge(make, base, other_model, foreign, tmp_path):
+def test_people_as_judge(evaluate_config, base, other_model, foreign, tmp_path):
     """Two labellers who agree, of whom one gives marks, are the function that they follow."""
     options = {"model": [other_model, foreign]}
-    config = make(**options)
+    config = evaluate_config(**options)
     evaluate(config)
     records = written(config)
     people = write_jsonl(
@@ -263,8 +244,8 @@ def test_people_as_judge(make, base, other_model, foreign, tmp_path):
         [by_length(record, name, marks=name == "Ada") for record in records for name in ("Ada", "Bo")],
     )
     judged, by_function = (
-        evaluate(make("people", judge=people, **options)),
-        evaluate(make("function", judge=longer, **options)),
+        evaluate(evaluate_config("people", judge=people, **options)),
+        evaluate(evaluate_config("function", judge=longer, **options)),
     )
     for i, (mine, expected) in enumerate(zip(judged["models"], by_function["models"], strict=True)):
         assert mine["win_rate"] == expected["win_rate"]
@@ -275,8 +256,8 @@ def test_people_as_judge(make, base, other_model, foreign, tmp_path):
     assert "mean mark" in (tmp_path / "people/report.md").read_text()
 
 
-def test_people_who_differ_and_people_who_skip(make, other_model, tmp_path, caplog):
-    config = make(model=other_model)
+def test_people_who_differ_and_people_who_skip(evaluate_config, other_model, tmp_path, caplog):
+    config = evaluate_config(model=other_model)
     evaluate(config)
     records = [record for record in written(config) if len(set(record["completions"])) > 1][:2]
     first, second = records
@@ -288,23 +269,23 @@ def test_people_who_differ_and_people_who_skip(make, other_model, tmp_path, capl
     ]
     judge = write_jsonl(tmp_path / "people.jsonl", people)
     with caplog.at_level(logging.WARNING):
-        figures = evaluate(make("judged", model=other_model, judge=judge))
+        figures = evaluate(evaluate_config("judged", model=other_model, judge=judge))
     assert f"judge: 38 of 40 completions of {other_model} were not judged" in caplog.messages
     assert figures["models"][0]["win_rate"]["rate"] == pytest.approx((2 / 3 + 0.5) / 2)
     assert figures["models"][0]["judged"] == 2
-    given = [record["outcomes"][0] for record in written(make("judged")) if record["outcomes"] != [None]]
+    given = [record["outcomes"][0] for record in written(evaluate_config("judged")) if record["outcomes"] != [None]]
     assert sorted(given) == pytest.approx([0.5, 2 / 3])
 
 
-def test_people_who_judged_something_else(make, rlhf, other_model, base, tmp_path, data):
-    config = make(model=other_model)
+def test_people_who_judged_something_else(evaluate_config, rlhf, other_model, base, tmp_path, data):
+    config = evaluate_config(model=other_model)
     evaluate(config)
     judge = write_jsonl(tmp_path / "people.jsonl", [by_length(record, "Ada") for record in written(config)])
     with pytest.raises(ConfigError, match=r"has other completions of its prompts than those of .*; give the models"):
-        evaluate(make("seed", model=other_model, judge=judge, seed=4))
+        evaluate(evaluate_config("seed", model=other_model, judge=judge, seed=4))
     other = write_jsonl(tmp_path / "other.jsonl", [{"prompt": "another", "completions": ["x", "y"], "ranks": [1, 2]}])
     with pytest.raises(ConfigError, match=r"judge: .*other.jsonl has none of the 40 prompts"):
-        evaluate(make("none", model=other_model, judge=other))
+        evaluate(evaluate_config("none", model=other_model, judge=other))
     command = [
         "evaluate",
         "--model",
@@ -335,26 +316,26 @@ def test_people_who_judged_something_else(make, rlhf, other_model, base, tmp_pat
     assert (code, "absent.jsonl" in only_line(error)) == (2, True)
 
 
-def test_marks_of_models_that_were_labelled_apart(make, other_model, foreign, tmp_path):
+def test_marks_of_models_that_were_labelled_apart(evaluate_config, other_model, foreign, tmp_path):
     """The baseline's mark is over all that it got, whichever model it was compared with."""
     options = {"model": [other_model, foreign]}
-    evaluate(make(**options))
-    records = written(make(**options))
+    evaluate(evaluate_config(**options))
+    records = written(evaluate_config(**options))
     people = []
     for i, marks in ((0, [6, 7]), (1, [5, 1])):
         for record in records:
             pair = {"prompt": record["prompt"], "completions": [record["completions"][i], record["completions"][2]]}
             people.append({**pair, "ranks": [1, 2], "marks": marks})
-    figures = evaluate(make("judged", judge=write_jsonl(tmp_path / "people.jsonl", people), **options))
+    figures = evaluate(evaluate_config("judged", judge=write_jsonl(tmp_path / "people.jsonl", people), **options))
     one, other = figures["models"]
     assert (one["mark"], other["mark"]) == (pytest.approx(6, abs=0.5), pytest.approx(5, abs=0.5))
     assert figures["baseline"]["mark"] == pytest.approx(4, abs=0.5)
 
 
-def test_an_encoder_decoder_is_sampled_as_the_settings_say(make, t5, data, tmp_path):
+def test_an_encoder_decoder_is_sampled_as_the_settings_say(evaluate_config, t5, data, tmp_path):
     """Neither its generation_config, nor the size of a batch, nor how it was given changes a completion."""
-    plain = evaluate(make(model=t5))
-    records = written(make(model=t5))
+    plain = evaluate(evaluate_config(model=t5))
+    records = written(evaluate_config(model=t5))
     other = tmp_path / "other"
     model = T5ForConditionalGeneration.from_pretrained(t5)
     model.generation_config.update(num_beams=4, min_length=8, no_repeat_ngram_size=2, repetition_penalty=2.0)
@@ -365,33 +346,33 @@ def test_an_encoder_decoder_is_sampled_as_the_settings_say(make, t5, data, tmp_p
         ("batches", {"model": t5, "batch_size": 3}),
         ("object", {"model": T5ForConditionalGeneration.from_pretrained(t5)}),
     ]:
-        figures = evaluate(make(name, **options))
+        figures = evaluate(evaluate_config(name, **options))
         assert figures["prompts"] == plain["prompts"]
-        assert [r["completions"] for r in written(make(name))] == [r["completions"] for r in records], name
+        assert [r["completions"] for r in written(evaluate_config(name))] == [r["completions"] for r in records], name
 
 
-def test_prefixes_that_cannot_be(make, base, t5, reward_model, tmp_path):
+def test_prefixes_that_cannot_be(evaluate_config, base, t5, reward_model, tmp_path):
     prefix = tmp_path / "prefix.txt"
     prefix.write_text("w01 " * 70)
     with pytest.raises(ConfigError, match=rf"prefix: has 70 tokens for {base} after .*, whose context is 64"):
-        evaluate(make(prefix=str(prefix)))
+        evaluate(evaluate_config(prefix=str(prefix)))
     prefix.write_text("w01 " * 54)
     with pytest.raises(ValueError, match=rf"field 'prompt': has 5\d tokens, which .* \({base} after {prefix}\)"):
-        evaluate(make(prefix=str(prefix)))
+        evaluate(evaluate_config(prefix=str(prefix)))
     user = write_jsonl(tmp_path / "user.jsonl", [{"prompt": [{"role": "user", "content": "w01 w02"}]}])
-    path = evaluate(make(model=t5, baseline=t5, prefix=str(prefix), prompts=user))
+    path = evaluate(evaluate_config(model=t5, baseline=t5, prefix=str(prefix), prompts=user))
     assert path["prompts"] == 1
     with pytest.raises(ModelError, match="is a reward model, which writes nothing"):
-        evaluate(make(model=reward_model))
+        evaluate(evaluate_config(model=reward_model))
 
 
-def test_names(make, base, other_model, monkeypatch, tmp_path):
+def test_names(evaluate_config, base, other_model, monkeypatch, tmp_path):
     """Each row has a name of its own, and a directory may have any."""
     monkeypatch.chdir(tmp_path)
     for name in ("a", "a (2)", "x[1]", "$a_^$"):
         (tmp_path / name).symlink_to(base)
     models = ["a", "a (2)", "a", "a", "x[1]", "$a_^$"]
-    figures = evaluate(make(model=models, baseline="a", judge=longer))
+    figures = evaluate(evaluate_config(model=models, baseline="a", judge=longer))
     names = [each["name"] for each in (*figures["models"], figures["baseline"])]
     assert names == ["a", "a (2)", "a (3)", "a (4)", "x[1]", "$a_^$", "a (5)"]
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from tools import write_jsonl
+from tools import longer, write_jsonl, written
 
 from rlhf import evaluate as evaluation
 from rlhf.checkpoints import RunError
@@ -32,24 +32,11 @@ def other(tmp_path_factory, base):
 
 
 @pytest.fixture
-def make(tmp_path, base, other, data):
+def make(evaluate_config, other):
     def config(**options):
-        settings = {"model": other, "baseline": base, "output_dir": str(tmp_path / "out"), "prompts": data.prompts}
-        lengths = LengthConfig(max_prompt_tokens=16, max_response_tokens=8)
-        return EvaluateConfig(**settings | {"lengths": lengths, "device": "cpu", "pretraining_tokens": 16} | options)
+        return evaluate_config(**{"model": other} | options)
 
     return config
-
-
-def written(config):
-    with open(f"{config.output_dir}/completions.jsonl") as file:
-        return [json.loads(line) for line in file]
-
-
-def longer(prompt, a, b):
-    """A judge that prefers the longer answer."""
-    assert prompt
-    return 0.5 if len(a) == len(b) else float(len(a) > len(b))
 
 
 @pytest.mark.parametrize(
@@ -292,12 +279,12 @@ def test_generate_keeps_further_fields(generation, tmp_path):
     """An id is kept, and so are the tools that the prompt was written with, but not the answers of another model."""
     records = [{"prompt": f"w0{i}", "id": i, "source": {"page": i}, "completions": ["w01", "w02"]} for i in range(3)]
     path = generate(generation(prompts=write_jsonl(tmp_path / "prompts.jsonl", records)))
-    for record, written in zip(records, map(json.loads, path.read_text().splitlines()), strict=True):
-        assert written["completions"] != record["completions"]
-        assert {name: written[name] for name in ("prompt", "id", "source")} == {
+    for record, line in zip(records, map(json.loads, path.read_text().splitlines()), strict=True):
+        assert line["completions"] != record["completions"]
+        assert {name: line[name] for name in ("prompt", "id", "source")} == {
             name: record[name] for name in ("prompt", "id", "source")
         }
-        assert set(written) == set(record)
+        assert set(line) == set(record)
 
 
 def test_generate_keeps_the_order_of_prompts(generation, data):

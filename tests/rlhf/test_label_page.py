@@ -137,7 +137,7 @@ def test_a_labeller_ranks(serve, browse):
     keyboard.press("Enter")
     assert page.locator("#error").text_content() == "A rank is missing: A, B, C, D."
     for i, rank in enumerate([3, 1, 2, 1]):
-        press_until(page, f".card[data-index='{i}'] select", "Tab" if i == 0 else None)
+        press_until(page, f".card[data-index='{i}'] select")
         keyboard.press(str(rank))
         assert page.evaluate("document.activeElement.value") == str(rank)
     press_until(page, "button.main")
@@ -187,15 +187,13 @@ def test_a_labeller_ranks(serve, browse):
         assert 0 < record["seconds"] < 600
 
 
-def press_until(page, selector, key="Tab"):
-    """Presses a key until an element has the focus. None: it has it after the last change."""
-    if key is None:
-        key = "Tab"
+def press_until(page, selector):
+    """Presses Tab until an element has the focus."""
     for _ in range(80):
         if page.evaluate("s => document.activeElement.matches(s)", selector):
             return
-        page.keyboard.press(key)
-    raise AssertionError(f"{selector} can't be reached by {key}")
+        page.keyboard.press("Tab")
+    raise AssertionError(f"{selector} can't be reached by Tab")
 
 
 def test_touch(serve, browse):

@@ -33,6 +33,18 @@ def model_files(directory):
     return {name: (directory / "model" / name).read_bytes() for name in ("model.safetensors", "config.json")}
 
 
+def written(config):
+    """The completions that an evaluation wrote."""
+    with open(f"{config.output_dir}/completions.jsonl") as file:
+        return [json.loads(line) for line in file]
+
+
+def longer(prompt, a, b):
+    """A judge that prefers the longer answer."""
+    assert prompt
+    return 0.5 if len(a) == len(b) else float(len(a) > len(b))
+
+
 def tiny_gpt2(vocabulary, eos, **options):
     settings = {"n_positions": CONTEXT, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.1} | options
     return GPT2LMHeadModel(GPT2Config(vocab_size=vocabulary, bos_token_id=eos, eos_token_id=eos, **settings))
