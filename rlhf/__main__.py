@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from typing import NoReturn
 
 from rlhf import interrupts
 
@@ -32,5 +34,20 @@ def main() -> int:
         return 2
 
 
+def start() -> NoReturn:
+    """Runs the command line and ends the program."""
+    status = main()
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        # A thread of gloo that wants the GIL, to let go of a tensor, while Python is taken down aborts the process.
+        # Such threads can't be joined: torch's caches keep the group to the end.
+        if status == 0:
+            distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    start()

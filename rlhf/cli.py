@@ -311,6 +311,6 @@ def run_stage(
 
 
 if __name__ == "__main__":
-    from rlhf.__main__ import main as start
+    from rlhf.__main__ import start
 
-    sys.exit(start())
+    start()

@@ -52,6 +52,34 @@ def test_processes_that_cannot_be_joined(base, data, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+ENDS_FIRST = """
+import atexit, ctypes, os, time
+if os.environ["RANK"] == "0":
+    atexit.register(ctypes.PyDLL(None).sleep, 6)  # the last thing before Python is taken down, and with the GIL held
+import accelerate, torch
+import torch.distributed as dist
+from rlhf import __main__ as command
+
+accelerate.Accelerator(cpu=True).wait_for_everyone()
+shares, own = [torch.ones(1), torch.ones(1)], torch.ones(1)
+if os.environ["RANK"] == "0":
+    dist.all_gather(shares, own, async_op=True)
+    command.main = lambda: 1
+    command.start()
+time.sleep(3)
+try:
+    dist.all_gather(shares, own)
+except RuntimeError:
+    pass  # the other process has ended
+os._exit(0)
+"""
+
+
+def test_ends_while_a_collective_is_under_way():
+    """Gloo's thread, which lets go of its tensors last, may wait for the GIL when Python is taken down."""
+    assert [status for _, status, _ in together(code=ENDS_FIRST)] == [1, 0]
+
+
 def test_two_processes_sample_what_one_does(rlhf, base, reward_model, data, tmp_path):
     """An episode is drawn with its number in the run, whichever process draws it. No device is named."""
     options = ["ppo", "--policy", base, "--reward_model", reward_model, "--prompts", data.prompts]

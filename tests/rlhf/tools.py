@@ -95,7 +95,7 @@ import json, os, sys
 import torch
 torch.set_num_threads(1)
 from rlhf import sharding, training
-from rlhf.__main__ import main
+from rlhf import __main__ as command
 
 held = []
 def place(model, *arguments, _place=sharding.place):
@@ -116,10 +116,13 @@ if stop := os.environ.get("STOP_AFTER"):
                 os._exit(0)
             yield step
     training.Run.steps = steps
-status = main()
-if status == 0:
-    print(json.dumps(held))
-sys.exit(status)
+def main(_main=command.main):
+    status = _main()
+    if status == 0:
+        print(json.dumps(held))
+    return status
+command.main = main
+command.start()
 """
 
 
@@ -129,8 +132,8 @@ def free_port():
         return found.getsockname()[1]
 
 
-def begin_together(*arguments, processes=2, **environment):
-    """Starts the command as torchrun would."""
+def begin_together(*arguments, processes=2, code=CODE, **environment):
+    """Starts the command, or another program, as torchrun would."""
     environment = os.environ | {
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
@@ -140,7 +143,7 @@ def begin_together(*arguments, processes=2, **environment):
     } | environment  # fmt: skip
     return [
         subprocess.Popen(
-            [sys.executable, "-c", CODE, *map(str, arguments)],
+            [sys.executable, "-c", code, *map(str, arguments)],
             env=environment | {"RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(processes)},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
