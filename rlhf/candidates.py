@@ -18,6 +18,7 @@ from rlhf.encoder_decoder import EncoderDecoder
 from rlhf.fields import DataError
 from rlhf.loading import (
     ModelError,
+    check_embedded,
     check_same_tokenizer,
     context_length,
     end_token_ids,
@@ -78,9 +79,11 @@ class Candidate:
     def read(self, records: Sequence[PromptRecord], lengths: LengthConfig) -> list[PromptExample]:
         """The prompts in the model's tokens, with its prefix. Those over the limit without it are left out."""
         try:
-            return self._read(records, lengths)
+            examples = self._read(records, lengths)
         except DataError as error:
             raise DataError(f"{error} ({self.name})") from error
+        check_embedded(self.tokenizer, (example.group for example in examples), self.source)
+        return examples
 
     def _read(self, records: Sequence[PromptRecord], lengths: LengthConfig) -> list[PromptExample]:
         context = self.context

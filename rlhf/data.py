@@ -95,6 +95,11 @@ class PromptExample:
     extra: dict[str, Any] = field(default_factory=dict)
     """The record's further fields."""
 
+    @property
+    def group(self) -> Group:
+        """The prompt, as yet without responses."""
+        return Group(self.prompt_ids, [])
+
 
 def tokenize_demonstrations(
     records: Sequence[Demonstration], tokenizer: PreTrainedTokenizerBase, limits: Limits

@@ -33,7 +33,7 @@ from rlhf.data import PromptExample, read_prompts, read_texts, tokenize_texts
 from rlhf.encoder_decoder import EncoderDecoder
 from rlhf.files import write_whole
 from rlhf.judges import Answers, Judgment, RewardModelJudge, load_judge
-from rlhf.loading import ModelError, check_context, name_of
+from rlhf.loading import ModelError, check_context, check_embedded, name_of
 from rlhf.models import LanguageModel
 from rlhf.objects import described
 from rlhf.processes import Processes
@@ -170,7 +170,10 @@ def read_chunks(config: EvaluateConfig, everyone: Sequence[Candidate]) -> torch.
         if each not in sharing:
             logger.warning("%s: has no alignment tax, since its tokens are not those of the baseline", each.name)
     check_context("pretraining_tokens", config.pretraining_tokens, *(each.source for each in sharing))
-    return tokenize_texts(texts, baseline.tokenizer, length=config.pretraining_tokens)
+    chunks = tokenize_texts(texts, baseline.tokenizer, length=config.pretraining_tokens)
+    groups = (Group(chunk, []) for chunk in chunks.tolist())
+    check_embedded(baseline.tokenizer, groups, *(each.source for each in sharing))
+    return chunks
 
 
 def load_tasks(config: EvaluateConfig, processes: Processes) -> Any:

@@ -25,7 +25,7 @@ from rlhf.config import EvaluateConfig, LengthConfig
 from rlhf.data import Limits, PromptExample, PromptRecord, tokenize_prompts
 from rlhf.fields import check_rank, field_error, type_and_line, typed
 from rlhf.functions import load_function
-from rlhf.loading import ModelError, check_reward_config, context_length, load_config, other_tokenizer
+from rlhf.loading import ModelError, check_embedded, check_reward_config, context_length, load_config, other_tokenizer
 from rlhf.models import ScalarModel
 from rlhf.objects import is_function
 from rlhf.processes import Processes
@@ -84,7 +84,9 @@ class RewardModelJudge:
 
     def read(self, records: Sequence[PromptRecord], lengths: LengthConfig) -> list[PromptExample]:
         """The prompts in the reward model's tokens, without any prefix."""
-        return tokenize_prompts(records, self.tokenizer, Limits(**asdict(lengths), context_length=self.limit))
+        examples = tokenize_prompts(records, self.tokenizer, Limits(**asdict(lengths), context_length=self.limit))
+        check_embedded(self.tokenizer, (example.group for example in examples), self.source)
+        return examples
 
     def load(self) -> None:
         """Reads the weights."""

@@ -10,7 +10,7 @@ import contextlib
 import copy
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -32,6 +32,7 @@ from transformers.activations import FastGELUActivation, NewGELUActivation
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.utils import find_adapter_config_file
 
+from rlhf.batch import Group
 from rlhf.data import turn_end
 from rlhf.errors import UserError
 from rlhf.fields import first_line
@@ -189,6 +190,22 @@ def context_length(config: Any) -> int:
 def shared_context(*sources: ModelSource | None) -> int:
     """How many tokens all of the given models can see. None stands for a model that is not used."""
     return min(context_length(load_config(source)) for source in sources if source is not None)
+
+
+def check_embedded(tokenizer: PreTrainedTokenizerBase, groups: Iterable[Group], *sources: ModelSource) -> None:
+    """Raises if a model has no embedding for a token of the data: the tokenizer has got tokens that the model has not.
+
+    That the tokenizer has more of them than the model is no error by itself: Gemma 3's text models lack an image's.
+    """
+    highest = max((max(ids) for group in groups for ids in (group.prompt, *group.responses) if len(ids)), default=0)
+    for source in sources:
+        size = getattr(load_config(source).get_text_config(), "vocab_size", None)
+        if size is not None and highest >= size:
+            token = tokenizer.convert_ids_to_tokens(highest)
+            raise ModelError(
+                f"{name_of(source)}: has embeddings for {size} tokens, and the data has {token!r}, number {highest} of "
+                "the tokenizer; resize them (the model's resize_token_embeddings), and save the model again"
+            )
 
 
 def check_context(setting: str, tokens: int, *sources: ModelSource) -> None:

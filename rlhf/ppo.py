@@ -32,6 +32,7 @@ from rlhf.config import PPOConfig, warmup_from_tenth
 from rlhf.data import Limits, PromptExample, read_prompts, read_texts, tokenize_prompts
 from rlhf.loading import (
     check_context,
+    check_embedded,
     check_reward_config,
     check_same_tokenizer,
     end_token_ids,
@@ -116,6 +117,8 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
     if texts:
         check_context("pretraining_tokens", config.pretraining_tokens, config.policy)
     pretraining = pretraining_examples(texts, tokenizer, config.pretraining_tokens) if texts else []
+    groups = [each.group for each in prompts] + [each.group for each in pretraining]
+    check_embedded(tokenizer, groups, config.policy, source)
 
     run = Run("ppo", config, resume=resume)
     if run.finished:

@@ -33,7 +33,7 @@ from rlhf.data import (
     tokenize_comparisons,
     tokenize_demonstrations,
 )
-from rlhf.loading import load_tokenizer, shared_context
+from rlhf.loading import check_embedded, load_tokenizer, shared_context
 from rlhf.models import ScalarModel, unwrap
 from rlhf.sharding import Passes
 from rlhf.training import (
@@ -56,6 +56,8 @@ def train(config: RewardConfig, *, resume: bool = False) -> Path:
     limits = Limits(**asdict(config.lengths), context_length=shared_context(config.model))
     comparisons = tokenize_comparisons(records, tokenizer, limits)
     demonstrations = tokenize_demonstrations(demonstration_records, tokenizer, limits) if demonstration_records else []
+    groups = [each.group for each in comparisons] + [each.group for each in demonstrations]
+    check_embedded(tokenizer, groups, config.model)
     training, held_out = hold_out(len(comparisons), config.held_out_fraction, config.seed)
 
     run = Run("reward", config, resume=resume)

@@ -28,7 +28,7 @@ from rlhf.data import (
     tokenize_demonstrations,
     tokenize_texts,
 )
-from rlhf.loading import check_context, load_tokenizer, shared_context
+from rlhf.loading import check_context, check_embedded, load_tokenizer, shared_context
 from rlhf.models import LanguageModel, unwrap
 from rlhf.training import (
     Run,
@@ -54,6 +54,7 @@ def train(config: SFTConfig, *, resume: bool = False) -> Path:
     if texts:
         check_context("pretraining_tokens", config.pretraining_tokens, config.model)
     pretraining = pretraining_examples(texts, tokenizer, config.pretraining_tokens) if texts else []
+    check_embedded(tokenizer, (example.group for example in [*examples, *pretraining]), config.model)
 
     run = Run("sft", config, resume=resume)
     if run.finished:

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from tools import WORDS, tiny_gpt2
+from tools import WORDS, only_line, tiny_gpt2, write_jsonl
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -25,10 +25,11 @@ from transformers import (
 )
 
 from rlhf import ppo
-from rlhf.batch import groups_of_one
+from rlhf.batch import Group, groups_of_one
 from rlhf.demo.pretrain import make_tokenizer
 from rlhf.loading import (
     ModelError,
+    check_embedded,
     check_reward_config,
     check_same_tokenizer,
     context_length,
@@ -204,6 +205,48 @@ def test_other_tokenizer_is_refused(base, reward_model, tmp_path, words, says):
         check_same_tokenizer(load_tokenizer(base), base, other)
     assert base in str(error.value)
     assert other in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [
+        ("sft", {"model": "more", "data": "demonstrations"}),
+        ("sft", {"model": "more", "data": "seen", "pretraining_data": "texts", "pretraining_fraction": 0.5}),
+        ("reward", {"model": "more", "data": "comparisons"}),
+        ("ppo", {"policy": "more", "reward_model": "more reward", "prompts": "prompts"}),
+        ("generate", {"model": "more", "prompts": "prompts"}),
+        ("evaluate", {"model": "more", "baseline": "more", "pretraining_data": "texts"}),
+    ],
+)
+def test_a_token_without_an_embedding_is_refused(stage, options, rlhf, base, reward_model, tmp_path):
+    """The tokenizer got a token that the model did not get. Data without it can be used."""
+    more = copy_of(base, tmp_path / "more")
+    tokenizer = load_tokenizer(base)
+    tokenizer.add_tokens("another")
+    tokenizer.save_pretrained(more)
+    scores = copy_of(reward_model, tmp_path / "more reward")
+    shutil.copytree(more, scores, dirs_exist_ok=True, ignore=lambda *_: {"config.json", "model.safetensors"})
+    files = {"more": more, "more reward": scores}
+    for name, record in {
+        "demonstrations": {"prompt": "w00 w01", "completion": "w02 another"},
+        "seen": {"prompt": "w00 w01", "completion": "w02"},
+        "comparisons": {"prompt": "w00", "completions": ["w01", "another w02"], "ranks": [1, 2]},
+        "prompts": {"prompt": "w00 another"},
+        "texts": {"text": "w00 w01 w02 another " * 40},
+    }.items():
+        files[name] = write_jsonl(tmp_path / f"{name}.jsonl", [record] * 4)
+    if "pretraining_data" in options:
+        options = options | {"pretraining_tokens": 16}
+    if "prompts" in options:
+        options = options | {"lengths.max_response_tokens": 8}
+    settings = [word for name, value in options.items() for word in (f"--{name}", files.get(value, value))]
+    status, error = rlhf(stage, *settings, "--output_dir", tmp_path / "run")
+    assert status == 2
+    assert only_line(error) == (
+        f"rlhf {stage}: error: {more}: has embeddings for 57 tokens, and the data has 'another', number 57 of the "
+        "tokenizer; resize them (the model's resize_token_embeddings), and save the model again"
+    )
+    check_embedded(tokenizer, [Group([0, 56], [])], more)
 
 
 def test_other_eos_is_refused(base, tmp_path, tokenizer):
