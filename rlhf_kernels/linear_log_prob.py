@@ -321,14 +321,22 @@ def _operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tens
 
 
 def _gradients_like(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs_hidden: bool, needs_weight: bool
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, needs_hidden: bool, needs_weight: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     def like(operand: Tensor | None, needed: bool) -> Tensor:
         if operand is not None and needed:
-            return operand.new_empty(operand.shape)
+            return operand.new_empty(operand.shape, dtype=dtype)
         return hidden.new_empty(0, dtype=torch.float32)
 
     return like(hidden, needs_hidden), like(weight, needs_weight), like(bias, needs_weight)
+
+
+def _kept(operands: torch.dtype) -> torch.dtype:
+    """What a loss keeps its gradients in until the one that comes in is known.
+
+    That may be a loss scale, to which float16 would have lost everything below 6e-8.
+    """
+    return torch.float32 if operands == torch.float16 else operands
 
 
 @fake("linear_selective_log_softmax")
@@ -349,7 +357,7 @@ def _(
     softcap: float | None, entropies: Tensor, maxima: Tensor, log_sums: Tensor, grad_logprobs: Tensor,
     grad_entropies: Tensor | None, needs_hidden: bool, needs_weight: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    return _gradients_like(hidden, weight, bias, needs_hidden, needs_weight)
+    return _gradients_like(hidden, weight, bias, needs_hidden, needs_weight, hidden.dtype)
 
 
 @fake("linear_ppo_policy_loss")
@@ -361,7 +369,7 @@ def _(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     loss = hidden.new_empty((), dtype=torch.float32)
     statistics = loss.new_empty(len(OPS["linear_ppo_policy_loss"].statistics))
-    return loss, statistics, *_gradients_like(hidden, weight, bias, needs_hidden, needs_weight)
+    return loss, statistics, *_gradients_like(hidden, weight, bias, needs_hidden, needs_weight, _kept(hidden.dtype))
 
 
 @fake("linear_cross_entropy")
@@ -370,7 +378,7 @@ def _(
     softcap: float | None, mean: bool, needs_hidden: bool, needs_weight: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     loss = hidden.new_empty((), dtype=torch.float32)
-    return loss, *_gradients_like(hidden, weight, bias, needs_hidden, needs_weight)
+    return loss, *_gradients_like(hidden, weight, bias, needs_hidden, needs_weight, _kept(hidden.dtype))
 
 
 def _save_rows(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:

@@ -20,6 +20,7 @@ struct Projection {
   int64_t weight_stride;
   const void* bias;  // may be null
   Dtype dtype;
+  Dtype gradients;     // of hidden and weight, as they are kept
   int64_t depth;       // D
   int64_t vocabulary;  // V
   double temperature;

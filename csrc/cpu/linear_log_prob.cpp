@@ -104,6 +104,21 @@ void gradient_over_logits(const Projection& p, float* logits, int64_t index, flo
   }
 }
 
+// Stores a block of sums, or adds it to what is there.
+template <class T>
+void store_block(const float* sums, int64_t rows, int64_t columns, T* to, int64_t stride, bool accumulate) {
+  for (int64_t row = 0; row < rows; ++row) {
+    T* line = to + row * stride;
+    if (accumulate) __builtin_prefetch(line + 4 * stride, 1);
+    for (int64_t i = 0; i < columns; i += kLanes) {
+      const int64_t lanes = std::min(kLanes, columns - i);
+      Vec value = load_lanes(sums + row * kWeightColumns + i, lanes);
+      if (accumulate) value = value + load_lanes(line + i, lanes);
+      store_lanes(line + i, value, lanes);
+    }
+  }
+}
+
 }  // namespace
 
 int64_t tile_rows(const Projection& p) {
@@ -294,7 +309,7 @@ void linear_grad_hidden(const Projection& p, const float* slope_rows, int64_t ro
 
 void store_rows(const Projection& p, const float* sums, const int64_t* rows, void* to, int64_t begin, int64_t end) {
   const FlushDenormals flush;
-  for_dtype(p.dtype, [&](auto* type) {
+  for_dtype(p.gradients, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for (int64_t row = begin; row < end; ++row) {
       T* line = static_cast<T*>(to) + rows[row] * p.depth;
@@ -323,20 +338,13 @@ void linear_grad_weight(const Projection& p, const float* slope_rows, const void
     for (int64_t block = begin; block < end; ++block) {
       const int64_t first = block * block_rows, rows = std::min(block_rows, p.vocabulary - first);
       pack_left(math, slopes + first, 1, slope_stride, rows, count, static_cast<Unit*>(a));
-      T* to = static_cast<T*>(gradient) + first * p.depth;
       for (int64_t column = 0; column < p.depth; column += kWeightColumns) {
         const int64_t columns = std::min(kWeightColumns, p.depth - column);
         multiply<Math>(a, b + column * depth, sums, kWeightColumns, rows, columns, count, false);
-        for (int64_t row = 0; row < rows; ++row) {
-          T* line = to + row * p.depth + column;
-          if (accumulate) __builtin_prefetch(line + 4 * p.depth, 1);
-          for (int64_t i = 0; i < columns; i += kLanes) {
-            const int64_t lanes = std::min(kLanes, columns - i);
-            Vec value = load_lanes(sums + row * kWeightColumns + i, lanes);
-            if (accumulate) value = value + load_lanes(line + i, lanes);
-            store_lanes(line + i, value, lanes);
-          }
-        }
+        for_dtype(p.gradients, [&](auto* kept) {
+          store_block(sums, rows, columns, static_cast<decltype(kept)>(gradient) + first * p.depth + column, p.depth,
+                      accumulate);
+        });
       }
       if (!bias) continue;
       for (int64_t i = 0; i < rows; ++i) {

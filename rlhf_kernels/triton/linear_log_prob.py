@@ -182,21 +182,29 @@ def linear_selective_log_softmax_backward(
 
 
 class Gradients:
-    """The gradients of hidden, weight and bias, from the logits' gradient for parts of the rows and tokens."""
+    """The gradients of hidden, weight and bias, from the logits' gradient for parts of the rows and tokens.
 
-    def __init__(self, rows: Rows, needs_hidden: bool, needs_weight: bool):
-        self.rows = rows
+    With ``boost`` they are kept in float32, and what comes is taken to be that many times too large.
+    """
+
+    def __init__(self, rows: Rows, needs_hidden: bool, needs_weight: bool, boost: Tensor | None = None):
+        self.rows, self.boost = rows, boost
         like = rows.hidden
         new = like.new_empty if len(rows) else like.new_zeros
         self.hidden = new(like.shape, dtype=torch.float32) if needs_hidden else None
         # In the weight's own dtype. When parts go by vocabulary, each entry is one sum, rounded once. When they go by
         # rows, each part is added to the rounded sum of the parts before it.
-        self.weight = new(rows.weight.shape) if needs_weight else None
+        self.weight = new(rows.weight.shape, dtype=self.dtype) if needs_weight else None
         self.bias = (
             like.new_zeros(rows.weight.shape[0], dtype=torch.float32)
             if needs_weight and rows.bias is not None
             else None
         )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the results."""
+        return self.rows.hidden.dtype if self.boost is None else torch.float32
 
     def add(self, slopes: Tensor, rows: slice, tokens: slice) -> None:
         """Adds what these rows and tokens contribute, given their logits' gradient. Parts must come in order."""
@@ -208,12 +216,15 @@ class Gradients:
             self.bias[tokens] += slopes.sum(0, dtype=torch.float32)
 
     def results(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients in the operands' dtype; empty where not needed."""
-        like, rows = self.rows.hidden, self.rows
-        nothing = like.new_empty(0, dtype=torch.float32)
-        hidden = nothing if self.hidden is None else rows.scatter(self.hidden.to(like.dtype))
+        """The gradients; empty where not needed."""
+        rows, nothing = self.rows, self.rows.hidden.new_empty(0, dtype=torch.float32)
+        if self.boost is not None:
+            for gradient in (self.hidden, self.weight, self.bias):
+                if gradient is not None:
+                    gradient /= self.boost
+        hidden = nothing if self.hidden is None else rows.scatter(self.hidden.to(self.dtype))
         weight = nothing if self.weight is None else self.weight
-        bias = nothing if self.bias is None else self.bias.to(like.dtype)
+        bias = nothing if self.bias is None else self.bias.to(self.dtype)
         return hidden, weight, bias
 
 
@@ -306,8 +317,14 @@ def _losses(
     advantages, old, reference = policy or (losses, None, None)
     options = options | {"POLICY": policy is not None, "OLD": old is not None, "REFERENCE": reference is not None}
     advantages, old, reference = (losses if x is None else x for x in (advantages, old, reference))
-    gradients = Gradients(rows, needs_hidden, needs_weight)
     with_gradient = needs_hidden or needs_weight
+    boost = None
+    if with_gradient and count and rows.hidden.dtype == torch.float16:
+        size = torch.where(rows.wanted, advantages.abs(), 0.0).max() if policy else weights.new_ones(())
+        size = size.double() + options["beta"] + abs(options["entropy_coefficient"])
+        boost = boost_of(size * weights.max() / rows.temperature)
+        weights = weights * boost
+    gradients = Gradients(rows, needs_hidden, needs_weight, boost)
     size = max(TILE, WORKSPACE_BYTES // (6 * vocabulary) // TILE * TILE)
     for first in range(0, count, size):
         part = slice(first, min(count, first + size))
@@ -323,7 +340,17 @@ def _losses(
         )  # fmt: skip
         if with_gradient:
             gradients.add(slopes, part, slice(None))
-    return losses, statistics, gradients.results()
+    return losses if boost is None else losses / boost, statistics, gradients.results()
+
+
+def boost_of(largest: Tensor) -> Tensor:
+    """A power of two, by which the logits' gradients are multiplied while they are float16, from the largest of them.
+
+    With weights of one over thousands of tokens, those of improbable tokens would be 0 in float16, whatever loss scale
+    comes later. So the largest is brought to between 32 and 64: a ratio, which is not known yet, can make it a thousand
+    times as large.
+    """
+    return torch.exp2(torch.floor(6 - torch.log2(largest.clamp(1e-30, 1e30))))
 
 
 def linear_cross_entropy(

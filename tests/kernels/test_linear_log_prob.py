@@ -123,6 +123,61 @@ def test_cross_entropy(backend, reduction):
     assert linear_cross_entropy(hidden, weight, labels, reduction=reduction).item() == pytest.approx(expected, rel=1e-5)
 
 
+def gradients_of_float64(hidden, weight, index, slopes):
+    """Of Σ slope · log p, a few rows at a time: what a loss with these slopes has as gradients."""
+    hidden, weight = hidden.double(), weight.double()
+    of_hidden, of_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+    for rows in torch.arange(len(hidden)).split(256):
+        d = -torch.softmax(hidden[rows] @ weight.T, -1)
+        d[torch.arange(len(rows)), index[rows]] += 1
+        d *= slopes[rows, None]
+        of_hidden[rows] = d @ weight
+        of_weight += d.T @ hidden[rows]
+    return of_hidden, of_weight
+
+
+def check_scaled_gradients(loss, rows, vocabulary):
+    """The gradients of float16 operands under a loss scale of 65 536 are the exact ones, to the rounding of that type.
+
+    The gradient of a logit, p / rows, is mostly below the smallest float16 until that factor comes.
+    """
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(rows, 8).half().requires_grad_(), torch.randn(vocabulary, 8).half().requires_grad_()
+    index, advantages = torch.randint(0, vocabulary, (rows,)), torch.randn(rows)
+    with torch.no_grad():
+        logprobs = linear_selective_log_softmax(hidden, weight, index)
+    if loss == "policy":
+        old = logprobs + 0.1 * torch.randn(rows)
+        value, _ = linear_ppo_policy_loss(
+            hidden[None], weight, index[None], old[None], advantages[None], None, clip_range=1.0
+        )
+        slopes = -advantages.double() * (logprobs.double() - old.double()).exp() / rows
+    else:
+        value = linear_cross_entropy(hidden, weight, index)
+        slopes = torch.full((rows,), -1 / rows, dtype=torch.float64)
+    (65_536 * value).backward()
+    exact = gradients_of_float64(hidden.detach(), weight.detach(), index, 65_536 * slopes)
+    for operand, want in zip((hidden, weight), exact, strict=True):
+        assert operand.grad.dtype == torch.float16
+        error = (operand.grad.double() - want).abs()
+        assert error.norm() <= 1e-3 * want.norm()
+        relative = error / want.abs()
+        assert relative.median() <= 2.0**-11  # half a unit in the last place of a float16
+        assert (relative > 1e-2).float().mean() <= 0.03  # where terms cancel
+
+
+@pytest.mark.parametrize("loss", ["policy", "cross-entropy"])
+def test_float16_under_a_loss_scale(backend, loss):
+    check_scaled_gradients(loss, 256, 2000)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not backends.has("cpu"), reason="no native kernels in this install")
+@pytest.mark.parametrize("loss", ["policy", "cross-entropy"])
+def test_float16_under_a_loss_scale_at_full_size(loss):
+    check_scaled_gradients(loss, 8192, 128_256)
+
+
 @pytest.mark.parametrize("shape", [(3,), (0,), (2, 0)])
 def test_nothing_to_learn_from_is_zero_with_zero_gradient(backend, shape):
     hidden, weight = torch.randn(*shape, 6, requires_grad=True), torch.randn(9, 6, requires_grad=True)

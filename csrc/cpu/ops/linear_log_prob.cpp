@@ -64,8 +64,18 @@ struct LinearInputs {
       hidden = some;
     }
     projection = {hidden.const_data_ptr(), hidden.stride(0), weight.const_data_ptr(), weight.stride(0),
-                  bias ? bias->const_data_ptr() : nullptr, dtype_of(hidden), depth, weight.size(0), temperature,
-                  softcap.value_or(0.0)};
+                  bias ? bias->const_data_ptr() : nullptr, dtype_of(hidden), dtype_of(hidden), depth, weight.size(0),
+                  temperature, softcap.value_or(0.0)};
+  }
+
+  // For a loss, whose gradients are made before the one that comes in is known. That may be a loss scale: of float16,
+  // what is below 6e-8 would be lost to it.
+  void keep_exact_gradients() {
+    if (projection.dtype == Dtype::float16) projection.gradients = Dtype::float32;
+  }
+
+  ScalarType gradients_type() const {
+    return projection.gradients == projection.dtype ? weight.scalar_type() : ScalarType::Float;
   }
 
   int64_t count() const { return static_cast<int64_t>(rows.size()); }
@@ -142,8 +152,8 @@ struct LinearGradients {
       : in(inputs), hidden(nothing()), weight(nothing()), bias(nothing()), bias_sums(nothing()), needs(which),
         columns(nothing()), sums(nothing()) {
     // What no row reaches is 0.
-    const auto make = [](const Tensor& like, bool every_row) {
-      return every_row ? empty(sizes(like), like.scalar_type()) : zeros(sizes(like), like.scalar_type());
+    const auto make = [&](const Tensor& like, bool every_row) {
+      return every_row ? empty(sizes(like), in.gradients_type()) : zeros(sizes(like), in.gradients_type());
     };
     if (needs.hidden) hidden = make(like_hidden, in.count() == like_hidden.size(0));
     if (needs.weight) weight = make(like_weight, in.count() > 0);
@@ -186,7 +196,7 @@ struct LinearGradients {
     const int64_t height = divide_up(divide_up(part.vocabulary, least), tile) * tile;
     torch::stable::parallel_for(0, divide_up(part.vocabulary, height), 1, [&](int64_t begin, int64_t end) {
       k.linear_grad_weight(part, slope_rows, columns.const_data_ptr(), count, first > 0,
-                           mutable_data<char>(weight) + token * part.depth * size_of(part.dtype),
+                           mutable_data<char>(weight) + token * part.depth * size_of(part.gradients),
                            in.bias ? mutable_data<float>(bias_sums) + token : nullptr, height, begin, end);
     });
   }
@@ -199,7 +209,7 @@ struct LinearGradients {
   }
 
   std::tuple<Tensor, Tensor, Tensor> done() {
-    if (needs.weight && in.bias) bias = cast(bias_sums, in.bias->scalar_type());
+    if (needs.weight && in.bias) bias = cast(bias_sums, in.gradients_type());
     return {hidden, weight, bias};
   }
 };
@@ -328,7 +338,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(Tensor hidden, T
                                                                 Tensor wanted, OptionalTensor bias, double temperature,
                                                                 std::optional<double> softcap, bool mean,
                                                                 bool needs_hidden, bool needs_weight) {
-  const LinearInputs in(hidden, weight, "labels", labels, Mask("wanted", wanted), bias, temperature, softcap);
+  LinearInputs in(hidden, weight, "labels", labels, Mask("wanted", wanted), bias, temperature, softcap);
+  in.keep_exact_gradients();
   const double scale = mean && in.count() ? 1.0 / static_cast<double>(in.count()) : 1.0;
   const std::vector<double> weights(in.count(), scale);
   const auto [loss, gradients] =
@@ -344,7 +355,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_ppo_policy_loss(
     bool cispo, double entropy_coefficient, std::string reduction, std::optional<double> denominator,
     bool needs_hidden, bool needs_weight) {
   const Mask mask("mask", wanted);
-  const LinearInputs in(hidden, weight, "index", index, mask, bias, temperature, softcap);
+  LinearInputs in(hidden, weight, "index", index, mask, bias, temperature, softcap);
+  in.keep_exact_gradients();
   const int64_t length = wanted.dim() == 2 ? wanted.size(1) : std::max<int64_t>(1, wanted.numel());
   const int64_t count = wanted.dim() == 2 ? wanted.size(0) : 1;
   const Weights weights(mask, count, length, wanted.numel(), reduction, denominator);
