@@ -77,6 +77,31 @@ def number(
     return value
 
 
+def temperature(value: Any, *, zero: bool = False) -> float:
+    """The temperature that a value is: positive, or with ``zero`` not negative, and such that 1/τ is a float32.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: out of range.
+    """
+    value = number("temperature", value, 0.0, exclusive_low=not zero)
+    return value if value == 0 else number("temperature", value, 1e-37, 1e37)
+
+
+def ignore_index(value: Any, index: Tensor) -> int:
+    """The int that a value is, checked to be one of the index's dtype: another would be taken for one that is.
+
+    Raises:
+        TypeError: no int.
+        ValueError: too large.
+    """
+    value = integer("ignore_index", value)
+    limits = torch.iinfo(index.dtype)
+    if not limits.min <= value <= limits.max:
+        raise ValueError(f"ignore_index: is {value}, must be in [{limits.min}, {limits.max}], as {index.dtype} is")
+    return value
+
+
 def integer(name: str, value: Any) -> int:
     """The int that a value is; a bool does not pass for one.
 

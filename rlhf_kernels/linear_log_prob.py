@@ -239,7 +239,7 @@ def linear_cross_entropy(
     checks.choice("reduction", reduction, ("mean", "sum"))
     checks.tensor("labels", labels, checks.INDICES, hidden)
     checks.shape("labels", labels, hidden.shape[:-1], "one entry per row of hidden")
-    ignore_index = checks.integer("ignore_index", ignore_index)
+    ignore_index = checks.ignore_index(ignore_index, labels)
     backend = choose("linear_cross_entropy", hidden, weight, bias)
     wanted = labels != ignore_index
     labels = checks.read_index(backend, "labels", labels, wanted, weight.shape[0])
@@ -266,7 +266,7 @@ def _check_linear(
     if bias is not None:
         checks.tensor("bias", bias, checks.FLOATS, hidden)
         checks.shape("bias", bias, (weight.shape[0],), "one entry per row of weight")
-    temperature = checks.number("temperature", temperature, 0.0, exclusive_low=True)
+    temperature = checks.temperature(temperature)
     if softcap is not None:
         softcap = checks.number("softcap", softcap, 0.0, exclusive_low=True)
     device = hidden.device.type

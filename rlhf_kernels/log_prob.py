@@ -109,10 +109,10 @@ def _check(
 ) -> tuple[float, int]:
     """Returns the temperature and ``ignore_index``."""
     checks.logits(logits)
-    temperature = checks.number("temperature", temperature, 0.0, exclusive_low=True)
+    temperature = checks.temperature(temperature)
     checks.boolean("inplace_backward", inplace_backward)
     if inplace_backward:
-        if logits.requires_grad and logits.is_leaf:
+        if logits.requires_grad and (logits.is_leaf or _is_view_of_a_leaf(logits)):
             raise ValueError(
                 "logits: is a leaf that requires a gradient, must be the output of an op for inplace_backward"
             )
@@ -121,6 +121,12 @@ def _check(
                 f"logits: has strides {logits.stride()}, so that entries share memory, must not for inplace_backward"
             )
     return temperature, check_rows(index, logits, logits.shape[:-1], mask, ignore_index)
+
+
+def _is_view_of_a_leaf(tensor: Tensor) -> bool:
+    """Whether a write into the tensor would be one into a parameter. Compiled code has no views of another's memory."""
+    base = None if torch.compiler.is_compiling() else tensor._base
+    return base is not None and base.is_leaf and base.requires_grad
 
 
 def _share_memory(tensor: Tensor) -> bool:
@@ -142,7 +148,7 @@ def check_rows(index: Tensor, like: Tensor, rows: tuple[int, ...], mask: Tensor 
     checks.shape("index", index, rows, "one entry per row")
     if mask is not None:
         checks.mask("mask", mask, like, rows)
-    return checks.integer("ignore_index", ignore_index)
+    return checks.ignore_index(ignore_index, index)
 
 
 def read_rows(backend: str, index: Tensor, mask: Tensor | None, ignore_index: int, size: int) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ without those nothing is registered with torch here, and eager code calls the Tr
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections import namedtuple
@@ -154,16 +155,16 @@ def call(backend: str, name: str, *inputs: Any) -> Any:
     if derivative is not None and not needs_gradient(*[inputs[at] for at in derivative.variables]):
         derivative = None  # then no result requires a gradient, even if some other input does
     if torch.compiler.is_compiling() and has("cpu"):
-        if derivative is not None:
-            return run_kernel(None, name, *inputs)
-        with torch.no_grad():
+        if forward_ad._current_level >= 0:
+            raise RuntimeError(no_forward_mode(name))
+        # Not without a cause: what torch.func transforms requires no gradient that can be seen here.
+        unused = derivative is None and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+        with torch.no_grad() if unused else contextlib.nullcontext():
             return run_kernel(None, name, *inputs)
     if forward_ad._current_level >= 0:
         tensors = [x for x in inputs if isinstance(x, Tensor)]
         if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-            raise RuntimeError(
-                f"{name} has no forward-mode derivative on this backend; use_backend('reference') has one for most ops"
-            )
+            raise RuntimeError(no_forward_mode(name))
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise RuntimeError(
             f"{name} takes whole batches, and none of torch.func's transforms (vmap, grad) on this backend: give it a "
@@ -172,6 +173,11 @@ def call(backend: str, name: str, *inputs: Any) -> Any:
     if derivative is not None:
         return derivative.function.apply(*inputs, backend)
     return run_kernel(backend, name, *inputs)
+
+
+def no_forward_mode(name: str) -> str:
+    """What a forward-mode derivative is told."""
+    return f"{name} has no forward-mode derivative on this backend; use_backend('reference') has one for most ops"
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -206,6 +212,13 @@ def needs_gradient(*inputs: Any) -> bool:
     return False
 
 
+def _is_one(number: Tensor) -> bool:
+    try:
+        return number.item() == 1
+    except RuntimeError:  # of several gradients at once, as vmap has them
+        return False
+
+
 def scaled(gradient: Tensor, by: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """The saved gradient of a scalar loss, times the gradient that came in.
 
@@ -215,6 +228,6 @@ def scaled(gradient: Tensor, by: Tensor | None, dtype: torch.dtype) -> Tensor | 
     """
     if by is None:
         return None
-    if type(by) is Tensor and by.is_cpu and not torch.compiler.is_compiling() and by.item() == 1:
+    if type(by) is Tensor and by.is_cpu and not torch.compiler.is_compiling() and _is_one(by):
         return gradient if gradient.dtype == dtype else gradient.to(dtype)
     return (gradient * by).to(dtype)

@@ -44,7 +44,7 @@ def sample_tokens(
     """
     checks.logits(logits)
     seed = checks.int64("seed", seed)
-    temperature = checks.number("temperature", temperature, 0.0)
+    temperature = checks.temperature(temperature, zero=True)
     streams, steps = _per_row("stream", stream, logits), _per_row("step", step, logits)
     backend = choose("sample_tokens", logits)
     arguments = (logits.detach(), streams, steps, seed, temperature)

@@ -7,9 +7,11 @@ projection is replaced while it does, by the ``linear_`` op: that is where the l
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -251,7 +253,7 @@ def _run(
     keep = length - 1 if logits_to_keep is None else checks.integer("logits_to_keep", logits_to_keep)
     if not 0 < keep < length:
         raise ValueError(f"logits_to_keep: is {keep}, must be in [1, {length - 1}]")
-    temperature = checks.number("temperature", temperature, 0.0, exclusive_low=True)
+    temperature = checks.temperature(temperature)
     wanted = _wanted(input_ids, mask, **where)[:, -keep:]
     head = Head.of(model)
     _check_once(model, head, input_ids)
@@ -278,7 +280,7 @@ def _wanted(
     input_ids: Tensor, mask: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor | None
 ) -> Tensor:
     """(B, T) bool: the tokens that count, but for the first of each row, which nothing predicts."""
-    wanted = checks.mask("mask", mask, input_ids, input_ids.shape) != 0
+    wanted = checks.read_mask("reference", "mask", checks.mask("mask", mask, input_ids, input_ids.shape))
     if attention_mask is not None and attention_mask.shape == input_ids.shape:
         seen = attention_mask != 0
         wanted = wanted & seen & seen.roll(1, 1)
@@ -288,18 +290,36 @@ def _wanted(
     return wanted
 
 
+_turns: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+_taking_turns = threading.Lock()
+
+
 @contextlib.contextmanager
 def in_place_of(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Has a module run another function as its ``forward``; its hooks, which gather what is sharded, still run."""
-    before = vars(module).get("forward")
-    vars(module)["forward"] = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del vars(module)["forward"]
-        else:
-            vars(module)["forward"] = before
+    """Has a module run another function as its ``forward``; its hooks, which gather what is sharded, still run.
+
+    That is so in this thread. In others the module runs as before, and a replacement there waits for the end of this.
+    """
+    with _taking_turns:
+        turn = _turns.setdefault(module, threading.RLock())
+    with turn:
+        before = vars(module).get("forward")
+        usual = before or partial(type(module).forward, module)
+        thread = threading.get_ident()
+
+        def either(*inputs: Any, **options: Any) -> Any:
+            # A compiler can't ask which thread it is in; what it compiles is called where it was compiled.
+            here = torch.compiler.is_compiling() or threading.get_ident() == thread
+            return (forward if here else usual)(*inputs, **options)
+
+        vars(module)["forward"] = either
+        try:
+            yield
+        finally:
+            if before is None:
+                del vars(module)["forward"]
+            else:
+                vars(module)["forward"] = before
 
 
 class _Tied(torch.autograd.Function):

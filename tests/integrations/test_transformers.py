@@ -6,6 +6,7 @@ import copy
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -225,11 +226,30 @@ def test_models_whose_logits_are_something_else_are_refused(ids):
         ({"labels": torch.ones(2, 12)}, ValueError, "labels: is given, must be left out; no logits are made"),
         ({"return_dict": False}, ValueError, "return_dict: is given, must be left out"),
         ({"temperature": 0.0}, ValueError, "temperature: is 0.0, must be"),
+        ({"mask": torch.full((2, 12), 0.5)}, ValueError, r"mask: is 0.5 at position \(0, 0\), must be 0 or 1"),
     ],
 )
 def test_errors_name_the_argument(llama, ids, arguments, error, message):
     with pytest.raises(error, match=message):
         log_probs(llama, **({"input_ids": ids} | arguments))
+
+
+def test_threads_share_a_model(llama, ids):
+    """One scores while another one runs the model as it is: neither sees the other's head."""
+    expected, logits = log_probs(llama, ids).detach(), llama(ids).logits.detach()
+
+    def score(_):
+        with torch.no_grad():
+            return torch.equal(log_probs(llama, ids), expected)
+
+    def run(_):
+        with torch.no_grad():
+            return llama(ids).logits.shape == logits.shape
+
+    with ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(task, i) for i in range(40) for task in (score, run)]
+        assert all(each.result() for each in found)
+    assert "forward" not in vars(llama.lm_head)
 
 
 WRAPPED = """

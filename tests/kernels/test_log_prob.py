@@ -162,11 +162,18 @@ def test_inplace_backward_refuses_a_second_pass(backend):
         ({"logits": torch.zeros(2, 0)}, ValueError, r"logits: has shape \(2, 0\), must be .* V at least 1"),
         ({"logits": torch.tensor(1.0)}, ValueError, r"logits: has shape \(\), must be"),
         ({"temperature": 0.0}, ValueError, r"temperature: is 0.0, must be finite and in \(0.0, inf\)"),
+        ({"temperature": 1e-38}, ValueError, r"temperature: is 1e-38, must be finite and in \[1e-37, 1e\+37\]"),
+        ({"temperature": 1e300}, ValueError, r"temperature: is 1e\+300, must be finite and in \[1e-37, 1e\+37\]"),
         ({"temperature": math.nan}, ValueError, "temperature: is nan, must be finite"),
         ({"temperature": "1"}, TypeError, "temperature: is str, must be a number"),
         ({"mask": torch.ones(3)}, ValueError, r"mask: has shape \(3,\), must be \(2,\)"),
         ({"mask": torch.tensor([1.0, 0.5])}, ValueError, r"mask: is 0.5 at position \(1,\), must be 0 or 1"),
         ({"ignore_index": None}, TypeError, "ignore_index: is None of type NoneType, must be an int"),
+        (
+            {"index": torch.zeros(2, dtype=torch.int32), "ignore_index": 2**32},
+            ValueError,
+            r"ignore_index: is 4294967296, must be in \[-2147483648, 2147483647\], as torch.int32 is",
+        ),
         ({"inplace_backward": 1}, TypeError, "inplace_backward: is 1 of type int, must be True or False"),
         (
             {"logits": lambda: torch.zeros(1, 5).expand(2, 5), "inplace_backward": True},
@@ -180,6 +187,11 @@ def test_inplace_backward_refuses_a_second_pass(backend):
         ),
         (
             {"logits": lambda: torch.zeros(2, 5, requires_grad=True), "inplace_backward": True},
+            ValueError,
+            "logits: is a leaf",
+        ),
+        (
+            {"logits": lambda: torch.zeros(5, 2, requires_grad=True).t(), "inplace_backward": True},
             ValueError,
             "logits: is a leaf",
         ),

@@ -133,6 +133,32 @@ def test_transforms_are_refused_in_words(native):
         torch.func.grad(lambda y: k.kl_penalty(y, x).sum())(x)
 
 
+@pytest.mark.parametrize("name", ["kl_penalty", "ppo_policy_loss", "linear_cross_entropy"])
+def test_compiled_transforms_are_no_silent_zeros(native, name):
+    call = calls()[name]
+    variable = next(iter(call.variables))
+
+    def total(x):
+        return sum(result.sum() for result in call.run(**{variable: x}) if result.requires_grad or result.dim() == 0)
+
+    x = call.tensors[variable].detach()
+    for derivative in (
+        lambda x: torch.func.grad(total)(x),
+        lambda x: torch.func.jvp(total, (x,), (torch.ones_like(x),))[1],
+    ):
+        with pytest.raises(RuntimeError):
+            torch.compile(derivative, backend="aot_eager")(x)
+
+
+def test_several_gradients_at_once(native):
+    """As ``jacobian(vectorize=True)`` asks for them."""
+    logprobs = torch.randn(2, 3, requires_grad=True)
+    loss, _ = k.ppo_policy_loss(logprobs, torch.randn(2, 3), torch.randn(2, 3), None)
+    (one,) = torch.autograd.grad(loss, logprobs, retain_graph=True)
+    (both,) = torch.autograd.grad(loss, logprobs, torch.tensor([1.0, 2.0]), is_grads_batched=True)
+    assert torch.equal(both, torch.stack([one, 2 * one]))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_fake_tensors_give_the_shapes(native, name):
     """As tools do that plan memory or trace a model."""
