@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -94,8 +95,9 @@ def step_of(checkpoint: Path) -> int:
 
 
 def complete(directory: Path) -> list[Path]:
-    """The complete checkpoints in a run's directory, oldest first."""
-    return sorted(path for path in directory.glob("checkpoint-*") if path.suffix != ".tmp")
+    """The complete checkpoints in a run's directory, oldest first. What others call a checkpoint is none."""
+    found = (path for path in directory.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{6,}", path.name))
+    return sorted(found, key=step_of)
 
 
 def latest(directory: Path) -> Path | None:

@@ -116,7 +116,15 @@ def tokenize_comparisons(
     """The comparisons within the limits, in order."""
     completions = [list(record.completions) for record in records]
     kept = tokenize(records, completions, tokenizer, limits)
-    return [RankedExample(prompt_ids, ids, list(record.ranks)) for record, prompt_ids, ids in kept]
+    differing = [each for each in kept if any(ids != each[2][0] for ids in each[2])]
+    if not differing:
+        raise DataError("no data is left to use: what tells the completions of a prompt apart is cut off")
+    if len(differing) < len(kept):
+        logger.warning(
+            "dropped %d of %d comparisons: what tells their completions apart is cut off",
+            len(kept) - len(differing), len(kept),
+        )  # fmt: skip
+    return [RankedExample(prompt_ids, ids, list(record.ranks)) for record, prompt_ids, ids in differing]
 
 
 def tokenize_prompts(
@@ -157,7 +165,7 @@ def tokenize(
     limits: Limits,
 ) -> list[tuple[Any, list[int], list[list[int]]]]:
     """The records within the limits, each with the ids of its prompt and of its completions."""
-    kept = []
+    kept, answers, cut = [], 0, 0
     encoded = encode_records(records, completions, tokenizer)
     for record, (prompt_ids, completion_ids) in zip(records, encoded, strict=True):
         if len(prompt_ids) > limits.max_prompt_tokens and limits.max_prompt_tokens < limits.context_length:
@@ -174,11 +182,16 @@ def tokenize(
             if not ids:
                 raise field_error(record.where, name, "the tokenizer makes no token of it")
         kept.append((record, prompt_ids, [ids[:room] for ids in completion_ids]))
+        answers += len(completion_ids)
+        cut += sum(len(ids) > room for ids in completion_ids)
     dropped = f"dropped {len(records) - len(kept)} of {len(records)} prompts: over {limits.max_prompt_tokens} tokens"
     if not kept:
         raise DataError(f"no data is left to use: {dropped}" if records else "there are no records to use")
     if len(kept) < len(records):
         logger.warning(dropped)
+    if cut:
+        logger.warning("cut %d of %d completions: over %d tokens, or over the model's context of %d with their prompt",
+                       cut, answers, limits.max_response_tokens, limits.context_length)  # fmt: skip
     return kept
 
 

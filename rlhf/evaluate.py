@@ -40,7 +40,7 @@ from rlhf.processes import Processes
 from rlhf.rates import Difference, Rate, win_rate
 from rlhf.records import further_fields
 from rlhf.report import plot_win_rates
-from rlhf.settings import ConfigError
+from rlhf.settings import ConfigError, as_plain
 from rlhf.sharding import Passes
 from rlhf.tables import markdown_table, number
 from rlhf.training import console
@@ -64,6 +64,9 @@ def evaluate(config: EvaluateConfig) -> dict:
     chunks = read_chunks(config, everyone)
     tasks = load_tasks(config, processes)
     output = Path(config.output_dir)
+    for name in ("config.yaml", "results.json", "completions.jsonl"):
+        if (output / name).exists():
+            raise ConfigError(f"output_dir: {output} holds {name}; choose another directory, or remove it first")
     with describing(f"{output}: cannot be used for output"):
         output.mkdir(parents=True, exist_ok=True)
     if isinstance(judge, RewardModelJudge):
@@ -92,6 +95,7 @@ def evaluate(config: EvaluateConfig) -> dict:
         "models": figures[1:],
     }
     check_figures(whole)
+    whole["settings"] = as_plain(config)
     if processes.is_main:
         write(output, whole, of_baseline, [*answers[1:], answers[0]], judgments)
     return whole
@@ -286,13 +290,13 @@ def write(
             record["outcomes"] = [judgment.outcomes[i] for judgment in judgments]
         records.append({**record, **further_fields(example.extra)})
     with describing(f"{output}: results could not be written"):
-        (output / "completions.jsonl").write_text("".join(map(as_line, records)), encoding="utf-8")
-        (output / "results.json").write_text(json.dumps(figures, indent=2) + "\n")
-        (output / "win_rates.png").unlink(missing_ok=True)  # of an earlier evaluation
+        if records:
+            write_whole(output / "completions.jsonl", "".join(map(as_line, records)))
+        write_whole(output / "results.json", json.dumps(figures, indent=2) + "\n")
         rates = {each["name"]: Rate(**each["win_rate"]) for each in figures["models"] if "win_rate" in each}
         if rates:
             plot_win_rates(rates, figures["baseline"]["name"], output / "win_rates.png")
-        (output / "report.md").write_text(describe(figures), encoding="utf-8")
+        write_whole(output / "report.md", describe(figures))
     console.print(f"evaluate: [bold]{output / 'report.md'}[/]")
 
 
@@ -317,7 +321,13 @@ def describe(figures: dict[str, Any]) -> str:
     if figures["prompts"]:
         judged = f", judged by {figures['judge']}" if figures["judge"] else ""
         count = "1 prompt" if figures["prompts"] == 1 else f"{figures['prompts']:,} prompts"
-        lines += [f"{count}{judged}. Every completion: `completions.jsonl`.", ""]
+        settings = figures["settings"]
+        sampled = (
+            f"Sampled at temperature {settings['temperature']:g}, at most "
+            f"{settings['lengths']['max_response_tokens']} tokens, with seed {figures['seed']}"
+        )
+        where = "Every completion: `completions.jsonl`. Every setting: `results.json`."
+        lines += [f"{count}{judged}. {sampled}. {where}", ""]
     if shown:
         header = ["", *(COLUMNS[name][0] for name in shown)]
         cells = [[COLUMNS[name][1](row[name]) if name in row else "–" for name in shown] for row in rows]

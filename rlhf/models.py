@@ -267,6 +267,8 @@ class LanguageModel(Backbone):
     ) -> LanguageModel:
         """The model in float32 on ``device``, with every dropout except the residual one at zero."""
         config = load_config(source)
+        if isinstance(source, (str, Path)) and is_classifier(config):
+            raise ModelError(f"{source}: is a reward model, not a language model")
         set_dropout(config, OTHER_DROPOUT, 0.0)
         residual = [name for name in RESIDUAL_DROPOUT if hasattr(config, name)][:1]
         set_dropout(config, residual, residual_dropout)

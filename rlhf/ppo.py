@@ -29,7 +29,7 @@ from rlhf import report
 from rlhf.average import MovingAverage
 from rlhf.batch import Batch, Group, groups_of_one
 from rlhf.config import PPOConfig, warmup_from_tenth
-from rlhf.data import Limits, PromptExample, read_prompts, read_texts, tokenize_prompts
+from rlhf.data import Limits, PromptExample, read_prompts, tokenize_prompts
 from rlhf.loading import (
     check_context,
     check_embedded,
@@ -47,7 +47,7 @@ from rlhf.paged import check_paged, sample_paged
 from rlhf.rewards import RewardError, Rewards, load_functions, make_rewards
 from rlhf.rollout import NotFiniteError, sample
 from rlhf.settings import check
-from rlhf.sft import language_model_step, pretraining_examples
+from rlhf.sft import language_model_step, pretraining_examples, pretraining_texts
 from rlhf.sharding import Passes
 from rlhf.training import (
     Run,
@@ -106,12 +106,12 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
     if config.rollout == "paged":
         check_paged()
     records = read_prompts(config.prompts)
-    texts = read_texts(config.pretraining_data) if config.gamma_ptx else []
+    texts = pretraining_texts(config.pretraining_data, "gamma_ptx", config.gamma_ptx)
     tokenizer = load_tokenizer(config.tokenizer or config.policy)
     if config.reward_model is not None:
         check_reward_config(config.reward_model)
     source, reader = value_source(config, tokenizer)
-    check_same_tokenizer(tokenizer, name_of(config.policy), source)
+    check_same_tokenizer(tokenizer, name_of(config.tokenizer or config.policy), source)
     context = shared_context(config.policy, None if reader else config.reward_model, source)
     prompts = tokenize_prompts(records, tokenizer, Limits(**asdict(config.lengths), context_length=context))
     if texts:
@@ -183,8 +183,9 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
             stats["value_loss"] = value_step(run, value, minibatch)
             run.require_finite(value_loss=stats["value_loss"])
             optimizer_step(run, value, value_optimizer, config.value_adam, factor)
-            for name in stats.keys() - {"ratio_max_deviation"}:
-                metrics[name] = metrics.get(name, 0.0) + stats[name] / minibatches
+            for name, each in stats.items():
+                if name != "ratio_max_deviation":
+                    metrics[name] = metrics.get(name, 0.0) + each / minibatches
 
         metrics["learning_rate"] = config.adam.learning_rate * factor
         run.log(iteration, metrics, show=["reward", "kl", "pretraining_loss"])
@@ -199,7 +200,7 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
         rows |= {
             "reward, first iteration": run.history[0]["reward"],
             "reward, last tenth": mean["reward"],
-            "KL to the SFT model, last tenth (nats per completion)": mean["kl"],
+            f"KL to the SFT model by {config.kl_estimator}, last tenth (nats per completion)": mean["kl"],
             "response tokens, last tenth": mean["response_tokens"],
             "largest deviation of the ratio from 1 before an update": max(
                 record["ratio_max_deviation"] for record in run.history

@@ -11,6 +11,7 @@ them, and every further field of the records is a list as well, with None for a 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from rlhf.fields import type_and_line
 from rlhf.functions import load_function
 from rlhf.loading import context_length
 from rlhf.models import ScalarModel
+
+logger = logging.getLogger(__name__)
 
 
 class RewardError(ValueError):
@@ -85,11 +88,13 @@ def read_anew(
 ) -> list[Group]:
     """Prompts and completions in the tokens of another tokenizer. A completion that was cut off gets no end.
 
+    What is longer than ``limit`` with its prompt is cut off there, and counted in a warning.
+
     Raises:
-        RewardError: a prompt and its completion are longer than ``limit``.
+        RewardError: a prompt alone is as long as ``limit``.
     """
     records = [PromptRecord(each.text, "", tools=each.extra.get("tools")) for each in prompts]
-    groups = []
+    groups, cut = [], 0
     for example, has_ended, (prompt, (answer,)) in zip(
         prompts, ended, encode_records(records, [[text] for text in texts], reader), strict=True
     ):
@@ -97,12 +102,17 @@ def read_anew(
         whole = answer or end
         if not has_ended and whole[-len(end) :] == end:
             whole = whole[: -len(end)] or whole
-        if len(prompt) + len(whole) > limit:
+        if len(prompt) >= limit:
             raise RewardError(
-                f"the reward model's tokenizer makes {len(prompt) + len(whole)} tokens of the prompt "
-                f"{shown(example)} and its completion, over its context of {limit}"
+                f"the reward model's tokenizer makes {len(prompt)} tokens of the prompt {shown(example)}, which leaves "
+                f"no room for a completion in its context of {limit}"
             )
-        groups.append(Group(prompt, [whole]))
+        cut += len(prompt) + len(whole) > limit
+        groups.append(Group(prompt, [whole[: limit - len(prompt)]]))
+    if cut:
+        logger.warning(
+            "the reward model reads %d of %d completions only as far as its context of %d goes", cut, len(texts), limit
+        )
     return groups
 
 

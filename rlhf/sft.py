@@ -10,6 +10,7 @@ from, the paper trains 2 epochs and mixes in 10 % pretraining text (C.3): ``pret
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -30,6 +31,7 @@ from rlhf.data import (
 )
 from rlhf.loading import check_context, check_embedded, load_tokenizer, shared_context
 from rlhf.models import LanguageModel, unwrap
+from rlhf.objects import Data
 from rlhf.training import (
     Run,
     accumulate,
@@ -41,12 +43,14 @@ from rlhf.training import (
 )
 from rlhf_kernels import linear_cross_entropy
 
+logger = logging.getLogger(__name__)
+
 
 def train(config: SFTConfig, *, resume: bool = False) -> Path:
     """Fine-tunes ``config.model`` on ``config.data`` and returns the directory of the result."""
     # Everything that can be wrong with the data is found before any weights are read.
     demonstrations = read_demonstrations(config.data)
-    texts = read_texts(config.pretraining_data) if config.pretraining_fraction else []
+    texts = pretraining_texts(config.pretraining_data, "pretraining_fraction", config.pretraining_fraction)
     tokenizer = load_tokenizer(config.tokenizer or config.model)
     limits = Limits(**asdict(config.lengths), context_length=shared_context(config.model))
     examples = tokenize_demonstrations(demonstrations, tokenizer, limits)
@@ -103,6 +107,15 @@ def train(config: SFTConfig, *, resume: bool = False) -> Path:
     path = run.save_model(unwrap(model), tokenizer)
     run.close()
     return path
+
+
+def pretraining_texts(data: Data, name: str, weight: float) -> list[str]:
+    """The pretraining text, if the setting ``name`` gives it a weight."""
+    if weight:
+        return read_texts(data)
+    if data:
+        logger.warning("pretraining_data: is not used, since %s is 0", name)
+    return []
 
 
 def pretraining_examples(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> list[Example]:

@@ -23,6 +23,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -107,6 +108,10 @@ class Run:
         if not os.access(above, os.W_OK):
             raise PermissionError(errno.EACCES, "", str(above))
         if not holds_run(self.directory):
+            if there := foreign(self.directory):
+                raise RunError(
+                    f"{self.directory}: holds {there[0].name}, and no run that it is of; choose another output_dir"
+                )
             if resume:
                 logger.info("%s: holds no run to resume, so this one starts at the beginning", self.directory)
             return
@@ -128,8 +133,9 @@ class Run:
     def _open_directory(self) -> None:
         """Makes the directory, with the settings in it, and clears away what a kill left half written."""
         self.directory.mkdir(parents=True, exist_ok=True)
-        for leftover in self.directory.glob("*.tmp"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        for leftover in written(self.directory):
+            if leftover.suffix == ".tmp":
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         write_whole(self.directory / "config.yaml", yaml.safe_dump(self.settings, sort_keys=False))
 
     @property
@@ -355,6 +361,23 @@ def quiet_libraries() -> None:
         logging.getLogger(library).setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+WRITTEN = re.compile(
+    r"(config\.yaml|metrics\.jsonl|report\.md|curves\.png|tensorboard|model|value|(checkpoint|iteration|step)-\d{6,})"
+    r"(\.tmp)?"
+)
+"""The names of what a run writes into its directory, and may remove there."""
+
+
+def written(directory: Path) -> list[Path]:
+    """What is in a directory under a name of :data:`WRITTEN`."""
+    return sorted(path for path in directory.glob("*") if WRITTEN.fullmatch(path.name))
+
+
+def foreign(directory: Path) -> list[Path]:
+    """What a run would overwrite in a directory that has none. A start that was killed may leave half its settings."""
+    return [path for path in written(directory) if path.name != "config.yaml.tmp"]
 
 
 def holds_run(directory: Path) -> bool:

@@ -320,9 +320,9 @@ def _losses(
     with_gradient = needs_hidden or needs_weight
     boost = None
     if with_gradient and count and rows.hidden.dtype == torch.float16:
-        size = torch.where(rows.wanted, advantages.abs(), 0.0).max() if policy else weights.new_ones(())
-        size = size.double() + options["beta"] + abs(options["entropy_coefficient"])
-        boost = boost_of(size * weights.max() / rows.temperature)
+        largest = torch.where(rows.wanted, advantages.abs(), 0.0).max() if policy else weights.new_ones(())
+        largest = largest.double() + options["beta"] + abs(options["entropy_coefficient"])
+        boost = boost_of(largest * weights.max() / rows.temperature)
         weights = weights * boost
     gradients = Gradients(rows, needs_hidden, needs_weight, boost)
     size = max(TILE, WORKSPACE_BYTES // (6 * vocabulary) // TILE * TILE)

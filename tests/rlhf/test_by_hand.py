@@ -407,7 +407,7 @@ def test_ppo(ppo_config, data, base, reward_model, told, sampled):
             "γ_ptx": 0.6,
             "reward, first iteration": expected[0]["reward"],
             "reward, last tenth": expected[1]["reward"],
-            "KL to the SFT model, last tenth (nats per completion)": expected[1]["kl"],
+            f"KL to the SFT model by {config.kl_estimator}, last tenth (nats per completion)": expected[1]["kl"],
             "response tokens, last tenth": expected[1]["response_tokens"],
             "largest deviation of the ratio from 1 before an update": max(deviations),
         },
@@ -436,7 +436,7 @@ def test_ppo_reports_the_last_tenth(ppo_config, told):
         "γ_ptx": 0.0,
         "reward, first iteration": found[0]["reward"],
         "reward, last tenth": pytest.approx(last["reward"]),
-        "KL to the SFT model, last tenth (nats per completion)": pytest.approx(last["kl"]),
+        "KL to the SFT model by k1, last tenth (nats per completion)": pytest.approx(last["kl"]),
         "response tokens, last tenth": pytest.approx(last["response_tokens"]),
         "largest deviation of the ratio from 1 before an update": max(each["ratio_max_deviation"] for each in found),
     }

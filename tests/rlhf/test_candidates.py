@@ -96,7 +96,8 @@ def test_encoder_decoder(evaluate_config, t5, base, reward_model, tmp_path, data
     config = evaluate_config(model=t5, judge=reward_model)
     figures = evaluate(config)
     assert figures["models"][0].keys() == {"name", "win_rate", "judged", "reward"}
-    assert figures == evaluate(evaluate_config("again", model=t5, judge=reward_model))
+    again = evaluate(evaluate_config("again", model=t5, judge=reward_model))
+    assert figures | {"settings": None} == again | {"settings": None}
     lengths = LengthConfig(max_prompt_tokens=16, max_response_tokens=8)
     path = generate(
         GenerateConfig(
@@ -199,8 +200,8 @@ def test_three_models_in_one_table(rlhf, base, other_model, foreign, t5, reward_
     assert code == 0, error
     figures = json.loads((tmp_path / "three/results.json").read_text())
     assert [each["name"] for each in figures["models"]] == [other_model, foreign, t5]
-    for each in figures["models"]:
-        [alone] = evaluate(evaluate_config("alone", model=each["name"], judge=reward_model))["models"]
+    for i, each in enumerate(figures["models"]):
+        [alone] = evaluate(evaluate_config(f"alone {i}", model=each["name"], judge=reward_model))["models"]
         assert each.keys() == alone.keys()
         for name, value in alone.items():
             assert each[name] == (value if name == "name" else pytest.approx(value, rel=1e-5))

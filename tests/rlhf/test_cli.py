@@ -305,6 +305,49 @@ def test_weights_are_missing(rlhf, commands, stage):
     assert "could not be loaded as" in only_line(error)
 
 
+@pytest.mark.parametrize(
+    ("stage", "name"),
+    [
+        ("sft", "model"), ("reward", "report.md"), ("ppo", "value"), ("ppo", "metrics.jsonl"),
+        ("ppo", "checkpoint-100000"), ("evaluate", "config.yaml"), ("evaluate", "results.json"),
+        ("evaluate", "completions.jsonl"),
+    ],
+)  # fmt: skip
+def test_what_is_there_is_not_written_over(rlhf, commands, tmp_path, stage, name):
+    """Of another run, of an evaluation that people may have judged, or of another program."""
+    there = tmp_path / "out" / name
+    there.mkdir(parents=True)
+    (there / "kept").touch()
+    code, error = rlhf(stage, *commands[stage])
+    assert code == (2 if stage == "evaluate" else 1)
+    assert re.search(rf"{tmp_path / 'out'}:? holds {name}", only_line(error))
+    assert (there / "kept").exists()
+
+
+def test_what_others_have_there_stays(rlhf, base, data, tmp_path):
+    for name in ("notes.tmp", "checkpoint-500", "checkpoint-000001.bak"):
+        (tmp_path / "out" / name).mkdir(parents=True)
+    command = ["sft", "--model", base, "--data", data.demonstrations, "--output_dir", tmp_path / "out"]
+    code, error = rlhf(*command, "--epochs", 2, "--checkpoint_every", 1, "--residual_dropout", 0)
+    assert code == 0, error
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names >= {"notes.tmp", "checkpoint-500", "checkpoint-000001.bak", "model"}
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_a_reward_model_is_no_language_model(rlhf, commands, reward_model, stage):
+    name, _, *rest = commands[stage]
+    code, error = rlhf(stage, name, reward_model, *rest)
+    assert code == 2
+    assert only_line(error) == f"rlhf {stage}: error: {reward_model}: is a reward model, not a language model"
+
+
+def test_pretraining_text_that_is_not_used(rlhf, commands, data, caplog):
+    for stage, weight in (("sft", "pretraining_fraction"), ("ppo", "gamma_ptx")):
+        rlhf(stage, *commands[stage], "--pretraining_data", data.texts)
+        assert f"pretraining_data: is not used, since {weight} is 0" in caplog.text
+
+
 def test_bad_pretraining_text(rlhf, commands, tmp_path):
     path = write_jsonl(tmp_path / "bad.jsonl", [{"text": 3}])
     for stage, weight in (("sft", "--pretraining_fraction"), ("ppo", "--gamma_ptx")):

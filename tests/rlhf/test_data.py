@@ -441,6 +441,22 @@ def test_long_prompts_are_dropped_and_counted(caplog):
     assert caplog.messages == ["dropped 2 of 4 prompts: over 8 tokens"]
 
 
+def test_what_is_cut_is_counted(caplog):
+    records = [
+        Comparison("a", ("b", "a b c a b", "c"), (1, 2, 3), "c.jsonl:1", ("prompt", "0", "1", "2")),
+        Comparison("a", ("a b c a b", "a b c a c"), (1, 2), "c.jsonl:2", ("prompt", "0", "1")),
+    ]
+    with caplog.at_level(logging.WARNING):
+        [kept] = tokenize_comparisons(records, words(), LIMITS)
+    assert [len(ids) for ids in kept.completion_ids] == [2, 4, 2]
+    assert caplog.messages == [
+        "cut 3 of 5 completions: over 4 tokens, or over the model's context of 12 with their prompt",
+        "dropped 1 of 2 comparisons: what tells their completions apart is cut off",
+    ]
+    with pytest.raises(DataError, match="no data is left to use: what tells the completions of a prompt apart is cut"):
+        tokenize_comparisons(records[1:], words(), LIMITS)
+
+
 def test_nothing_dropped_is_not_spoken_of(caplog):
     with caplog.at_level(logging.WARNING):
         tokenize_demonstrations([demo("a"), demo("b")], words(), LIMITS)

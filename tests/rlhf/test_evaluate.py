@@ -236,9 +236,9 @@ def test_what_is_written(make, reward_model, data, tmp_path):
 
 
 def test_seed(make):
-    first, again, another = (make(seed=seed) for seed in (1, 1, 2))
     texts = []
-    for config in (first, again, another):
+    for name, seed in (("first", 1), ("again", 1), ("another", 2)):
+        config = make(name=name, seed=seed)
         evaluate(config)
         texts.append(written(config))
     assert texts[0] == texts[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -245,7 +246,7 @@ def test_two_rewards_of_one_name_both_count():
     assert [function() for function in list(found.values())[:2]] == [[1.0], [2.0]]
 
 
-def test_reward_model_with_a_tokenizer_of_its_own(ppo_config, base, reward_model, tmp_path, monkeypatch):
+def test_reward_model_with_a_tokenizer_of_its_own(ppo_config, base, reward_model, tmp_path, monkeypatch, caplog):
     """Its vocabulary is in another order, and its embeddings as well, so that it gives the scores of the first."""
     ours = load_tokenizer(base)
     order = torch.randperm(len(ours), generator=torch.Generator().manual_seed(0))
@@ -269,6 +270,14 @@ def test_reward_model_with_a_tokenizer_of_its_own(ppo_config, base, reward_model
     assert 0 < found[0]["ended"] < 1
     assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-6)
 
-    monkeypatch.setattr("rlhf.rewards.context_length", lambda config: 3)
-    with pytest.raises(RunError, match=r"step 0: the reward model's tokenizer makes .* over its context of 3"):
-        ppo.train(ppo_config("long", reward_model=str(tmp_path / "other"), episodes=16))
+    for limit in (8, 1):
+        monkeypatch.setattr("rlhf.rewards.context_length", lambda config, limit=limit: limit)
+        config = ppo_config(f"context of {limit}", reward_model=str(tmp_path / "other"), episodes=16)
+        if limit == 8:
+            ppo.train(config)
+            assert re.search(
+                r"the reward model reads \d+ of 16 completions only as far as its context of 8 goes", caplog.text
+            )
+        else:
+            with pytest.raises(RunError, match=r"step 0: the reward model's tokenizer .* no room .* its context of 1"):
+                ppo.train(config)

@@ -168,6 +168,8 @@ def test_evaluate(rlhf, base, one, reward_model, data, tmp_path):
         assert mine.keys() == theirs.keys() >= {"reward", "pretraining_loss"}
         for figure, value in theirs.items():
             assert mine.pop(figure) == (value if figure == "name" else pytest.approx(value, rel=1e-4))
+    settings = {"output_dir": str(tmp_path / "two"), "sharding": "full"}
+    assert ours.pop("settings") == expected.pop("settings") | settings
     assert ours == {**expected, "models": [{}], "baseline": {}}
     assert (tmp_path / "two/completions.jsonl").read_bytes() == (tmp_path / "one/completions.jsonl").read_bytes()
 
