@@ -41,12 +41,26 @@ ROWS = 512
 # How many floats the kernel of the losses stores per row: one for each statistic of the policy loss.
 STATISTICS = tl.constexpr(len(OPS["linear_ppo_policy_loss"].statistics))
 (ENTROPY,) = places("linear_ppo_policy_loss", "entropy")
-# The memory that the backward and the losses plan for a chunk of logits and its gradient, counted as float32 logits and
-# a gradient in half precision. With a vocabulary of 128 000 this is a thousand rows, enough for a matmul to be bound by
-# arithmetic and not by memory.
-WORKSPACE_BYTES = 768 << 20
+# The memory that the losses plan for the float32 logits of some rows, over which their gradient is written. With a
+# vocabulary of 128 000 this is a thousand rows, enough for a matmul to be bound by arithmetic and not by memory.
+LOSS_BYTES = 512 << 20
+# The memory that the backward of the log-probs plans: for float32 logits of some tokens, for their gradient in half
+# precision and for the sums of hidden's gradient.
+BACKWARD_BYTES = 256 << 20
 # Chunks are a multiple of this, so that the tiles of a matmul divide them.
 TILE = 128
+
+
+def rows_at_a_time(count: int, vocabulary: int) -> int:
+    """How many rows the losses work on together: about equally many each time, so that no small rest is left."""
+    most = max(TILE, LOSS_BYTES // (4 * vocabulary) // TILE * TILE)
+    each = triton.cdiv(count, max(1, triton.cdiv(count, most)))
+    return min(most, triton.cdiv(each, TILE) * TILE)
+
+
+def tokens_at_a_time(count: int, depth: int) -> int:
+    """How many tokens of the vocabulary the backward of the log-probs works on together, for so many rows."""
+    return max(TILE, (BACKWARD_BYTES - 4 * count * depth) // (6 * max(1, count)) // TILE * TILE)
 
 
 def may_wait(tensor: Tensor) -> bool:
@@ -100,9 +114,12 @@ class Rows:
         result[self.kept] = per_row
         return result
 
-    def logits(self, hidden: Tensor, tokens: slice) -> Tensor:
+    def logits(self, hidden: Tensor, tokens: slice, out: Tensor | None = None) -> Tensor:
         """float32 logits of some rows and tokens, with bias and softcap applied."""
-        product = matmul(hidden, self.weight[tokens].t())
+        if out is None:
+            product = matmul(hidden, self.weight[tokens].t())
+        else:
+            accumulate(product := out, hidden, self.weight[tokens].t(), is_first=True)
         if self.bias is not None:
             product += self.bias[tokens]
         if self.softcap is not None:
@@ -163,13 +180,16 @@ def linear_selective_log_softmax_backward(
     maxima, log_sums, grad_logprobs = (rows.take(x) for x in (maxima, log_sums, grad_logprobs))
     entropies = rows.take(entropies) if grad_entropies is not None else entropies
     grad_entropies = None if grad_entropies is None else rows.take(grad_entropies)
-    gradients = Gradients(rows, needs_hidden, needs_weight)
-    tokens = max(TILE, WORKSPACE_BYTES // (6 * max(1, count)) // TILE * TILE)
+    gradients = Gradients(rows, needs_hidden, needs_weight, by_rows=False)
+    tokens = min(vocabulary, tokens_at_a_time(count, hidden.shape[1]))
+    # Written in the operands' dtype at once, the only one that the next matmuls take.
+    buffer = hidden.new_empty(count * tokens, dtype=torch.float32)
+    halves = None if hidden.dtype == torch.float32 else torch.empty_like(buffer, dtype=hidden.dtype)
     for first in range(0, vocabulary if count else 0, tokens):
         part = slice(first, min(vocabulary, first + tokens))
-        logits = rows.logits(rows.hidden, part)
-        # Written in the operands' dtype at once, the only one that the next matmuls take.
-        slopes = logits if hidden.dtype == torch.float32 else torch.empty_like(logits, dtype=hidden.dtype)
+        shape = count, part.stop - first
+        logits = rows.logits(rows.hidden, part, buffer[: shape[0] * shape[1]].view(shape))
+        slopes = logits if halves is None else halves[: shape[0] * shape[1]].view(shape)
         kept = logits.clone() if softcap is not None and slopes is logits else logits
         write_gradient(
             kept[None], slopes[None], rows.index, rows.wanted, temperature, entropies, maxima, log_sums, grad_logprobs,
@@ -184,14 +204,17 @@ def linear_selective_log_softmax_backward(
 class Gradients:
     """The gradients of hidden, weight and bias, from the logits' gradient for parts of the rows and tokens.
 
-    With ``boost`` they are kept in float32, and what comes is taken to be that many times too large.
+    A row of hidden's is one sum where parts have the whole vocabulary (``by_rows``), else it is summed in float32. With
+    ``boost`` all are kept in float32, and what comes is taken to be that many times too large.
     """
 
-    def __init__(self, rows: Rows, needs_hidden: bool, needs_weight: bool, boost: Tensor | None = None):
+    def __init__(
+        self, rows: Rows, needs_hidden: bool, needs_weight: bool, *, by_rows: bool, boost: Tensor | None = None
+    ):
         self.rows, self.boost = rows, boost
         like = rows.hidden
         new = like.new_empty if len(rows) else like.new_zeros
-        self.hidden = new(like.shape, dtype=torch.float32) if needs_hidden else None
+        self.hidden = new(like.shape, dtype=self.dtype if by_rows else torch.float32) if needs_hidden else None
         # In the weight's own dtype. When parts go by vocabulary, each entry is one sum, rounded once. When they go by
         # rows, each part is added to the rounded sum of the parts before it.
         self.weight = new(rows.weight.shape, dtype=self.dtype) if needs_weight else None
@@ -236,9 +259,9 @@ def _row_losses(
     CISPO: tl.constexpr, OLD: tl.constexpr, REFERENCE: tl.constexpr, ENTROPY_BONUS: tl.constexpr,
     SOFTCAP: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """A row's loss from its logits, then the gradient of those: over the logits, or beside them in half precision.
+    """A row's loss from its logits, then the gradient of those, which is written over them, maybe in half precision.
 
-    The logits are read twice, the second time from the cache.
+    The logits are read twice.
     """
     row = tl.program_id(0).to(tl.int64)
     line = logits + row * stride
@@ -302,6 +325,7 @@ def _row_losses(
             if SOFTCAP:
                 y = x / softcap
                 g = g * (1.0 - y * y)
+            tl.debug_barrier()  # a narrower gradient lies where other threads have yet to read
             tl.store(slopes + row * slope_stride + at, g.to(slopes.dtype.element_ty), mask=here)
 
 
@@ -324,14 +348,13 @@ def _losses(
         largest = largest.double() + options["beta"] + abs(options["entropy_coefficient"])
         boost = boost_of(largest * weights.max() / rows.temperature)
         weights = weights * boost
-    gradients = Gradients(rows, needs_hidden, needs_weight, boost)
-    size = max(TILE, WORKSPACE_BYTES // (6 * vocabulary) // TILE * TILE)
-    for first in range(0, count, size):
+    gradients = Gradients(rows, needs_hidden, needs_weight, by_rows=True, boost=boost)
+    size = min(count, rows_at_a_time(count, vocabulary))
+    buffer = rows.hidden.new_empty(size, vocabulary, dtype=torch.float32)
+    for first in range(0, count, max(1, size)):
         part = slice(first, min(count, first + size))
-        logits = rows.logits(rows.hidden[part], slice(None))
-        slopes = logits
-        if with_gradient and rows.hidden.dtype != torch.float32:
-            slopes = torch.empty_like(logits, dtype=rows.hidden.dtype)
+        logits = rows.logits(rows.hidden[part], slice(None), buffer[: part.stop - first])
+        slopes = logits.view(rows.hidden.dtype)[:, :vocabulary]  # in the operands' dtype, over the logits
         _row_losses[(logits.shape[0],)](
             logits, slopes, rows.index[part], rows.wanted[part], weights[part], advantages[part], old[part],
             reference[part], losses[part], statistics[part], logits.stride(0), slopes.stride(0), vocabulary,

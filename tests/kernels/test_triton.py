@@ -1,5 +1,6 @@
 """Further tests of the Triton kernels without a GPU. The tests of all backends run them in the interpreter."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -42,6 +43,74 @@ def test_without_interpreter_or_gpu_a_cpu_tensor_is_refused():
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0
     assert "TRITON_INTERPRET=1" in done.stderr or "these tensors are on cpu" in done.stderr
+
+
+def test_workspaces_of_the_linear_family():
+    """What is held beside the gradients at N = 8 192, D = 4 096, V = 128 256; and chunks that leave no small rest."""
+    from rlhf_kernels.triton import linear_log_prob as family
+
+    count, depth, vocabulary = 8192, 4096, 128_256
+    assert family.rows_at_a_time(count, vocabulary) == 1024
+    assert 1024 * vocabulary * 4 <= 512 << 20
+    assert family.ROWS * vocabulary * 4 <= 256 << 20
+    tokens = family.tokens_at_a_time(count, depth)
+    assert 0 < count * tokens * (4 + 2) + count * depth * 4 <= 256 << 20
+    for some in (1, 128, 1000, 1025, 1100, 5000):
+        each = family.rows_at_a_time(some, vocabulary)
+        assert each % family.TILE == 0
+        chunks = -(-some // each)
+        assert chunks == -(-some // 1024)
+        assert some - (chunks - 1) * each > each - chunks * family.TILE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_losses_in_one_chunk_or_many(dtype, monkeypatch):
+    """The buffer of logits, over which their gradients are written, is used again."""
+    from rlhf_kernels.triton import linear_log_prob as family
+
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(300, 16).to(dtype), torch.randn(90, 16).to(dtype)
+    index, old, advantages = torch.randint(0, 90, (300,)), -torch.rand(1, 300), torch.randn(1, 300)
+
+    def run():
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        losses = [
+            rlhf_kernels.linear_cross_entropy(h, w, index, softcap=5.0),
+            rlhf_kernels.linear_ppo_policy_loss(h[None], w, index[None], old, advantages, None)[0],
+        ]
+        return [*losses, *torch.autograd.grad(losses[0] + 2 * losses[1], (h, w))]
+
+    with rlhf_kernels.use_backend("triton"):
+        whole = run()
+        monkeypatch.setattr(family, "LOSS_BYTES", 128 * 90 * 4)
+        assert family.rows_at_a_time(300, 90) == 128
+        parts = run()
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    for one, many in zip(whole, parts, strict=True):
+        torch.testing.assert_close(many, one, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_on_the_device_of_its_tensors(name, monkeypatch):
+    """Whichever is the current one: kernels are launched while torch has been told of the tensors' device."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    devices, launched_on = [], set()
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        devices.append(tensor.device)
+        yield
+        devices.pop()
+
+    launch = InterpretedFunction.__getitem__
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(
+        InterpretedFunction, "__getitem__", lambda self, grid: launched_on.add(tuple(devices)) or launch(self, grid)
+    )
+    with rlhf_kernels.use_backend("triton"):
+        sum(x.sum() for x in calls()[name].run() if x.requires_grad)
+    assert launched_on == {(torch.device("cpu"),)}
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if lacks("cuda", name)])
