@@ -43,6 +43,7 @@ from rlhf.batch import Batch, Group
 from rlhf.checkpoints import RunError, describing, flush
 from rlhf.config import Adam, RunConfig
 from rlhf.files import write_whole
+from rlhf.inputs import fingerprints
 from rlhf.liger import use_liger
 from rlhf.loading import ModelSource
 from rlhf.lora import add_adapter
@@ -129,6 +130,17 @@ class Run:
             logger.info("%s was %g and is %g from here on", name, before[name], value)
         if self.finished:
             console.print(f"{self.stage}: is finished already: [bold]{self.directory / 'model'}[/]")
+        elif self._inputs_file.exists():
+            self._check_inputs()
+
+    def _check_inputs(self) -> None:
+        """Raises if a file that the run has read holds something else now."""
+        now = fingerprints(self.settings)
+        for name, digest in yaml.safe_load(self._inputs_file.read_text()).items():
+            if now.get(name, digest) != digest:
+                raise RunError(
+                    f"{self.directory}: {name} has changed since the run began; a resumed run must keep its inputs"
+                )
 
     def _open_directory(self) -> None:
         """Makes the directory, with the settings in it, and clears away what a kill left half written."""
@@ -137,6 +149,12 @@ class Run:
             if leftover.suffix == ".tmp":
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         write_whole(self.directory / "config.yaml", yaml.safe_dump(self.settings, sort_keys=False))
+        if not self._inputs_file.exists():
+            write_whole(self._inputs_file, yaml.safe_dump(fingerprints(self.settings)))
+
+    @property
+    def _inputs_file(self) -> Path:
+        return self.directory / "inputs.yaml"
 
     @property
     def device(self) -> torch.device:
@@ -364,7 +382,7 @@ def quiet_libraries() -> None:
 
 
 WRITTEN = re.compile(
-    r"(config\.yaml|metrics\.jsonl|report\.md|curves\.png|tensorboard|model|value|(checkpoint|iteration|step)-\d{6,})"
+    r"(config\.yaml|inputs\.yaml|metrics\.jsonl|report\.md|curves\.png|tensorboard|model|value|(checkpoint|iteration|step)-\d{6,})"
     r"(\.tmp)?"
 )
 """The names of what a run writes into its directory, and may remove there."""

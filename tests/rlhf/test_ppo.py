@@ -425,6 +425,6 @@ def test_run_directory(ppo_config):
     config = ppo_config(episodes=32)
     path = ppo.train(config)
     names = {item.name for item in path.parent.iterdir()}
-    assert names >= {"config.yaml", "metrics.jsonl", "tensorboard", "report.md", "curves.png", "model"}
+    assert names >= {"config.yaml", "inputs.yaml", "metrics.jsonl", "tensorboard", "report.md", "curves.png", "model"}
     assert "largest deviation of the ratio from 1 before an update" in (path.parent / "report.md").read_text()
     assert not any(name.endswith(".tmp") for name in names)

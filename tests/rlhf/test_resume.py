@@ -297,6 +297,23 @@ def test_resume_without_a_run_starts_one(killed, rlhf, tmp_path):
     assert model_files(tmp_path / "new") == model_files(run.whole)
 
 
+@pytest.mark.parametrize("name", ["prompts", "policy"])
+def test_inputs_that_have_changed_are_noticed(name, ppo_config, base, data, tmp_path, monkeypatch):
+    """Another policy would be another reference, to which the KL is."""
+    policy = shutil.copytree(base, tmp_path / "policy")
+    prompts = shutil.copy(data.prompts, tmp_path / "prompts.jsonl")
+    config = ppo_config(policy=str(policy), prompts=[str(prompts)], checkpoint_every=2)
+    stop_at_step_3(ppo, config, monkeypatch)
+    changed = {"prompts": prompts, "policy": policy / "model.safetensors"}[name]
+    before = changed.read_bytes()
+    changed.write_bytes(before[:-4] + bytes([before[-4] ^ 1]) + before[-3:])  # a letter, or a bit of a weight
+    shown = {"prompts": prompts, "policy": policy}[name]
+    with pytest.raises(RunError, match=rf"{name}: {shown} has changed since the run began"):
+        ppo.train(config, resume=True)
+    changed.write_bytes(before)
+    assert ppo.train(config, resume=True).exists()
+
+
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
 def test_run_called_from_python_stops_and_goes_on(stage, sft_config, reward_config, ppo_config, data, monkeypatch):
     """The same in this process: a run is not started twice, goes on to the same weights, and is not trained again."""
