@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py build_backend.py pyproject.toml
 
-.PHONY: demo test test-long test-install test-aarch64 test-gpu sanitize-gpu lint asan bench triton-report cuda-check wheel clean
+.PHONY: demo test test-long test-install test-aarch64 test-gpu sanitize-gpu gpu-run lint asan bench triton-report cuda-check wheel clean
 
 demo: $(VENV)/installed
 	$(BIN)/rlhf demo --seed $(SEED) --output_dir runs/demo --resume
@@ -33,6 +33,10 @@ sanitize-gpu: $(VENV)/installed
 	for tool in memcheck racecheck initcheck synccheck; do \
 	  compute-sanitizer --error-exitcode 1 --tool $$tool \
 	    $(BIN)/python -m pytest tests/kernels/test_determinism.py -k "(triton or cuda) and runs" || exit 1; done
+
+# Everything that is to be learned from a GPU, in ten minutes; DRY=1 goes through the steps on a CPU.
+gpu-run: $(if $(DRY),$(VENV)/installed)
+	$(if $(DRY),$(BIN)/python,$(PYTHON)) benchmarks/gpu_run.py $(if $(DRY),--dry) $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

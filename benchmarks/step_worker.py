@@ -14,17 +14,32 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
 
 END, PADDING, FIRST_WORD = 1, 2, 3
 
 
-def config_of(shape: dict[str, Any], **options: Any) -> GPT2Config:
-    """A GPT-2 without dropout."""
+def config_of(shape: dict[str, Any], **options: Any) -> GPT2Config | LlamaConfig:
+    """A GPT-2 without dropout, or a Llama."""
+    if shape.get("type") == "llama":
+        heads = max(2, shape["width"] // 64)
+        return LlamaConfig(
+            vocab_size=shape["vocabulary"], hidden_size=shape["width"], intermediate_size=4 * shape["width"],
+            num_hidden_layers=shape["layers"], num_attention_heads=heads, num_key_value_heads=max(1, heads // 4),
+            max_position_embeddings=shape["prompt"] + shape["response"] + 8, tie_word_embeddings=True,
+            bos_token_id=END, eos_token_id=END, pad_token_id=PADDING, **options,
+        )  # fmt: skip
     return GPT2Config(
         vocab_size=shape["vocabulary"], n_embd=shape["width"], n_layer=shape["layers"], n_head=shape["width"] // 64,
         n_positions=shape["prompt"] + shape["response"] + 8, bos_token_id=END, eos_token_id=END, pad_token_id=PADDING,
@@ -32,16 +47,16 @@ def config_of(shape: dict[str, Any], **options: Any) -> GPT2Config:
     )  # fmt: skip
 
 
-def language_model(shape: dict[str, Any]) -> GPT2LMHeadModel:
+def language_model(shape: dict[str, Any]) -> Any:
     """A policy that hardly ever ends a completion before the limit."""
     torch.manual_seed(0)
-    return GPT2LMHeadModel(config_of(shape))
+    return AutoModelForCausalLM.from_config(config_of(shape))
 
 
-def scalar_model(shape: dict[str, Any]) -> GPT2ForSequenceClassification:
+def scalar_model(shape: dict[str, Any]) -> Any:
     """A reward or value model."""
     torch.manual_seed(1)
-    return GPT2ForSequenceClassification(config_of(shape, id2label={0: "score"}))
+    return AutoModelForSequenceClassification.from_config(config_of(shape, id2label={0: "score"}))
 
 
 def words_of(ids: list[int]) -> str:
@@ -206,8 +221,10 @@ def run_command(stage: str, shape: dict[str, Any], clock: Clock, **settings: Any
 
     Run.log = logged
     settings |= {
-        "output_dir": "run", "device": "cpu", "batch_size": shape["batch"], "checkpoint_every": 10**9,
+        "output_dir": "run", "device": shape.get("device", "cpu"), "batch_size": shape["batch"],
+        "checkpoint_every": 10**9,
         "lengths.max_prompt_tokens": shape["prompt"], "lengths.max_response_tokens": shape["response"],
+        **shape.get("settings", {}),
     }  # fmt: skip
     with contextlib.redirect_stdout(sys.stderr):  # the result is the last line of our output
         if cli.main([stage, *(f"--{name}={value}" for name, value in settings.items())]):
@@ -229,14 +246,27 @@ WORK = {
 }  # fmt: skip
 
 
-def main(trainer: str, stage: str, shape: str) -> None:
+@contextlib.contextmanager
+def profiled(path: str | None) -> Iterator[None]:
+    """Writes a table of where the time went, if there is a path for it."""
+    if path is None:
+        yield
+        return
+    with torch.profiler.profile() as found:
+        yield
+    device = "device" if torch.cuda.is_available() else "cpu"
+    Path(path).write_text(found.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=40))
+
+
+def main(trainer: str, stage: str, text: str) -> None:
     """Works in a temporary folder, and prints the result as the last line."""
-    clock = Clock()
+    clock, shape = Clock(), json.loads(text)
     with tempfile.TemporaryDirectory() as folder:
         before = Path.cwd()
         os.chdir(folder)
         try:
-            WORK[trainer, stage](json.loads(shape), clock)
+            with profiled(shape.get("profile")):
+                WORK[trainer, stage](shape, clock)
         finally:
             os.chdir(before)
     print(json.dumps({"seconds": clock.seconds, "peak_bytes": peak_bytes()}))
