@@ -118,10 +118,10 @@ def tokenize_comparisons(
     kept = tokenize(records, completions, tokenizer, limits)
     differing = [each for each in kept if any(ids != each[2][0] for ids in each[2])]
     if not differing:
-        raise DataError("no data is left to use: what tells the completions of a prompt apart is cut off")
+        raise DataError("no data is left to use: within the limits, the completions of a prompt are the same tokens")
     if len(differing) < len(kept):
         logger.warning(
-            "dropped %d of %d comparisons: what tells their completions apart is cut off",
+            "dropped %d of %d comparisons: within the limits, their completions are the same tokens",
             len(kept) - len(differing), len(kept),
         )  # fmt: skip
     return [RankedExample(prompt_ids, ids, list(record.ranks)) for record, prompt_ids, ids in differing]

@@ -192,13 +192,14 @@ def shared_context(*sources: ModelSource | None) -> int:
     return min(context_length(load_config(source)) for source in sources if source is not None)
 
 
-def check_embedded(tokenizer: PreTrainedTokenizerBase, groups: Iterable[Group], *sources: ModelSource) -> None:
+def check_embedded(tokenizer: PreTrainedTokenizerBase, groups: Iterable[Group], *sources: ModelSource | None) -> None:
     """Raises if a model has no embedding for a token of the data: the tokenizer has got tokens that the model has not.
 
     That the tokenizer has more of them than the model is no error by itself: Gemma 3's text models lack an image's.
+    None stands for a model that is not used.
     """
     highest = max((max(ids) for group in groups for ids in (group.prompt, *group.responses) if len(ids)), default=0)
-    for source in sources:
+    for source in (source for source in sources if source is not None):
         size = getattr(load_config(source).get_text_config(), "vocab_size", None)
         if size is not None and highest >= size:
             token = tokenizer.convert_ids_to_tokens(highest)

@@ -112,13 +112,14 @@ def train(config: PPOConfig, *, resume: bool = False) -> Path:
         check_reward_config(config.reward_model)
     source, reader = value_source(config, tokenizer)
     check_same_tokenizer(tokenizer, name_of(config.tokenizer or config.policy), source)
-    context = shared_context(config.policy, None if reader else config.reward_model, source)
+    sharing = config.policy, None if reader else config.reward_model, source  # the same tokens
+    context = shared_context(*sharing)
     prompts = tokenize_prompts(records, tokenizer, Limits(**asdict(config.lengths), context_length=context))
     if texts:
         check_context("pretraining_tokens", config.pretraining_tokens, config.policy)
     pretraining = pretraining_examples(texts, tokenizer, config.pretraining_tokens) if texts else []
     groups = [each.group for each in prompts] + [each.group for each in pretraining]
-    check_embedded(tokenizer, groups, config.policy, source)
+    check_embedded(tokenizer, groups, *sharing)
 
     run = Run("ppo", config, resume=resume)
     if run.finished:

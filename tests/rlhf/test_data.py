@@ -451,9 +451,9 @@ def test_what_is_cut_is_counted(caplog):
     assert [len(ids) for ids in kept.completion_ids] == [2, 4, 2]
     assert caplog.messages == [
         "cut 3 of 5 completions: over 4 tokens, or over the model's context of 12 with their prompt",
-        "dropped 1 of 2 comparisons: what tells their completions apart is cut off",
+        "dropped 1 of 2 comparisons: within the limits, their completions are the same tokens",
     ]
-    with pytest.raises(DataError, match="no data is left to use: what tells the completions of a prompt apart is cut"):
+    with pytest.raises(DataError, match="no data is left to use: within the limits, the completions"):
         tokenize_comparisons(records[1:], words(), LIMITS)
 
 
