@@ -343,10 +343,10 @@ def _losses(
     advantages, old, reference = (losses if x is None else x for x in (advantages, old, reference))
     with_gradient = needs_hidden or needs_weight
     boost = None
-    if with_gradient and count and rows.hidden.dtype == torch.float16:
-        largest = torch.where(rows.wanted, advantages.abs(), 0.0).max() if policy else weights.new_ones(())
-        largest = largest.double() + options["beta"] + abs(options["entropy_coefficient"])
-        boost = boost_of(largest * weights.max() / rows.temperature)
+    if with_gradient and rows.hidden.dtype == torch.float16:
+        slope = torch.where(rows.wanted, advantages.abs().double(), 0.0) if policy else 1.0
+        slope = weights * (slope + options["beta"] + abs(options["entropy_coefficient"])) / rows.temperature
+        boost = boost_of(slope.max() if count else weights.new_ones(()))
         weights = weights * boost
     gradients = Gradients(rows, needs_hidden, needs_weight, by_rows=True, boost=boost)
     size = min(count, rows_at_a_time(count, vocabulary))
