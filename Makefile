@@ -6,6 +6,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py build_backend.py pyproject.toml
 
+# What Python compiles is kept, whatever the environment says: else every process would compile all of torch again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-long test-install test-aarch64 test-gpu sanitize-gpu gpu-run lint asan bench triton-report cuda-check wheel clean
 
 demo: $(VENV)/installed
