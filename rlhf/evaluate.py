@@ -175,8 +175,8 @@ def read_chunks(config: EvaluateConfig, everyone: Sequence[Candidate]) -> torch.
             logger.warning("%s: has no alignment tax, since its tokens are not those of the baseline", each.name)
     check_context("pretraining_tokens", config.pretraining_tokens, *(each.source for each in sharing))
     chunks = tokenize_texts(texts, baseline.tokenizer, length=config.pretraining_tokens)
-    groups = (Group(chunk, []) for chunk in chunks.tolist())
-    check_embedded(baseline.tokenizer, groups, *(each.source for each in sharing))
+    highest = Group([int(chunks.max())], [])  # all chunks as lists would take several times their memory
+    check_embedded(baseline.tokenizer, [highest], *(each.source for each in sharing))
     return chunks
 
 

@@ -187,9 +187,9 @@ def linear_selective_log_softmax_backward(
     halves = None if hidden.dtype == torch.float32 else torch.empty_like(buffer, dtype=hidden.dtype)
     for first in range(0, vocabulary if count else 0, tokens):
         part = slice(first, min(vocabulary, first + tokens))
-        shape = count, part.stop - first
-        logits = rows.logits(rows.hidden, part, buffer[: shape[0] * shape[1]].view(shape))
-        slopes = logits if halves is None else halves[: shape[0] * shape[1]].view(shape)
+        width = part.stop - first
+        logits = rows.logits(rows.hidden, part, buffer[: count * width].view(count, width))
+        slopes = logits if halves is None else halves[: count * width].view(count, width)
         kept = logits.clone() if softcap is not None and slopes is logits else logits
         write_gradient(
             kept[None], slopes[None], rows.index, rows.wanted, temperature, entropies, maxima, log_sums, grad_logprobs,
