@@ -89,7 +89,7 @@ def _launch(kernel: JITFunction[Any], values: tuple[Any, ...], named: dict[str, 
     signature, constants, aligned = {}, {}, []
     for parameter in kernel.params:
         value = bound[parameter.name]
-        if parameter.is_constexpr:
+        if parameter.is_constexpr or value is None:
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = "*" + TYPES[value.dtype]

@@ -83,6 +83,12 @@ inline OptionalTensor dense(const OptionalTensor& tensor) {
   return tensor ? OptionalTensor(dense(*tensor)) : std::nullopt;
 }
 
+// Of an int64 scalar that the host can read without waiting, as a number is handed over that all rows share.
+inline std::optional<int64_t> number_of(const Tensor& tensor) {
+  if (tensor.dim() != 0 || !tensor.is_cpu() || tensor.scalar_type() != ScalarType::Long) return std::nullopt;
+  return *static_cast<const int64_t*>(tensor.const_data_ptr());
+}
+
 inline Tensor cast(const Tensor& tensor, ScalarType type) {
   return dense(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
 }
@@ -108,15 +114,29 @@ inline std::vector<int64_t> sizes(const Tensor& tensor) {
   return result;
 }
 
-inline Rows rows_of(const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.dim() - 1 <= kMaxDims, "the kernels take at most ", kMaxDims + 1, " dimensions");
-  Rows rows{static_cast<int>(tensor.dim() - 1), {}, {}};
-  for (int d = 0; d < rows.dims; ++d) {
-    rows.sizes[d] = tensor.size(d);
-    rows.strides[d] = tensor.stride(d);
+// Of a tensor's first so many dimensions. Those that lie one in another are made one: a kernel divides for each that is left.
+inline Rows rows_of(const Tensor& tensor, int64_t dims) {
+  STD_TORCH_CHECK(dims <= kMaxDims, "the kernels take at most ", kMaxDims + 1, " dimensions");
+  Rows rows{0, {}, {}};
+  for (int64_t d = 0; d < dims; ++d) {
+    const int64_t size = tensor.size(d), stride = tensor.stride(d);
+    if (size == 1) continue;
+    const int last = rows.dims - 1;
+    if (last >= 0 && rows.strides[last] == size * stride) {
+      rows.sizes[last] *= size;
+      rows.strides[last] = stride;
+    } else {
+      rows.sizes[rows.dims] = size;
+      rows.strides[rows.dims++] = stride;
+    }
   }
   return rows;
 }
+
+inline Rows rows_of(const Tensor& tensor) { return rows_of(tensor, tensor.dim() - 1); }
+
+// Where each entry of a tensor lies, in order.
+inline Rows places_of(const Tensor& tensor) { return rows_of(tensor, tensor.dim()); }
 
 inline View view_of(const Tensor& tensor) {
   const bool matrix = tensor.dim() == 2;
@@ -153,12 +173,6 @@ inline Logits logits_of(const Tensor& logits) {
 inline LogProbArguments log_prob_arguments(const Tensor& logits, const Tensor& index, const uint8_t* wanted,
                                            double temperature) {
   return {logits_of(logits), data<int64_t>(index), wanted, temperature};
-}
-
-// stream and step dense and int64.
-inline SamplingArguments sampling_arguments(const Tensor& logits, const Tensor& stream, const Tensor& step, int64_t seed,
-                                            double temperature) {
-  return {logits_of(logits), data<int64_t>(stream), data<int64_t>(step), static_cast<uint64_t>(seed), temperature};
 }
 
 inline KlShaping shaping_of(const Tensor& scores, const Tensor& logprobs, const Tensor& ref_logprobs, double beta,

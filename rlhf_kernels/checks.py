@@ -160,18 +160,16 @@ def choice(name: str, value: Any, options: tuple[str, ...]) -> None:
         raise ValueError(f"{name}: is {value!r}, must be one of {', '.join(map(repr, options))}")
 
 
-def mask(name: str, value: Tensor | None, like: Tensor, expected: tuple[int, ...]) -> Tensor:
-    """Checks a mask of the positions that count, except its values (:func:`read_mask`). None becomes a mask of ones.
+def mask(name: str, value: Tensor | None, like: Tensor, expected: tuple[int, ...]) -> None:
+    """Checks a mask of the positions that count, except its values (:func:`read_mask`). With None they all do.
 
     Raises:
         TypeError: not a tensor of bool, integers or floats.
         ValueError: another shape or device.
     """
-    if value is None:
-        return torch.ones(expected, dtype=torch.bool, device=like.device)
-    tensor(name, value, MASKS, like)
-    shape(name, value, expected, "one entry per position")
-    return value
+    if value is not None:
+        tensor(name, value, MASKS, like)
+        shape(name, value, expected, "one entry per position")
 
 
 def boundaries(name: str, value: Any, like: Tensor) -> None:
@@ -190,14 +188,16 @@ def boundaries(name: str, value: Any, like: Tensor) -> None:
 # themselves, with the same errors (csrc/checks.h). Values on a GPU are not checked, since that would wait for the GPU.
 
 
-def read_mask(backend: str, name: str, value: Tensor) -> Tensor:
-    """The mask as a backend takes it: of any dtype for the kernels, which read it as it is; bool for the reference.
+def read_mask(backend: str, name: str, value: Tensor | None, like: Tensor) -> Tensor | None:
+    """The mask as a backend takes it: kernels as it is, of any dtype or None; the reference bool, of ``like``'s shape.
 
     The CPU ops check its values themselves.
 
     Raises:
         ValueError: on the CPU, a value besides 0 and 1; names the first one and its position.
     """
+    if value is None:
+        return torch.ones(like.shape, dtype=torch.bool, device=like.device) if backend == "reference" else None
     if backend == "cpu" or value.dtype == torch.bool:
         return value
     value = value.detach()
@@ -206,19 +206,27 @@ def read_mask(backend: str, name: str, value: Tensor) -> Tensor:
     return value != 0 if backend == "reference" else value
 
 
-def read_row_mask(backend: str, name: str, value: Tensor) -> Tensor:
-    """The same for a mask of rows, which is bool everywhere but on the CPU."""
-    value = read_mask(backend, name, value)
-    return value if backend == "cpu" or value.dtype == torch.bool else value != 0
+def read_index(
+    backend: str, name: str, value: Tensor, mask: Tensor | None, size: int, ignore_index: int | None = None
+) -> Tensor:
+    """The index, checked to be in [0, size) where it counts: where the mask says so and it is not ``ignore_index``.
 
-
-def read_index(backend: str, name: str, value: Tensor, wanted: Tensor, size: int) -> Tensor:
-    """The index, checked to be in [0, size) where ``wanted``. On a GPU it is not checked; its kernels give NaN.
+    On a GPU it is not checked; its kernels give NaN.
 
     Raises:
         IndexError: on the CPU, names the first bad index and its position.
     """
-    return value if backend == "cpu" or not value.is_cpu else _check_index(value, wanted, size, name)
+    if backend == "cpu" or not value.is_cpu:
+        return value
+    return _check_index(value, counted(value, mask, ignore_index), size, name)
+
+
+def counted(index: Tensor, mask: Tensor | None, ignore_index: int | None) -> Tensor:
+    """Bool: the rows that count. For what is not a kernel; those find out row by row, without a launch of its own."""
+    if ignore_index is None:
+        return torch.ones_like(index, dtype=torch.bool) if mask is None else mask != 0
+    wanted = index != ignore_index
+    return wanted if mask is None else wanted & (mask != 0)
 
 
 def read_boundaries(backend: str, name: str, value: Tensor | None, length: int) -> Tensor | None:

@@ -51,11 +51,11 @@ def masked_gae(
         ValueError: shapes or devices differ, an option is out of range, or (looked at on the CPU only) a mask holds
             something besides 0 and 1, or ``cu_seqlens`` don't rise from 0 to N.
     """
-    mask, _, gamma, lam, whitening = _check(rewards, values, mask, gamma, lam, bootstrap, whiten, cu_seqlens, "rewards")
+    _, gamma, lam, whitening = _check(rewards, values, mask, gamma, lam, bootstrap, whiten, cu_seqlens, "rewards")
     backend = choose("masked_gae", rewards, values, bootstrap)
-    wanted = checks.read_mask(backend, "mask", mask)
+    mask = checks.read_mask(backend, "mask", mask, rewards)
     cu_seqlens = checks.read_boundaries(backend, "cu_seqlens", cu_seqlens, rewards.shape[0])
-    arguments = (rewards, values, wanted, gamma, lam, bootstrap, whitening, cu_seqlens)
+    arguments = (rewards, values, mask, gamma, lam, bootstrap, whitening, cu_seqlens)
     if backend == "reference":
         return reference.masked_gae(*arguments)
     return call(backend, "masked_gae", *arguments)
@@ -104,17 +104,15 @@ def ppo_advantages(
             something besides 0 and 1, or ``cu_seqlens`` don't rise from 0 to N.
     """
     checks.choice("estimator", estimator, ESTIMATORS)
-    mask, count, gamma, lam, whitening = _check(
-        logprobs, values, mask, gamma, lam, bootstrap, whiten, cu_seqlens, "logprobs"
-    )
+    count, gamma, lam, whitening = _check(logprobs, values, mask, gamma, lam, bootstrap, whiten, cu_seqlens, "logprobs")
     checks.tensor("ref_logprobs", ref_logprobs, checks.FLOATS, logprobs)
     checks.shape("ref_logprobs", ref_logprobs, logprobs.shape, "the shape of logprobs")
     beta, score_clip = check_shaping(scores, logprobs, count, beta, score_clip)
     backend = choose("ppo_advantages", scores, logprobs, ref_logprobs, values, bootstrap)
-    wanted = checks.read_mask(backend, "mask", mask)
+    mask = checks.read_mask(backend, "mask", mask, logprobs)
     cu_seqlens = checks.read_boundaries(backend, "cu_seqlens", cu_seqlens, logprobs.shape[0])
     arguments = (
-        scores, logprobs, ref_logprobs, values, wanted, beta, gamma, lam, whitening, bootstrap, estimator, score_clip,
+        scores, logprobs, ref_logprobs, values, mask, beta, gamma, lam, whitening, bootstrap, estimator, score_clip,
         cu_seqlens,
     )  # fmt: skip
     if backend == "reference":
@@ -125,8 +123,8 @@ def ppo_advantages(
 def _check(
     first: Tensor, values: Tensor, mask: Tensor | None, gamma: float, lam: float, bootstrap: Tensor | None,
     whiten: bool | str, cu_seqlens: Tensor | None, name: str,
-) -> tuple[Tensor, int, float, float, str | None]:  # fmt: skip
-    """Checks what both functions share; returns the mask, the number of sequences, γ, λ, and what to whiten by."""
+) -> tuple[int, float, float, str | None]:  # fmt: skip
+    """Checks what both functions share; returns the number of sequences, γ, λ, and what to whiten by."""
     checks.tensor(name, first, checks.FLOATS)
     dims, form = (2, "(B, T)") if cu_seqlens is None else (1, "(N,), since cu_seqlens is given")
     if first.dim() != dims:
@@ -139,7 +137,7 @@ def _check(
         count = cu_seqlens.shape[0] - 1
     else:
         count = first.shape[0]
-    mask = checks.mask("mask", mask, first, first.shape)
+    checks.mask("mask", mask, first, first.shape)
     gamma, lam = checks.number("gamma", gamma, 0.0, 1.0), checks.number("lam", lam, 0.0, 1.0)
     if not isinstance(whiten, bool) and whiten != "unbiased":
         raise ValueError(f"whiten: is {whiten!r}, must be True, False or 'unbiased'")
@@ -147,7 +145,7 @@ def _check(
         checks.tensor("bootstrap", bootstrap, checks.FLOATS, first)
         checks.shape("bootstrap", bootstrap, (count,), "one per sequence")
     whitening = "unbiased" if whiten == "unbiased" else "population" if whiten else None
-    return mask, count, gamma, lam, whitening
+    return count, gamma, lam, whitening
 
 
 @fake("masked_gae")

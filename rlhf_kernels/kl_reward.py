@@ -37,16 +37,15 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None = Non
             something besides 0 and 1.
     """
     _check(logprobs, ref_logprobs, estimator)
+    checks.mask("mask", mask, logprobs, logprobs.shape)
     backend = choose("kl_penalty", logprobs, ref_logprobs)
-    wanted = None
-    if mask is not None:
-        wanted = checks.read_mask(backend, "mask", checks.mask("mask", mask, logprobs, logprobs.shape))
+    mask = checks.read_mask(backend, "mask", mask, logprobs)
     if backend == "reference":
-        return reference.kl_penalty(logprobs, ref_logprobs, wanted, estimator)
+        return reference.kl_penalty(logprobs, ref_logprobs, mask, estimator)
     if logprobs.dim() in (1, 2):
-        return call(backend, "kl_penalty", logprobs, ref_logprobs, wanted, estimator)
-    wanted = None if wanted is None else wanted.reshape(-1)
-    flat = call(backend, "kl_penalty", logprobs.reshape(-1), ref_logprobs.reshape(-1), wanted, estimator)
+        return call(backend, "kl_penalty", logprobs, ref_logprobs, mask, estimator)
+    mask = None if mask is None else mask.reshape(-1)
+    flat = call(backend, "kl_penalty", logprobs.reshape(-1), ref_logprobs.reshape(-1), mask, estimator)
     return flat.view(logprobs.shape)
 
 
@@ -87,11 +86,11 @@ def kl_shaped_rewards(
     _check(logprobs, ref_logprobs, estimator)
     if logprobs.dim() != 2:
         raise ValueError(f"logprobs: has shape {tuple(logprobs.shape)}, must be (B, T)")
-    mask = checks.mask("mask", mask, logprobs, logprobs.shape)
+    checks.mask("mask", mask, logprobs, logprobs.shape)
     beta, score_clip = check_shaping(scores, logprobs, logprobs.shape[0], beta, score_clip)
     backend = choose("kl_shaped_rewards", scores, logprobs, ref_logprobs)
-    wanted = checks.read_mask(backend, "mask", mask)
-    arguments = (scores, logprobs, ref_logprobs, wanted, beta, estimator, score_clip)
+    mask = checks.read_mask(backend, "mask", mask, logprobs)
+    arguments: tuple[Any, ...] = (scores, logprobs, ref_logprobs, mask, beta, estimator, score_clip)
     if backend == "reference":
         return reference.kl_shaped_rewards(*arguments)
     return call(backend, "kl_shaped_rewards", *arguments)
@@ -117,7 +116,7 @@ def check_shaping(
 
 
 @fake("kl_penalty")
-def _(logprobs: Tensor, ref_logprobs: Tensor, wanted: Tensor | None, estimator: str) -> Tensor:
+def _(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, estimator: str) -> Tensor:
     return logprobs.new_empty(logprobs.shape, dtype=torch.float32)
 
 
@@ -133,11 +132,11 @@ def _(scores: Tensor, logprobs: Tensor, *_: Any) -> tuple[Tensor, ...]:
 
 def _save(ctx: Any, inputs: Any, output: Tensor) -> None:
     ctx.estimator = inputs.estimator
-    ctx.save_for_backward(inputs.logprobs, inputs.ref_logprobs, inputs.wanted)
+    ctx.save_for_backward(inputs.logprobs, inputs.ref_logprobs, inputs.mask)
 
 
 @autograd("kl_penalty", _save, variables=("logprobs", "ref_logprobs"))
 def _backward(ctx: Any, saved: tuple[Any, ...], gradient: Tensor) -> dict[str, Tensor]:
-    logprobs, ref_logprobs, wanted = saved
-    slope = run_kernel(ctx.backend, "kl_penalty_backward", logprobs, ref_logprobs, wanted, ctx.estimator, gradient)
+    logprobs, ref_logprobs, mask = saved
+    slope = run_kernel(ctx.backend, "kl_penalty_backward", logprobs, ref_logprobs, mask, ctx.estimator, gradient)
     return {"logprobs": slope.to(logprobs.dtype), "ref_logprobs": -slope.to(ref_logprobs.dtype)}

@@ -177,7 +177,7 @@ def linear_ppo_policy_loss(
         if value is not None:
             checks.tensor(name, value, checks.FLOATS, hidden)
             checks.shape(name, value, rows, "one entry per row of hidden")
-    mask = checks.mask("mask", mask, hidden, rows)
+    checks.mask("mask", mask, hidden, rows)
     checks.tensor("index", index, checks.INDICES, hidden)
     checks.shape("index", index, rows, "one entry per row of hidden")
     options = (
@@ -187,15 +187,16 @@ def linear_ppo_policy_loss(
         *check_reduction(reduction, denominator, len(rows)),
     )
     backend = choose("linear_ppo_policy_loss", hidden, weight, bias)
-    wanted = checks.read_row_mask(backend, "mask", mask)
-    index = checks.read_index(backend, "index", index, wanted, weight.shape[0])
+    mask = checks.read_mask(backend, "mask", mask, index)
+    index = checks.read_index(backend, "index", index, mask, weight.shape[0])
     if backend == "reference":
+        assert mask is not None
         return reference.linear_ppo_policy_loss(
-            hidden, weight, index, old_logprobs, advantages, wanted, bias, temperature, softcap, *options
+            hidden, weight, index, old_logprobs, advantages, mask, bias, temperature, softcap, *options
         )
     hidden, weight, bias = _operands(hidden, weight, bias)
     loss, statistics, *_ = call(
-        backend, "linear_ppo_policy_loss", hidden, weight, index, old_logprobs, advantages, wanted, bias, temperature,
+        backend, "linear_ppo_policy_loss", hidden, weight, index, old_logprobs, advantages, mask, bias, temperature,
         softcap, *options, needs_gradient(hidden), needs_gradient(weight, bias),
     )  # fmt: skip
     return loss, policy_statistics("linear_ppo_policy_loss", statistics, dual_clip, ref_logprobs)
@@ -241,13 +242,13 @@ def linear_cross_entropy(
     checks.shape("labels", labels, hidden.shape[:-1], "one entry per row of hidden")
     ignore_index = checks.ignore_index(ignore_index, labels)
     backend = choose("linear_cross_entropy", hidden, weight, bias)
-    wanted = labels != ignore_index
-    labels = checks.read_index(backend, "labels", labels, wanted, weight.shape[0])
+    labels = checks.read_index(backend, "labels", labels, None, weight.shape[0], ignore_index)
     if backend == "reference":
+        wanted = checks.counted(labels, None, ignore_index)
         return reference.linear_cross_entropy(hidden, weight, labels, wanted, bias, temperature, softcap, reduction)
     hidden, weight, bias = _operands(hidden, weight, bias)
     return call(
-        backend, "linear_cross_entropy", hidden, weight, labels, wanted, bias, temperature, softcap,
+        backend, "linear_cross_entropy", hidden, weight, labels, ignore_index, bias, temperature, softcap,
         reduction == "mean", needs_gradient(hidden), needs_gradient(weight, bias),
     )[0]  # fmt: skip
 
@@ -297,16 +298,18 @@ def _run(
             with_entropy=with_entropy,
         )  # fmt: skip
         return *results, None
-    index, wanted = read_rows(backend, index, mask, ignore_index, weight.shape[0])
+    index, mask = read_rows(backend, index, mask, ignore_index, weight.shape[0])
     if backend == "reference":
+        wanted = checks.counted(index, mask, ignore_index)
         results = reference.linear_selective_log_softmax_and_entropy(
             hidden, weight, index, wanted, bias, temperature, softcap, with_entropy=with_entropy
         )
         return *results, None
     hidden, weight, bias = _operands(hidden, weight, bias)
     logprobs, entropies, _, log_sums = call(
-        backend, "linear_selective_log_softmax", hidden, weight, index, wanted, bias, temperature, softcap, with_entropy
-    )
+        backend, "linear_selective_log_softmax", hidden, weight, index, mask, ignore_index, bias, temperature, softcap,
+        with_entropy,
+    )  # fmt: skip
     entropies = entropies.view(index.shape) if with_entropy else entropies
     return logprobs.view(index.shape), entropies, log_sums.view(index.shape)
 
@@ -341,8 +344,8 @@ def _kept(operands: torch.dtype) -> torch.dtype:
 
 @fake("linear_selective_log_softmax")
 def _(
-    hidden: Tensor, weight: Tensor, index: Tensor, wanted: Tensor, bias: Tensor | None, temperature: float,
-    softcap: float | None, with_entropy: bool,
+    hidden: Tensor, weight: Tensor, index: Tensor, mask: Tensor | None, ignore_index: int | None,
+    bias: Tensor | None, temperature: float, softcap: float | None, with_entropy: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     def per_row(count: int) -> Tensor:
         return hidden.new_empty(count, dtype=torch.float32)
@@ -353,17 +356,18 @@ def _(
 
 @fake("linear_selective_log_softmax_backward")
 def _(
-    hidden: Tensor, weight: Tensor, index: Tensor, wanted: Tensor, bias: Tensor | None, temperature: float,
-    softcap: float | None, entropies: Tensor, maxima: Tensor, log_sums: Tensor, grad_logprobs: Tensor,
-    grad_entropies: Tensor | None, needs_hidden: bool, needs_weight: bool,
+    hidden: Tensor, weight: Tensor, index: Tensor, mask: Tensor | None, ignore_index: int | None,
+    bias: Tensor | None, temperature: float, softcap: float | None, entropies: Tensor, maxima: Tensor,
+    log_sums: Tensor, grad_logprobs: Tensor, grad_entropies: Tensor | None, needs_hidden: bool, needs_weight: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     return _gradients_like(hidden, weight, bias, needs_hidden, needs_weight, hidden.dtype)
 
 
 @fake("linear_ppo_policy_loss")
 def _(
-    hidden: Tensor, weight: Tensor, index: Tensor, old_logprobs: Tensor | None, advantages: Tensor, wanted: Tensor,
-    bias: Tensor | None, temperature: float, softcap: float | None, ref_logprobs: Tensor | None, beta: float,
+    hidden: Tensor, weight: Tensor, index: Tensor, old_logprobs: Tensor | None, advantages: Tensor,
+    mask: Tensor | None, bias: Tensor | None, temperature: float, softcap: float | None, ref_logprobs: Tensor | None,
+    beta: float,
     clip_low: float, clip_high: float, dual_clip: float | None, log_ratio_clamp: float | None, cispo: bool,
     entropy_coefficient: float, reduction: str, denominator: float | None, needs_hidden: bool, needs_weight: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
@@ -374,7 +378,7 @@ def _(
 
 @fake("linear_cross_entropy")
 def _(
-    hidden: Tensor, weight: Tensor, labels: Tensor, wanted: Tensor, bias: Tensor | None, temperature: float,
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, bias: Tensor | None, temperature: float,
     softcap: float | None, mean: bool, needs_hidden: bool, needs_weight: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     loss = hidden.new_empty((), dtype=torch.float32)
@@ -383,24 +387,29 @@ def _(
 
 def _save_rows(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
     ctx.temperature, ctx.softcap, ctx.with_entropy = inputs.temperature, inputs.softcap, inputs.with_entropy
-    ctx.needs_hidden = inputs.hidden.requires_grad
+    ctx.ignore_index, ctx.needs_hidden = inputs.ignore_index, inputs.hidden.requires_grad
     ctx.needs_weight = inputs.weight.requires_grad or (inputs.bias is not None and inputs.bias.requires_grad)
     _, entropies, maxima, log_sums = output
     ctx.save_for_backward(
-        inputs.hidden, inputs.weight, inputs.index, inputs.wanted, inputs.bias, entropies, maxima, log_sums
+        inputs.hidden, inputs.weight, inputs.index, inputs.mask, inputs.bias, entropies, maxima, log_sums
     )
     ctx.mark_non_differentiable(maxima, log_sums, *(() if ctx.with_entropy else (entropies,)))
+    ctx.set_materialize_grads(False)
 
 
 @autograd("linear_selective_log_softmax", _save_rows, variables=OPERANDS)
 def _backward_of_rows(
-    ctx: Any, saved: tuple[Any, ...], grad_logprobs: Tensor, grad_entropies: Tensor, *_: Any
+    ctx: Any, saved: tuple[Any, ...], grad_logprobs: Tensor | None, grad_entropies: Tensor | None, *_: Any
 ) -> dict[str, Tensor | None]:
-    hidden, weight, index, wanted, bias, entropies, maxima, log_sums = saved
+    hidden, weight, index, mask, bias, entropies, maxima, log_sums = saved
+    if grad_logprobs is None:
+        if grad_entropies is None:
+            return {}
+        grad_logprobs = torch.zeros_like(maxima)
     of_hidden, of_weight, of_bias = run_kernel(
         ctx.backend, "linear_selective_log_softmax_backward",
-        hidden, weight, index, wanted, bias, ctx.temperature, ctx.softcap, entropies, maxima, log_sums, grad_logprobs,
-        grad_entropies if ctx.with_entropy else None, ctx.needs_hidden, ctx.needs_weight,
+        hidden, weight, index, mask, ctx.ignore_index, bias, ctx.temperature, ctx.softcap, entropies, maxima, log_sums,
+        grad_logprobs, grad_entropies, ctx.needs_hidden, ctx.needs_weight,
     )  # fmt: skip
     return {
         "hidden": of_hidden if ctx.needs_hidden else None,

@@ -88,13 +88,14 @@ def _run(
         return vocabulary_parallel.log_probs(
             logits, index, mask, ignore_index, group, backend, temperature, inplace_backward, with_entropy=with_entropy
         )
-    index, wanted = read_rows(backend, index, mask, ignore_index, logits.shape[-1])
+    index, mask = read_rows(backend, index, mask, ignore_index, logits.shape[-1])
     if backend == "reference":
+        wanted = checks.counted(index, mask, ignore_index)
         return reference.selective_log_softmax_and_entropy(
             logits, index, wanted, temperature, inplace_backward, with_entropy=with_entropy
         )
     logprobs, entropies, _, _ = call(
-        backend, "selective_log_softmax", logits, index, wanted, temperature, with_entropy, inplace_backward
+        backend, "selective_log_softmax", logits, index, mask, ignore_index, temperature, with_entropy, inplace_backward
     )
     return logprobs, entropies
 
@@ -146,18 +147,16 @@ def check_rows(index: Tensor, like: Tensor, rows: tuple[int, ...], mask: Tensor 
     """Checks the arguments that choose rows, and a token in each, except their values; returns ``ignore_index``."""
     checks.tensor("index", index, checks.INDICES, like)
     checks.shape("index", index, rows, "one entry per row")
-    if mask is not None:
-        checks.mask("mask", mask, like, rows)
+    checks.mask("mask", mask, like, rows)
     return checks.ignore_index(ignore_index, index)
 
 
-def read_rows(backend: str, index: Tensor, mask: Tensor | None, ignore_index: int, size: int) -> tuple[Tensor, Tensor]:
-    """The index, and the mask of rows that count, as a backend takes them."""
-    if mask is None:
-        wanted = index != ignore_index
-    else:
-        wanted = checks.read_row_mask(backend, "mask", mask.masked_fill(index == ignore_index, 0))
-    return checks.read_index(backend, "index", index, wanted, size), wanted
+def read_rows(
+    backend: str, index: Tensor, mask: Tensor | None, ignore_index: int, size: int
+) -> tuple[Tensor, Tensor | None]:
+    """The index and the mask as a backend takes them."""
+    mask = None if mask is None else checks.read_mask(backend, "mask", mask, index)
+    return checks.read_index(backend, "index", index, mask, size, ignore_index), mask
 
 
 # For the derivative the op returns the maximum of each row's logits and log Σ e^((l − max)/τ) as two numbers. The
@@ -166,8 +165,9 @@ def read_rows(backend: str, index: Tensor, mask: Tensor | None, ignore_index: in
 
 @fake("selective_log_softmax")
 def _(
-    logits: Tensor, index: Tensor, wanted: Tensor, temperature: float, with_entropy: bool, inplace_backward: bool
-) -> tuple[Tensor, ...]:
+    logits: Tensor, index: Tensor, mask: Tensor | None, ignore_index: int | None, temperature: float,
+    with_entropy: bool, inplace_backward: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
     def per_row() -> Tensor:
         return logits.new_empty(index.shape, dtype=torch.float32)
 
@@ -186,19 +186,25 @@ def _(*_: Any) -> None:
 
 def _save(ctx: Any, inputs: Any, output: tuple[Tensor, ...]) -> None:
     ctx.temperature, ctx.with_entropy, ctx.inplace = inputs.temperature, inputs.with_entropy, inputs.inplace_backward
+    ctx.ignore_index = inputs.ignore_index
     _, entropies, maxima, log_sums = output
-    ctx.save_for_backward(inputs.logits, inputs.index, inputs.wanted, entropies, maxima, log_sums)
+    ctx.save_for_backward(inputs.logits, inputs.index, inputs.mask, entropies, maxima, log_sums)
     ctx.mark_non_differentiable(maxima, log_sums, *(() if ctx.with_entropy else (entropies,)))
+    ctx.set_materialize_grads(False)  # a launch for each result that has no gradient
 
 
 @autograd("selective_log_softmax", _save, variables=("logits",))
 def _backward(
-    ctx: Any, saved: tuple[Tensor, ...], grad_logprobs: Tensor, grad_entropies: Tensor, *_: Any
-) -> dict[str, Tensor]:
-    logits, index, wanted, entropies, maxima, log_sums = saved
+    ctx: Any, saved: tuple[Any, ...], grad_logprobs: Tensor | None, grad_entropies: Tensor | None, *_: Any
+) -> dict[str, Tensor | None]:
+    logits, index, mask, entropies, maxima, log_sums = saved
+    if grad_logprobs is None:
+        if grad_entropies is None:
+            return {}
+        grad_logprobs = torch.zeros_like(maxima)
     arguments = (
-        logits, index, wanted, ctx.temperature, entropies, maxima, log_sums, grad_logprobs,
-        grad_entropies if ctx.with_entropy else None,
+        logits, index, mask, ctx.ignore_index, ctx.temperature, entropies, maxima, log_sums, grad_logprobs,
+        grad_entropies,
     )  # fmt: skip
     return {"logits": gradient_of_logits(ctx.backend, ctx.inplace, *arguments)}
 

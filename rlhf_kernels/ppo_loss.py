@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,7 +88,7 @@ def ppo_policy_loss(
     if old_logprobs is None:
         old_logprobs = logprobs.detach()
     advantages = spread("advantages", advantages, logprobs.shape)
-    mask = _check_tokens(("logprobs", logprobs), ("old_logprobs", old_logprobs), ("advantages", advantages), mask)
+    _check_tokens(("logprobs", logprobs), ("old_logprobs", old_logprobs), ("advantages", advantages), mask)
     checks.choice("ratio_level", ratio_level, RATIO_LEVELS)
     if ratio_level == "sequence" and logprobs.dim() != 2:
         raise ValueError(
@@ -97,9 +98,9 @@ def ppo_policy_loss(
     options = check_surrogate(surrogate, clip_range, clip_range_high, dual_clip, log_ratio_clamp)
     reduction, denominator = check_reduction(reduction, denominator, logprobs.dim())
     backend = choose("ppo_policy_loss", logprobs, old_logprobs, advantages, ref_logprobs)
-    wanted = checks.read_mask(backend, "mask", mask)
-    arguments = (
-        logprobs, old_logprobs, advantages, wanted, *reference_options, *options, ratio_level == "sequence", reduction,
+    mask = checks.read_mask(backend, "mask", mask, logprobs)
+    arguments: tuple[Any, ...] = (
+        logprobs, old_logprobs, advantages, mask, *reference_options, *options, ratio_level == "sequence", reduction,
         denominator,
     )  # fmt: skip
     if backend == "reference":
@@ -140,13 +141,13 @@ def ppo_value_loss(
         ValueError: shapes or devices differ, an option is out of range, or (looked at on the CPU only) a mask holds
             something besides 0 and 1.
     """
-    mask = _check_tokens(("values", values), ("old_values", old_values), ("returns", returns), mask)
+    _check_tokens(("values", values), ("old_values", old_values), ("returns", returns), mask)
     if clip_range is not None:
         clip_range = checks.number("clip_range", clip_range, 0.0, exclusive_low=True)
     reduction, denominator = check_reduction(reduction, denominator, values.dim())
     backend = choose("ppo_value_loss", values, old_values, returns)
-    wanted = checks.read_mask(backend, "mask", mask)
-    arguments = (values, old_values, returns, wanted, clip_range, reduction, denominator)
+    mask = checks.read_mask(backend, "mask", mask, values)
+    arguments: tuple[Any, ...] = (values, old_values, returns, mask, clip_range, reduction, denominator)
     if backend == "reference":
         return reference.ppo_value_loss(*arguments)
     loss, statistics, _ = call(backend, "ppo_value_loss", *arguments, needs_gradient(values))
@@ -155,7 +156,7 @@ def ppo_value_loss(
 
 def _check_tokens(
     first: tuple[str, Tensor], second: tuple[str, Tensor], third: tuple[str, Tensor], mask: Tensor | None
-) -> Tensor:
+) -> None:
     name, like = first
     checks.tensor(name, like, checks.FLOATS)
     if like.dim() not in (1, 2):
@@ -163,7 +164,7 @@ def _check_tokens(
     for other, value in (second, third):
         checks.tensor(other, value, checks.FLOATS, like)
         checks.shape(other, value, like.shape, f"the shape of {name}")
-    return checks.mask("mask", mask, like, like.shape)
+    checks.mask("mask", mask, like, like.shape)
 
 
 def spread(name: str, value: Tensor, shape: torch.Size) -> Tensor:
@@ -246,7 +247,7 @@ def _results(name: str, like: Tensor, with_gradient: bool) -> tuple[Tensor, Tens
 
 @fake("ppo_policy_loss")
 def _(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, wanted: Tensor, ref_logprobs: Tensor | None,
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor | None, ref_logprobs: Tensor | None,
     beta: float, clip_low: float, clip_high: float, dual_clip: float | None, log_ratio_clamp: float | None,
     cispo: bool, by_sequence: bool, reduction: str, denominator: float | None, with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -255,7 +256,7 @@ def _(
 
 @fake("ppo_value_loss")
 def _(
-    values: Tensor, old_values: Tensor, returns: Tensor, wanted: Tensor, clip_range: float | None, reduction: str,
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor | None, clip_range: float | None, reduction: str,
     denominator: float | None, with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return _results("ppo_value_loss", values, with_gradient)

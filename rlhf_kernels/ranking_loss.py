@@ -63,13 +63,12 @@ def pairwise_ranking_loss(
         if mask is not None:
             raise ValueError("mask: is given with offsets, must be None; flat scores have no padding to mask")
         checks.boundaries("offsets", offsets, scores)
-    # No mask of ones is made for None: for small batches that would take longer than the loss.
-    mask = None if mask is None else checks.mask("mask", mask, scores, scores.shape)
+    checks.mask("mask", mask, scores, scores.shape)
     margin = 0.0 if margin is None else checks.number("margin", margin, 0.0)
     backend = choose("pairwise_ranking_loss", scores)
-    wanted = None if mask is None else checks.read_mask(backend, "mask", mask)
+    mask = checks.read_mask(backend, "mask", mask, scores)
     offsets = checks.read_boundaries(backend, "offsets", offsets, scores.shape[0])
-    arguments = (scores, ranks, offsets, wanted, margin)
+    arguments = (scores, ranks, offsets, mask, margin)
     if backend == "reference":
         return reference.pairwise_ranking_loss(*arguments)
     loss, accuracy, _ = call(backend, "pairwise_ranking_loss", *arguments, needs_gradient(scores))
@@ -78,7 +77,7 @@ def pairwise_ranking_loss(
 
 @fake("pairwise_ranking_loss")
 def _(
-    scores: Tensor, ranks: Tensor, offsets: Tensor | None, wanted: Tensor | None, margin: float, with_gradient: bool
+    scores: Tensor, ranks: Tensor, offsets: Tensor | None, mask: Tensor | None, margin: float, with_gradient: bool
 ) -> tuple[Tensor, ...]:
     shapes = ((), (), scores.shape if with_gradient else (0,))
     return tuple(scores.new_empty(shape, dtype=torch.float32) for shape in shapes)

@@ -47,26 +47,25 @@ def sample_tokens(
     temperature = checks.temperature(temperature, zero=True)
     streams, steps = _per_row("stream", stream, logits), _per_row("step", step, logits)
     backend = choose("sample_tokens", logits)
-    arguments = (logits.detach(), streams, steps, seed, temperature)
     if backend == "reference":
-        tokens, logprobs = reference.sample_tokens(*arguments)
+        streams, steps = (x.to(logits.device).expand(logits.shape[:-1]) for x in (streams, steps))
+        tokens, logprobs = reference.sample_tokens(logits.detach(), streams, steps, seed, temperature)
     else:
-        tokens, logprobs = call(backend, "sample_tokens", *arguments)
+        tokens, logprobs = call(backend, "sample_tokens", logits.detach(), streams, steps, seed, temperature)
     return checks.read_drawn(backend, tokens), logprobs
 
 
 def _per_row(name: str, value: Any, logits: Tensor) -> Tensor:
+    """One for each row; or for all rows a scalar on the CPU, which costs a GPU no launch."""
     rows = logits.shape[:-1]
     if isinstance(value, Tensor):
         checks.tensor(name, value, checks.INDICES, logits)
         checks.shape(name, value, rows, "one entry per row")
         return value
-    return torch.full(rows, checks.int64(name, value), dtype=torch.int64, device=logits.device)
+    return torch.scalar_tensor(checks.int64(name, value), dtype=torch.int64, device="cpu")
 
 
 @fake("sample_tokens")
-def _(logits: Tensor, stream: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return (
-        logits.new_empty(stream.shape, dtype=torch.int64),
-        logits.new_empty(stream.shape, dtype=torch.float32),
-    )
+def _(logits: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    rows = logits.shape[:-1]
+    return logits.new_empty(rows, dtype=torch.int64), logits.new_empty(rows, dtype=torch.float32)

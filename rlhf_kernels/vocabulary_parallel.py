@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rlhf_kernels import checks
 from rlhf_kernels.log_prob import gradient_of_logits, read_rows
 from rlhf_kernels.registration import differentiated_once, run_kernel
 
@@ -133,7 +134,8 @@ def _read(index: Tensor, mask: Tensor | None, ignore_index: int, part: Part, own
                     f"index: processes {rank} and {other} of the group differ in index or mask, must have the same"
                 )
     # By the Python checks: those of the CPU's ops know only the tokens that are here.
-    return read_rows("triton", index, mask, ignore_index, part.size)
+    index, mask = read_rows("triton", index, mask, ignore_index, part.size)
+    return index, checks.counted(index, mask, ignore_index)
 
 
 class _Row(NamedTuple):
@@ -202,7 +204,7 @@ class _LogProbs(torch.autograd.Function):
 
         def run(own: Tensor) -> Any:
             return run_kernel(
-                backend, "selective_log_softmax", logits, own, wanted, temperature, with_entropy, False
+                backend, "selective_log_softmax", logits, own, wanted, None, temperature, with_entropy, False
             )  # fmt: skip
 
         return _forward(ctx, run, (logits,), index, wanted, part, backend, temperature, with_entropy)
@@ -213,7 +215,7 @@ class _LogProbs(torch.autograd.Function):
         logits, index, wanted, entropies, maxima, log_sums = saved
         of_logprobs, of_entropies = gradients
         arguments = (
-            logits, index, wanted, ctx.temperature, entropies, maxima, log_sums, of_logprobs,
+            logits, index, wanted, None, ctx.temperature, entropies, maxima, log_sums, of_logprobs,
             of_entropies if ctx.with_entropy else None,
         )  # fmt: skip
         with torch.no_grad():
@@ -232,7 +234,7 @@ class _LinearLogProbs(torch.autograd.Function):
 
         def run(own: Tensor) -> Any:
             return run_kernel(
-                backend, "linear_selective_log_softmax", hidden, weight, own, wanted, bias, temperature, softcap,
+                backend, "linear_selective_log_softmax", hidden, weight, own, wanted, None, bias, temperature, softcap,
                 with_entropy,
             )  # fmt: skip
 
@@ -246,7 +248,7 @@ class _LinearLogProbs(torch.autograd.Function):
         needs_hidden, needs_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         with torch.no_grad():
             of_hidden, of_weight, of_bias = run_kernel(
-                ctx.backend, "linear_selective_log_softmax_backward", hidden, weight, index, wanted, bias,
+                ctx.backend, "linear_selective_log_softmax_backward", hidden, weight, index, wanted, None, bias,
                 ctx.temperature, ctx.softcap, entropies, maxima, log_sums, of_logprobs,
                 of_entropies if ctx.with_entropy else None, needs_hidden, needs_weight,
             )  # fmt: skip

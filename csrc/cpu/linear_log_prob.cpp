@@ -73,7 +73,8 @@ void finish_logits(const Projection& p, float* logits, int64_t stride, int64_t r
 template <class T>
 void gradient_in_place(const Projection& p, float* logits, int64_t index, float maximum, float log_sum, float entropy,
                        float grad_logprob, float grad_entropy) {
-  const LogitGradient<Vec> slopes(maximum, log_sum, entropy, grad_logprob, grad_entropy, p.temperature);
+  const double inverse_temperature = 1 / p.temperature;
+  const LogitGradient<Vec> slopes(maximum, log_sum, entropy, grad_logprob, grad_entropy, inverse_temperature);
   T* gradient = reinterpret_cast<T*>(logits);
   const bool here = index >= 0 && index < p.vocabulary;
   const float chosen = here ? logits[index] : 0.0f;
@@ -92,7 +93,8 @@ void gradient_in_place(const Projection& p, float* logits, int64_t index, float 
   if (!here) return;
   const double y = p.softcap == 0 ? 0 : chosen / p.softcap;
   gradient[index] = static_cast<T>(static_cast<float>(
-      chosen_logit_gradient(chosen, maximum, log_sum, entropy, grad_logprob, grad_entropy, p.temperature) * (1 - y * y)));
+      chosen_logit_gradient(chosen, maximum, log_sum, entropy, grad_logprob, grad_entropy, inverse_temperature) *
+      (1 - y * y)));
 }
 
 void gradient_over_logits(const Projection& p, float* logits, int64_t index, float maximum, float log_sum,

@@ -32,6 +32,7 @@ void log_prob(const LogProbArguments& in, const LogProbResults& out, int64_t beg
 
 void log_prob_backward(const LogProbArguments& in, const LogProbGradient& out, int64_t begin, int64_t end) {
   const FlushDenormals flush;
+  const double inverse_temperature = 1.0 / in.temperature;
   for_dtype(in.dtype, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     for (int64_t row = begin; row < end; ++row) {
@@ -47,7 +48,8 @@ void log_prob_backward(const LogProbArguments& in, const LogProbGradient& out, i
       // Read before it is written over, and added in float32: one rounding, as for every other token.
       const float chosen = index < 0 ? 0.0f : static_cast<float>(logits[index]);
       const float entropy = grad_entropy != 0 ? out.entropies[row] : 0.0f;
-      const LogitGradient<Vec> slopes(out.maxima[row], out.log_sums[row], entropy, grad_logprob, grad_entropy, in.temperature);
+      const LogitGradient<Vec> slopes(out.maxima[row], out.log_sums[row], entropy, grad_logprob, grad_entropy,
+                                      inverse_temperature);
       if (grad_entropy != 0) {
         gradient_row<true>(slopes, logits, in.vocabulary, gradient);
       } else {
@@ -55,7 +57,7 @@ void log_prob_backward(const LogProbArguments& in, const LogProbGradient& out, i
       }
       if (index < 0) continue;  // in another part of the vocabulary
       gradient[index] = static_cast<T>(static_cast<float>(chosen_logit_gradient(
-          chosen, out.maxima[row], out.log_sums[row], entropy, grad_logprob, grad_entropy, in.temperature)));
+          chosen, out.maxima[row], out.log_sums[row], entropy, grad_logprob, grad_entropy, inverse_temperature)));
     }
   });
 }

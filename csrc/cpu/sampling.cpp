@@ -86,7 +86,7 @@ void sample_tokens(const SamplingArguments& in, const SamplingResults& out, int6
       }
       const int64_t token = greedy ? first_largest(logits, blocks, sums)
                                    : draw(logits, in.vocabulary, blocks, sums, inverse_temperature,
-                                          uniform(in.seed, in.streams[row], in.steps[row]));
+                                          uniform(in.seed, in.streams.of(row), in.steps.of(row)));
       out.tokens[row] = token;
       out.logprobs[row] =
           static_cast<float>(rlhf_kernels::log_prob(sums, static_cast<float>(logits[token]), inverse_temperature));

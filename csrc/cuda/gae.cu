@@ -151,7 +151,10 @@ template <bool kShaped>
 void run(const GaeArguments& in, const Mask& mask, const KlShaping& shaping, int64_t size, Stream stream) {
   // A thread for every eight positions of a sequence, in whole warps. Packed sequences may have any length.
   const int64_t longest = divide_up(in.sequences.length, kVector);
-  const int threads = static_cast<int>(longest >= kMostThreads ? kMostThreads : divide_up(longest < 1 ? 1 : longest, kWarp) * kWarp);
+  // Many sequences get small blocks, of which twice as many fit a GPU at a time: else the last ones would run alone.
+  constexpr int64_t many = 256;
+  const int most = in.sequences.count > many ? kMostThreads / 2 : kMostThreads;
+  const int threads = static_cast<int>(longest >= most ? most : divide_up(longest < 1 ? 1 : longest, kWarp) * kWarp);
   launch(sequence_kernel<kShaped>, in.sequences.count, in.sequences.boundaries ? kMostThreads / 2 : threads, stream, in,
          mask, shaping);
   if (!in.moments || size == 0) return;

@@ -14,9 +14,9 @@ using Stream = void*;  // a cudaStream_t
 
 // A dense mask of any dtype. An entry that is not 0 counts: nobody looks whether it is 1, which would wait for the GPU.
 struct Mask {
-  const void* data;  // null: every entry counts
-  int size;          // of an entry, in bytes
-  int sign_bits;     // see MaskType
+  const void* data = nullptr;  // null: every entry counts
+  int size = 1;                // of an entry, in bytes
+  int sign_bits = 0;           // see MaskType
 };
 
 // CUDA's versions, 13000 for 13.0: the one that these kernels are built with, and the newest that the driver knows, 0 where
@@ -29,15 +29,37 @@ bool driver_is_too_old();
 
 // --------------------------------------------------------------------------------------------- log_prob, sampling
 
-// Into how many chunks of the vocabulary a row is cut, each summed by a block of its own.
-int64_t vocabulary_chunks(int64_t vocabulary);
-// sums: room for one per row and chunk. tickets: one per row, each 0.
-void log_prob(const LogProbArguments&, const LogProbResults&, int64_t rows, OnlineSoftmax* sums, unsigned* tickets,
-              Stream);
-void log_prob_backward(const LogProbArguments&, const LogProbGradient&, int64_t rows, Stream);
-// sums and tickets as above.
-void sample_tokens(const SamplingArguments&, const SamplingResults&, int64_t rows, OnlineSoftmax* sums,
-                   unsigned* tickets, Stream);
+// An int64 or int32 for every row.
+struct Integers {
+  const void* data;  // null: `all` is that of every row
+  bool wide;         // int64
+  Rows places;
+  int64_t all;
+};
+
+// As LogProbArguments, of tensors as they come.
+struct LogProbInputs : Logits {
+  Integers index;
+  Mask mask;
+  Rows mask_places;
+  bool ignores;  // the rows whose index is `ignored`
+  int64_t ignored;
+  double temperature;
+};
+
+void log_prob(const LogProbInputs&, const LogProbResults&, int64_t rows, Stream);
+void log_prob_backward(const LogProbInputs&, const LogProbGradient&, int64_t rows, Stream);
+
+struct SamplingInputs : Logits {
+  Integers streams, steps;
+  uint64_t seed;
+  double temperature;  // 0: the first largest
+};
+
+// Bytes of the workspace for so many rows. It may hold anything before, but for the `launch` of this very call: a number that
+// no other call in this process has.
+int64_t sampling_workspace(int64_t rows, int64_t vocabulary);
+void sample_tokens(const SamplingInputs&, const SamplingResults&, int64_t rows, void* workspace, uint64_t launch, Stream);
 
 // ------------------------------------------------------------------------------------------------- kl_reward, gae
 

@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kThreads) penalty_kernel(View logprobs, View r
   const int64_t count = length - t, flat = row * length + t;
   if (count <= 0) return;
   const Packed packed = fetch(logprobs, row, t, count), packed_ref = fetch(ref_logprobs, row, t, count);
-  const unsigned counts = mask.data ? load_mask(mask, flat, count) : ~0u;
+  const unsigned counts = load_mask(mask, flat, count);
   Packed slopes;
   if (gradient) slopes = fetch(gradient, flat, count);
   float x[kVector];

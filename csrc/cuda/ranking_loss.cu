@@ -36,7 +36,7 @@ struct Entry {
 };
 
 __device__ __forceinline__ Entry entry(const RankingLoss& in, int64_t base, int64_t i, int64_t length) {
-  if (i >= length || (in.mask.data && !load_mask(in.mask, base + i, 1))) return {0.0f, false, 0};
+  if (i >= length || !load_mask(in.mask, base + i, 1)) return {0.0f, false, 0};
   return {load(in.scores, in.dtype, base + i), true, in.ranks[base + i]};
 }
 

@@ -1,5 +1,6 @@
 // Tokens drawn from rows of logits, with their log-probs. Each block sums a chunk of a row as for the log-probs, and the
-// last block of a row to finish draws its token: it finds the chunk that holds it, and reads that chunk a second time.
+// last block of a row to finish draws its token: it finds the chunk that holds the token, and reads that chunk a second time.
+// Rows are often few here, so that a block for each would leave most of a GPU idle.
 
 #include "rlhf_kernels/sampling.h"
 
@@ -9,13 +10,32 @@ namespace rlhf_kernels::cuda {
 
 namespace {
 
-constexpr int kWarps = kThreads / kWarp;
-
-// Made on the host: a division of doubles is a function call on a GPU, and registers spill before it.
-struct Scale {
-  double inverse_temperature;
-  float scale;  // log₂ e / τ
+// A chunk's sums, and for which launch they are there. The memory may hold anything before, but not the number of a launch
+// that has yet to come. So no launch of its own has to clear it.
+struct Chunk {
+  OnlineSoftmax sums;
+  uint64_t launch;
 };
+
+// Whether all chunks of a row are there, this block's among them. The last block to ask is told so, and one beside it may be
+// too: both then write the same results.
+__device__ __forceinline__ bool is_complete(Chunk* row, unsigned own, const OnlineSoftmax& sums, unsigned chunks, uint64_t launch) {
+  __shared__ bool complete;
+  if (threadIdx.x == 0) {
+    row[own].sums = sums;
+    __threadfence();
+    *static_cast<volatile uint64_t*>(&row[own].launch) = launch;
+    complete = true;
+  }
+  __syncthreads();
+  __threadfence();  // of two blocks, the one that comes here last sees what the other has stored
+  for (unsigned i = threadIdx.x; i < chunks; i += kThreads) {
+    if (*static_cast<volatile const uint64_t*>(&row[i].launch) != launch) complete = false;
+  }
+  __threadfence();
+  __syncthreads();
+  return complete;
+}
 
 // Where in a row its token is, as far as the first thread has found out, for the others.
 struct Place {
@@ -33,38 +53,46 @@ __device__ __forceinline__ double factor_of(const OnlineSoftmax& chunk, float ma
   return exp((static_cast<double>(chunk.maximum) - maximum) * inverse_temperature);
 }
 
-__device__ __forceinline__ Place chunk_of(const SamplingArguments& in, int64_t row, int64_t chunks,
-                                          const OnlineSoftmax* sums, double inverse_temperature) {
+__device__ __forceinline__ Place chunk_of(const SamplingInputs& in, unsigned row, int64_t chunks, const Chunk* of_row,
+                                          double inverse_temperature) {
+  const auto sums = [&](int64_t i) -> const OnlineSoftmax& { return of_row[i].sums; };
   OnlineSoftmax all;
-  for (int64_t i = 0; i < chunks; ++i) merge(all, sums[i], inverse_temperature);
+  for (int64_t i = 0; i < chunks; ++i) merge(all, sums(i), inverse_temperature);
   Place place{-1, 0, 0, 0, all.maximum, all.sum};
   if (!(all.sum > 0 && all.sum < INFINITY)) return place;  // NaN, or nothing above −inf
   if (in.temperature == 0) {
-    for (place.chunk = 0; sums[place.chunk].maximum != all.maximum;) ++place.chunk;
+    for (place.chunk = 0; sums(place.chunk).maximum != all.maximum;) ++place.chunk;
     return place;
   }
   const auto weight = [&](int64_t i) {
-    return sums[i].sum > 0 ? sums[i].sum * factor_of(sums[i], all.maximum, inverse_temperature) : 0.0;
+    return sums(i).sum > 0 ? sums(i).sum * factor_of(sums(i), all.maximum, inverse_temperature) : 0.0;
   };
   double total = 0;
   for (int64_t i = 0; i < chunks; ++i) total += weight(i);
-  place.target = uniform(in.seed, in.streams[row], in.steps[row]) * total;
+  place.target = uniform(in.seed, integer_at(in.streams, row), integer_at(in.steps, row)) * total;
   place.chunk = part_at(place.target, place.passed, chunks, weight);
   return place;
 }
 
 template <Dtype kDtype>
-__global__ void __launch_bounds__(kThreads, 4) sample_kernel(SamplingArguments in, SamplingResults out, Scale scales,
-                                                          unsigned chunks, OnlineSoftmax* sums, unsigned* tickets) {
-  const int64_t row = blockIdx.x / chunks, base = in.rows.offset(row);
+__global__ void __launch_bounds__(kThreads, 4) sample_kernel(SamplingInputs in, SamplingResults out, Scale scales,
+                                                          unsigned chunks, Chunk* all_chunks, uint64_t launch) {
+  __shared__ Sums of_warps[kWarps];
+  const unsigned row = blockIdx.x / chunks;
+  const int64_t base = offset_of(in.rows, row);
   const auto [inverse_temperature, scale] = scales;
-  const OnlineSoftmax mine = chunk_sums<kDtype, false>(in.logits, base, in.vocabulary, blockIdx.x % chunks, scale);
-  if (threadIdx.x == 0) sums[blockIdx.x] = mine;
-  if (chunks > 1 && !is_last_block(tickets + row, chunks)) return;
+  const Sums mine = chunk_sums<kDtype, false>(in.logits, base, in.vocabulary, blockIdx.x % chunks, scale);
+  if (threadIdx.x % kWarp == 0) of_warps[threadIdx.x / kWarp] = mine;
+  __syncthreads();
+  OnlineSoftmax of_chunk;
+  if (threadIdx.x < kWarp) of_chunk = merged<false>(of_warps, scale);
+  Chunk* const sums = all_chunks + int64_t{row} * chunks;
+  if (!is_complete(sums, blockIdx.x % chunks, of_chunk, chunks, launch)) return;
 
-  sums += row * chunks;
   __shared__ Place place;
   if (threadIdx.x == 0) {
+    // A CUDA graph launches with the same number again and again.
+    for (unsigned i = 0; i < chunks; ++i) sums[i].launch = 0;
     place = chunk_of(in, row, chunks, sums, inverse_temperature);
     if (place.chunk < 0) {
       out.tokens[row] = -1;
@@ -106,8 +134,9 @@ __global__ void __launch_bounds__(kThreads, 4) sample_kernel(SamplingArguments i
   }
 
   // Weights relative to the chunk's own maximum: relative to the row's they might all round to 0.
-  const float maximum = sums[place.chunk].maximum;
-  const double factor = factor_of(sums[place.chunk], place.maximum, inverse_temperature);
+  const OnlineSoftmax& of_place = sums[place.chunk].sums;
+  const float maximum = of_place.maximum;
+  const double factor = factor_of(of_place, place.maximum, inverse_temperature);
   const auto weight_of = [&](float logit) { return static_cast<double>(power_of_two_or_0((logit - maximum) * scale)); };
   const auto vector_sum = [&](int64_t at) {
     float x[kVector];
@@ -147,13 +176,16 @@ __global__ void __launch_bounds__(kThreads, 4) sample_kernel(SamplingArguments i
 
 }  // namespace
 
-void sample_tokens(const SamplingArguments& in, const SamplingResults& out, int64_t rows, OnlineSoftmax* sums,
-                   unsigned* tickets, Stream stream) {
-  const int64_t chunks = vocabulary_chunks(in.vocabulary);
-  const double temperature = in.temperature == 0 ? 1.0 : in.temperature;
-  const Scale scale{1 / temperature, static_cast<float>(kLog2E / temperature)};
+int64_t sampling_workspace(int64_t rows, int64_t vocabulary) {
+  return rows * divide_up(vocabulary, kChunk) * static_cast<int64_t>(sizeof(Chunk));
+}
+
+void sample_tokens(const SamplingInputs& in, const SamplingResults& out, int64_t rows, void* workspace, uint64_t number,
+                   Stream stream) {
+  const int64_t chunks = divide_up(in.vocabulary, kChunk);
   for_dtype(in.dtype, [&](auto dtype) {
-    launch(sample_kernel<decltype(dtype)::value>, rows * chunks, kThreads, stream, in, out, scale, chunks, sums, tickets);
+    launch(sample_kernel<decltype(dtype)::value>, rows * chunks, kThreads, stream, in, out,
+           Scale(in.temperature == 0 ? 1.0 : in.temperature), chunks, static_cast<Chunk*>(workspace), number);
   });
 }
 

@@ -280,7 +280,9 @@ def _wanted(
     input_ids: Tensor, mask: Tensor | None, attention_mask: Tensor | None, position_ids: Tensor | None
 ) -> Tensor:
     """(B, T) bool: the tokens that count, but for the first of each row, which nothing predicts."""
-    wanted = checks.read_mask("reference", "mask", checks.mask("mask", mask, input_ids, input_ids.shape))
+    checks.mask("mask", mask, input_ids, input_ids.shape)
+    wanted = checks.read_mask("reference", "mask", mask, input_ids)
+    assert wanted is not None
     if attention_mask is not None and attention_mask.shape == input_ids.shape:
         seen = attention_mask != 0
         wanted = wanted & seen & seen.roll(1, 1)

@@ -43,6 +43,11 @@ def blocks(length: int, largest: int) -> int:
     return min(largest, triton.next_power_of_2(max(1, length)))
 
 
+def dense(tensor: Tensor | None) -> Tensor | None:
+    """The tensor, if there is one, as kernels that know nothing of strides take it."""
+    return None if tensor is None else tensor.contiguous()
+
+
 def two_floats(number: float) -> tuple[float, float]:
     """A number rounded to float32, as kernels take numbers, and what the rounding lost."""
     rounded = ctypes.c_float(number).value
@@ -50,9 +55,12 @@ def two_floats(number: float) -> tuple[float, float]:
 
 
 @triton.jit
-def load_mask(at, here):
-    """Which positions a mask of any dtype keeps; False where not ``here``."""
-    return tl.load(at, mask=here, other=0).to(tl.float32) != 0
+def load_mask(mask, at, here):
+    """Which of the positions ``at`` a mask of any dtype keeps, all of them if it is None; False where not ``here``."""
+    kept = here
+    if mask is not None:
+        kept = tl.load(mask + at, mask=here, other=0).to(tl.float32) != 0
+    return kept
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_kernels.reference.gae import VARIANCE_EPS
-from rlhf_kernels.triton.common import blocks, load_mask, span, two_floats
+from rlhf_kernels.triton.common import blocks, dense, load_mask, span, two_floats
 from rlhf_kernels.triton.kl_reward import clipped_score, shaped
 
 BLOCK = 1024
@@ -32,7 +32,7 @@ def _nearest(right_exists, right_value, exists, value):
 
 @triton.jit
 def _sequences(
-    rewards, values, wanted, bootstrap, boundaries, scores, logprobs, ref_logprobs, advantages, returns, kls, moments,
+    rewards, values, mask, bootstrap, boundaries, scores, logprobs, ref_logprobs, advantages, returns, kls, moments,
     length, gamma, gamma_lost, decay, decay_lost, beta, score_clip, BOOTSTRAP: tl.constexpr, PACKED: tl.constexpr,
     SHAPE: tl.constexpr, ESTIMATOR: tl.constexpr, CLIP: tl.constexpr, MOMENTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -58,11 +58,11 @@ def _sequences(
         start = (count - 1 - block) * BLOCK
         t = start + tl.arange(0, BLOCK)
         here = t < length
-        counts = load_mask(wanted + base + t, here)
+        counts = load_mask(mask, base + t, here)
         value = tl.load(values + base + t, mask=counts, other=0.0).to(tl.float32)
         # Shifted by one, so that the scan gives each position the next value strictly to its right in this block.
         right = (tl.arange(0, BLOCK) < BLOCK - 1) & (t + 1 < length)
-        right_counts = load_mask(wanted + base + t + 1, right)
+        right_counts = load_mask(mask, base + t + 1, right)
         right_value = tl.load(values + base + t + 1, mask=right_counts, other=0.0).to(tl.float32)
         exists, following = tl.associative_scan((right_counts.to(tl.int32), right_value), 0, _nearest, reverse=True)
         following = tl.where(exists != 0, following, next_value)
@@ -104,7 +104,7 @@ def _sequences(
 
 @triton.jit
 def _whiten(
-    advantages, wanted, moments, sequences, size, epsilon, UNBIASED: tl.constexpr, BLOCK: tl.constexpr,
+    advantages, mask, moments, sequences, size, epsilon, UNBIASED: tl.constexpr, BLOCK: tl.constexpr,
     SEQUENCES: tl.constexpr,
 ):  # fmt: skip
     """Whitens a block. Every program pools the moments of all sequences itself, always in the same order."""
@@ -126,37 +126,37 @@ def _whiten(
     scale = 1.0 / tl.sqrt(squares / tl.maximum(degrees, 1.0) + epsilon)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     here = at < size
-    counts = load_mask(wanted + at, here)
+    counts = load_mask(mask, at, here)
     value = tl.load(advantages + at, mask=here, other=0.0).to(tl.float64)
     tl.store(advantages + at, tl.where(counts, (value - mean) * scale, 0.0).to(tl.float32), mask=here)
 
 
 def masked_gae(
-    rewards: Tensor, values: Tensor, wanted: Tensor, gamma: float, lam: float, bootstrap: Tensor | None,
+    rewards: Tensor, values: Tensor, mask: Tensor | None, gamma: float, lam: float, bootstrap: Tensor | None,
     whiten: str | None, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Advantages and returns, 0 where masked."""
-    return _run(rewards.contiguous(), None, values, wanted, gamma, lam, bootstrap, whiten, cu_seqlens, None)
+    return _run(rewards.contiguous(), None, values, mask, gamma, lam, bootstrap, whiten, cu_seqlens, None)
 
 
 def ppo_advantages(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, wanted: Tensor, beta: float, gamma: float,
-    lam: float, whiten: str | None, bootstrap: Tensor | None, estimator: str, score_clip: float | None,
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, mask: Tensor | None, beta: float,
+    gamma: float, lam: float, whiten: str | None, bootstrap: Tensor | None, estimator: str, score_clip: float | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Advantages, returns, rewards and KL, 0 where masked."""
     rewards, kl = (torch.empty(values.shape, device=values.device) for _ in range(2))
     shaping = (scores.contiguous(), logprobs.contiguous(), ref_logprobs.contiguous(), beta, estimator, score_clip)
-    advantages, returns = _run(rewards, kl, values, wanted, gamma, lam, bootstrap, whiten, cu_seqlens, shaping)
+    advantages, returns = _run(rewards, kl, values, mask, gamma, lam, bootstrap, whiten, cu_seqlens, shaping)
     return advantages, returns, rewards, kl
 
 
 def _run(
-    rewards: Tensor, kl: Tensor | None, values: Tensor, wanted: Tensor, gamma: float, lam: float,
+    rewards: Tensor, kl: Tensor | None, values: Tensor, mask: Tensor | None, gamma: float, lam: float,
     bootstrap: Tensor | None, whiten: str | None, cu_seqlens: Tensor | None,
     shaping: tuple[Tensor, Tensor, Tensor, float, str, float | None] | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    values, wanted = values.contiguous(), wanted.contiguous()
+    values, mask = values.contiguous(), dense(mask)
     advantages, returns = (torch.empty(values.shape, device=values.device) for _ in range(2))
     packed = cu_seqlens is not None
     count = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else values.shape[0]
@@ -166,8 +166,8 @@ def _run(
     scores, logprobs, ref_logprobs, beta, estimator, score_clip = shaping or (values, values, values, 0.0, "k1", None)
     moments = torch.empty(count * 3 if whiten else 0, dtype=torch.float64, device=values.device)
     _sequences[(count,)](
-        rewards, values, wanted, values if bootstrap is None else bootstrap.contiguous(),
-        wanted if cu_seqlens is None else cu_seqlens.contiguous(), scores, logprobs, ref_logprobs, advantages, returns,
+        rewards, values, mask, values if bootstrap is None else bootstrap.contiguous(),
+        values if cu_seqlens is None else cu_seqlens.contiguous(), scores, logprobs, ref_logprobs, advantages, returns,
         returns if kl is None else kl, moments, length, *two_floats(gamma), *two_floats(gamma * lam), beta,
         score_clip or 0.0, BOOTSTRAP=bootstrap is not None, PACKED=packed, SHAPE=shaping is not None,
         ESTIMATOR=estimator, CLIP=score_clip is not None, MOMENTS=whiten is not None,
@@ -176,7 +176,7 @@ def _run(
     if whiten:
         size = values.numel()
         _whiten[(triton.cdiv(size, WHITEN_BLOCK),)](
-            advantages, wanted, moments, count, size, VARIANCE_EPS, UNBIASED=whiten == "unbiased", BLOCK=WHITEN_BLOCK,
+            advantages, mask, moments, count, size, VARIANCE_EPS, UNBIASED=whiten == "unbiased", BLOCK=WHITEN_BLOCK,
             SEQUENCES=blocks(count, 1024),
         )  # fmt: skip
     return advantages, returns

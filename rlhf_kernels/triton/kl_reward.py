@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_kernels.triton.common import LARGEST_WHOLE_EXPONENT, blocks, exponential, load_mask
+from rlhf_kernels.triton.common import LARGEST_WHOLE_EXPONENT, blocks, dense, exponential, load_mask
 
 BLOCK = 1024
 # Below this distance exponential has e^x − 1 − x without cancellation: a little under ½·ln 2.
@@ -60,12 +60,11 @@ def kl_slope(logprob, ref, ESTIMATOR: tl.constexpr):
 def _penalty(
     logprobs,
     ref_logprobs,
-    wanted,
+    mask,
     gradient,
     result,
     size,
     ESTIMATOR: tl.constexpr,
-    MASKED: tl.constexpr,
     DERIVATIVE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -77,33 +76,31 @@ def _penalty(
         value = kl_slope(logprob, ref, ESTIMATOR) * tl.load(gradient + at, mask=here, other=0.0).to(tl.float32)
     else:
         value = kl_estimate(logprob, ref, ESTIMATOR)
-    if MASKED:
-        value = tl.where(load_mask(wanted + at, here), value, 0.0)
-    tl.store(result + at, value, mask=here)
+    tl.store(result + at, tl.where(load_mask(mask, at, here), value, 0.0), mask=here)
 
 
-def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, wanted: Tensor | None, estimator: str) -> Tensor:
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, estimator: str) -> Tensor:
     """One estimate per position, float32."""
-    return _run(logprobs, ref_logprobs, wanted, estimator, None)
+    return _run(logprobs, ref_logprobs, mask, estimator, None)
 
 
 def kl_penalty_backward(
-    logprobs: Tensor, ref_logprobs: Tensor, wanted: Tensor | None, estimator: str, gradient: Tensor
+    logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, estimator: str, gradient: Tensor
 ) -> Tensor:
     """The gradient of ``logprobs``, float32; that of ``ref_logprobs`` is its negative."""
-    return _run(logprobs, ref_logprobs, wanted, estimator, gradient)
+    return _run(logprobs, ref_logprobs, mask, estimator, gradient)
 
 
 def _run(
-    logprobs: Tensor, ref_logprobs: Tensor, wanted: Tensor | None, estimator: str, gradient: Tensor | None
+    logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, estimator: str, gradient: Tensor | None
 ) -> Tensor:
     result = torch.empty(logprobs.shape, device=logprobs.device)
     size = result.numel()
     if size:
         _penalty[(triton.cdiv(size, BLOCK),)](
-            logprobs.contiguous(), ref_logprobs.contiguous(), logprobs if wanted is None else wanted.contiguous(),
+            logprobs.contiguous(), ref_logprobs.contiguous(), dense(mask),
             logprobs if gradient is None else gradient.contiguous(), result, size, ESTIMATOR=estimator,
-            MASKED=wanted is not None, DERIVATIVE=gradient is not None, BLOCK=BLOCK,
+            DERIVATIVE=gradient is not None, BLOCK=BLOCK,
         )  # fmt: skip
     return result
 
@@ -128,7 +125,7 @@ def shaped(logprobs, ref_logprobs, at, counts, is_last, score, beta, ESTIMATOR: 
 
 @triton.jit
 def _rewards(
-    scores, logprobs, ref_logprobs, wanted, rewards, kls, length, beta, score_clip, ESTIMATOR: tl.constexpr,
+    scores, logprobs, ref_logprobs, mask, rewards, kls, length, beta, score_clip, ESTIMATOR: tl.constexpr,
     CLIP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(0).to(tl.int64)
@@ -136,20 +133,20 @@ def _rewards(
     last = -1
     for start in range(0, length, BLOCK):
         t = start + tl.arange(0, BLOCK)
-        counts = load_mask(wanted + base + t, t < length)
+        counts = load_mask(mask, base + t, t < length)
         last = tl.maximum(last, tl.max(tl.where(counts, t, -1), 0))
     score = clipped_score(scores, sequence, score_clip, CLIP)
     for start in range(0, length, BLOCK):
         t = start + tl.arange(0, BLOCK)
         here = t < length
-        counts = load_mask(wanted + base + t, here)
+        counts = load_mask(mask, base + t, here)
         reward, kl = shaped(logprobs, ref_logprobs, base + t, counts, t == last, score, beta, ESTIMATOR)
         tl.store(rewards + base + t, reward, mask=here)
         tl.store(kls + base + t, kl, mask=here)
 
 
 def kl_shaped_rewards(
-    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, wanted: Tensor, beta: float, estimator: str,
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None, beta: float, estimator: str,
     score_clip: float | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Rewards and per-token KL, both 0 where masked."""
@@ -157,7 +154,7 @@ def kl_shaped_rewards(
     count, length = logprobs.shape
     if rewards.numel():
         _rewards[(count,)](
-            scores.contiguous(), logprobs.contiguous(), ref_logprobs.contiguous(), wanted.contiguous(), rewards, kl,
+            scores.contiguous(), logprobs.contiguous(), ref_logprobs.contiguous(), dense(mask), rewards, kl,
             length, beta, score_clip or 0.0, ESTIMATOR=estimator, CLIP=score_clip is not None,
             BLOCK=blocks(length, BLOCK),
         )  # fmt: skip

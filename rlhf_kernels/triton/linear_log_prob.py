@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rlhf_kernels.checks import counted
 from rlhf_kernels.ops import OPS
 from rlhf_kernels.triton.common import LN_2, LOG2_E, blocks, places
-from rlhf_kernels.triton.log_prob import empty_results, gradient_block, reduce_block, reduce_rows, write_gradient
+from rlhf_kernels.triton.log_prob import Which, empty_results, gradient_block, reduce_block, reduce_rows, write_gradient
 from rlhf_kernels.triton.ppo_loss import (
     APPROX_KL,
     CLIP_FRACTION,
@@ -71,17 +72,21 @@ def may_wait(tensor: Tensor) -> bool:
 class Rows:
     """The rows that count, gathered into one tensor, and the operands as the kernels read them.
 
-    The number of rows that count is known only after waiting for the GPU. Where that is not allowed, all rows are kept.
-    The rows that don't count are then set to 0, and add nothing to any result.
+    The number of rows that count is known only after waiting for the GPU, once a call. That takes microseconds, and
+    multiplying rows that don't count milliseconds. Where waiting is not allowed, all rows are kept. Those that don't
+    count are then set to 0, and add nothing to any result. With neither a mask nor ``ignore_index`` nobody waits.
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, index: Tensor, wanted: Tensor, bias: Tensor | None, temperature: float,
-        softcap: float | None,
+        self, hidden: Tensor, weight: Tensor, index: Tensor, mask: Tensor | None, ignore_index: int | None,
+        bias: Tensor | None, temperature: float, softcap: float | None,
     ):  # fmt: skip
         self.count = hidden.shape[0]
-        self.wanted = wanted.reshape(-1)
-        if may_wait(hidden):
+        self.wanted = counted(index, mask, ignore_index).reshape(-1)
+        self.all = mask is None and ignore_index is None
+        if self.all:
+            self.hidden = hidden.contiguous()
+        elif may_wait(hidden):
             self.kept = self.wanted.nonzero().squeeze(1)
             self.all = self.kept.numel() == self.count
             self.hidden = (hidden if self.all else hidden[self.kept]).contiguous()
@@ -100,6 +105,10 @@ class Rows:
 
     def __len__(self) -> int:
         return self.hidden.shape[0]
+
+    def which(self, part: slice) -> Which:
+        """What says which of some rows count, and their tokens."""
+        return Which(self.index[part], self.wanted[part], None)
 
     def take(self, per_row: Tensor) -> Tensor:
         """The entries of the rows that count."""
@@ -150,11 +159,11 @@ def accumulate(total: Tensor, a: Tensor, b: Tensor, *, is_first: bool) -> None:
 
 
 def linear_selective_log_softmax(
-    hidden: Tensor, weight: Tensor, index: Tensor, wanted: Tensor, bias: Tensor | None, temperature: float,
-    softcap: float | None, with_entropy: bool,
+    hidden: Tensor, weight: Tensor, index: Tensor, mask: Tensor | None, ignore_index: int | None,
+    bias: Tensor | None, temperature: float, softcap: float | None, with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Log-probs, entropies (empty if not asked for), maxima and log Σ e^((l − max)/τ), without all logits in memory."""
-    rows = Rows(hidden, weight, index, wanted, bias, temperature, softcap)
+    rows = Rows(hidden, weight, index, mask, ignore_index, bias, temperature, softcap)
     count = len(rows)
     logprobs, entropies, maxima, log_sums = empty_results(torch.Size([count]), with_entropy, hidden.device)
     block = hidden.new_zeros(ROWS, hidden.shape[1])
@@ -164,18 +173,18 @@ def linear_selective_log_softmax(
         block[:size] = rows.hidden[part]  # a copy, always at the same alignment: a matmul's order may depend on it
         logits = rows.logits(block, slice(None))[:size]
         some = (logprobs[part], entropies[part], maxima[part], log_sums[part])
-        reduce_rows(logits[None], rows.index[part], rows.wanted[part], temperature, some)
+        reduce_rows(logits[None], rows.which(part), temperature, some)
     entropies = rows.scatter(entropies) if with_entropy else entropies
     return rows.scatter(logprobs), entropies, rows.scatter(maxima), rows.scatter(log_sums)
 
 
 def linear_selective_log_softmax_backward(
-    hidden: Tensor, weight: Tensor, index: Tensor, wanted: Tensor, bias: Tensor | None, temperature: float,
-    softcap: float | None, entropies: Tensor, maxima: Tensor, log_sums: Tensor, grad_logprobs: Tensor,
-    grad_entropies: Tensor | None, needs_hidden: bool, needs_weight: bool,
+    hidden: Tensor, weight: Tensor, index: Tensor, mask: Tensor | None, ignore_index: int | None,
+    bias: Tensor | None, temperature: float, softcap: float | None, entropies: Tensor, maxima: Tensor,
+    log_sums: Tensor, grad_logprobs: Tensor, grad_entropies: Tensor | None, needs_hidden: bool, needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of hidden, weight and bias; empty where not needed."""
-    rows = Rows(hidden, weight, index, wanted, bias, temperature, softcap)
+    rows = Rows(hidden, weight, index, mask, ignore_index, bias, temperature, softcap)
     count, vocabulary = len(rows), weight.shape[0]
     maxima, log_sums, grad_logprobs = (rows.take(x) for x in (maxima, log_sums, grad_logprobs))
     entropies = rows.take(entropies) if grad_entropies is not None else entropies
@@ -192,7 +201,7 @@ def linear_selective_log_softmax_backward(
         slopes = logits if halves is None else halves[: count * width].view(count, width)
         kept = logits.clone() if softcap is not None and slopes is logits else logits
         write_gradient(
-            kept[None], slopes[None], rows.index, rows.wanted, temperature, entropies, maxima, log_sums, grad_logprobs,
+            kept[None], slopes[None], rows.which(slice(None)), temperature, entropies, maxima, log_sums, grad_logprobs,
             grad_entropies, vocabulary, first,
         )  # fmt: skip
         if softcap is not None:
@@ -377,11 +386,11 @@ def boost_of(largest: Tensor) -> Tensor:
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, wanted: Tensor, bias: Tensor | None, temperature: float,
+    hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, bias: Tensor | None, temperature: float,
     softcap: float | None, mean: bool, needs_hidden: bool, needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss, and the gradients of hidden, weight and bias."""
-    rows = Rows(hidden, weight, labels, wanted, bias, temperature, softcap)
+    rows = Rows(hidden, weight, labels, None, ignore_index, bias, temperature, softcap)
     share = rows.share() if mean else torch.ones((), dtype=torch.float64, device=hidden.device)
     weights = share.repeat(len(rows))
     options = policy_options(0.0, 0.0, None, None, False, 0.0) | {"entropy_coefficient": 0.0, "ENTROPY_BONUS": False}
@@ -390,14 +399,15 @@ def linear_cross_entropy(
 
 
 def linear_ppo_policy_loss(
-    hidden: Tensor, weight: Tensor, index: Tensor, old_logprobs: Tensor | None, advantages: Tensor, wanted: Tensor,
-    bias: Tensor | None, temperature: float, softcap: float | None, ref_logprobs: Tensor | None, beta: float,
+    hidden: Tensor, weight: Tensor, index: Tensor, old_logprobs: Tensor | None, advantages: Tensor,
+    mask: Tensor | None, bias: Tensor | None, temperature: float, softcap: float | None, ref_logprobs: Tensor | None,
+    beta: float,
     clip_low: float, clip_high: float, dual_clip: float | None, log_ratio_clamp: float | None, cispo: bool,
     entropy_coefficient: float, reduction: str, denominator: float | None, needs_hidden: bool, needs_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The loss, its statistics and the mean entropy, and the gradients of hidden, weight and bias."""
-    rows = Rows(hidden, weight, index, wanted, bias, temperature, softcap)
-    weights = rows.take(row_weights(wanted, reduction, denominator))
+    rows = Rows(hidden, weight, index, mask, None, bias, temperature, softcap)
+    weights = rows.take(row_weights(counted(index, mask, None), reduction, denominator))
     old, reference = (None if x is None else rows.take(x).float() for x in (old_logprobs, ref_logprobs))
     options = policy_options(clip_low, clip_high, dual_clip, log_ratio_clamp, cispo, beta)
     options |= {"entropy_coefficient": entropy_coefficient, "ENTROPY_BONUS": entropy_coefficient != 0}

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_kernels.triton.common import LN_2, LOG2_E, blocks, rows_of
+from rlhf_kernels.triton.common import LN_2, LOG2_E, blocks, dense, rows_of
 
 # Never tuned: the bits of the results depend on these.
 CHUNK = 16384
@@ -41,16 +41,24 @@ def reduce_block(x, top, total, weighted, scale, ENTROPY: tl.constexpr):
 
 
 @triton.jit
+def row_counts(index, mask, ignore_index, row):
+    """Whether a row counts. All do that no index, mask or ``ignore_index`` is given for: these are None then."""
+    counts = tl.full([], True, tl.int1)
+    if mask is not None:
+        counts = tl.load(mask + row).to(tl.float32) != 0
+    if ignore_index is not None:
+        counts = counts & (tl.load(index + row) != ignore_index)
+    return counts
+
+
+@triton.jit
 def _chunk_sums(
-    logits, wanted, sums, outer_stride, inner_stride, inner, vocabulary, scale,
-    CHUNK: tl.constexpr, BLOCK: tl.constexpr, ENTROPY: tl.constexpr, MASKED: tl.constexpr,
+    logits, index, mask, ignore_index, sums, outer_stride, inner_stride, inner, vocabulary, scale,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
-    counts = True
-    if MASKED:
-        counts = tl.load(wanted + row) != 0
-    if counts:
+    if row_counts(index, mask, ignore_index, row):
         line = logits + (row // inner) * outer_stride + (row % inner) * inner_stride
         top = float("-inf")
         total = 0.0
@@ -63,6 +71,19 @@ def _chunk_sums(
         tl.store(to, top)
         tl.store(to + 1, total)
         tl.store(to + 2, weighted)
+
+
+class Which(NamedTuple):
+    """What says which rows count, and which token of each is chosen. None where there is no such thing."""
+
+    tokens: Tensor | None
+    mask: Tensor | None
+    ignore_index: int | None
+
+    @classmethod
+    def of(cls, index: Tensor, mask: Tensor | None, ignore_index: int | None) -> Which:
+        """Dense, as the kernels read them."""
+        return cls(index.contiguous(), dense(mask), ignore_index)
 
 
 class Chunks(NamedTuple):
@@ -82,8 +103,8 @@ class Chunks(NamedTuple):
     warps: int
 
 
-def sum_chunks(logits: Tensor, wanted: Tensor | None, rows: int, temperature: float, *, with_entropy: bool) -> Chunks:
-    """Sums the chunks of (outer, inner, V) logits, of which there are ``rows`` rows, at least one; None: all count."""
+def sum_chunks(logits: Tensor, which: Which, rows: int, temperature: float, *, with_entropy: bool) -> Chunks:
+    """Sums the chunks of (outer, inner, V) logits, of which there are ``rows`` rows, at least one."""
     vocabulary = logits.shape[-1]
     block = blocks(vocabulary, BLOCK)
     per_row = triton.cdiv(vocabulary, CHUNK)
@@ -97,8 +118,8 @@ def sum_chunks(logits: Tensor, wanted: Tensor | None, rows: int, temperature: fl
         8 if block >= 4096 else 4,
     )
     _chunk_sums[(rows, per_row)](
-        logits, logits if wanted is None else wanted, chunks.sums, *chunks.layout, chunks.scale, CHUNK=chunks.size,
-        BLOCK=block, ENTROPY=with_entropy, MASKED=wanted is not None, num_warps=chunks.warps,
+        logits, *which, chunks.sums, *chunks.layout, chunks.scale, CHUNK=chunks.size, BLOCK=block,
+        ENTROPY=with_entropy, num_warps=chunks.warps,
     )  # fmt: skip
     return chunks
 
@@ -121,11 +142,11 @@ def merged(sums, chunks, scale, CHUNKS: tl.constexpr):
 
 @triton.jit
 def _merge(
-    logits, index, wanted, sums, logprobs, entropies, maxima, log_sums, outer_stride, inner_stride, inner, vocabulary,
-    chunks, scale, inverse_temperature, CHUNKS: tl.constexpr, ENTROPY: tl.constexpr,
+    logits, index, mask, ignore_index, sums, logprobs, entropies, maxima, log_sums, outer_stride, inner_stride, inner,
+    vocabulary, chunks, scale, inverse_temperature, CHUNKS: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    if tl.load(wanted + row) != 0:
+    if row_counts(index, mask, ignore_index, row):
         top, total, weighted = merged(sums + row * chunks * 3, chunks, scale, CHUNKS)
         token = tl.load(index + row)
         valid = (token >= 0) & (token < vocabulary)
@@ -147,11 +168,12 @@ def _merge(
 
 
 def selective_log_softmax(
-    logits: Tensor, index: Tensor, wanted: Tensor, temperature: float, with_entropy: bool, inplace_backward: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits: Tensor, index: Tensor, mask: Tensor | None, ignore_index: int | None, temperature: float,
+    with_entropy: bool, inplace_backward: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Log-probs, entropies (empty if not asked for), and for the backward maxima and log Σ e^((l − max)/τ)."""
     results = empty_results(index.shape, with_entropy, logits.device)
-    reduce_rows(rows_of(logits), index.contiguous(), wanted.contiguous(), temperature, results)
+    reduce_rows(rows_of(logits), Which.of(index, mask, ignore_index), temperature, results)
     return results
 
 
@@ -164,14 +186,15 @@ def empty_results(shape: torch.Size, with_entropy: bool, device: torch.device) -
     return logprobs, torch.empty(shape if with_entropy else 0, device=device), maxima, log_sums
 
 
-def reduce_rows(logits: Tensor, index: Tensor, wanted: Tensor, temperature: float, results: Results) -> None:
+def reduce_rows(logits: Tensor, which: Which, temperature: float, results: Results) -> None:
     """Fills the results from (outer, inner, V) logits. The results have the rows in that order."""
-    if index.numel() == 0:
+    rows = results[0].numel()
+    if rows == 0:
         return
     with_entropy = results[1].numel() > 0
-    chunks = sum_chunks(logits, wanted, index.numel(), temperature, with_entropy=with_entropy)
-    _merge[(index.numel(),)](
-        logits, index, wanted, chunks.sums, *results, *chunks.layout, chunks.per_row, chunks.scale, 1.0 / temperature,
+    chunks = sum_chunks(logits, which, rows, temperature, with_entropy=with_entropy)
+    _merge[(rows,)](
+        logits, *which, chunks.sums, *results, *chunks.layout, chunks.per_row, chunks.scale, 1.0 / temperature,
         CHUNKS=triton.next_power_of_2(chunks.per_row), ENTROPY=with_entropy, num_warps=1,
     )  # fmt: skip
 
@@ -205,30 +228,41 @@ def gradient_block(
 
 @triton.jit
 def _gradient(
-    logits, gradient, index, wanted, entropies, maxima, log_sums, grad_logprobs, grad_entropies,
-    outer_stride, inner_stride, to_outer_stride, to_inner_stride, inner, first, vocabulary, inverse_temperature,
+    logits, gradient, index, mask, ignore_index, entropies, maxima, log_sums, grad_logprobs, grad_entropies,
+    outer_stride, inner_stride, to_outer_stride, to_inner_stride, inner, first, vocabulary, size, inverse_temperature,
     BLOCK: tl.constexpr, ENTROPY: tl.constexpr,
 ):  # fmt: skip
-    """The gradient for a part of the vocabulary, whose first token is ``first``."""
+    """The gradient for a part of a vocabulary of ``size``, whose first token is ``first``."""
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here = at < vocabulary
     to = gradient + (row // inner) * to_outer_stride + (row % inner) * to_inner_stride + at
-    if tl.load(wanted + row) != 0:
+    if row_counts(index, mask, ignore_index, row):
         x = tl.load(
             logits + (row // inner) * outer_stride + (row % inner) * inner_stride + at, mask=here, other=float("-inf")
         ).to(tl.float32)
         top = tl.load(maxima + row)
         log_sum = tl.load(log_sums + row)
-        go = tl.load(grad_logprobs + row)
+        token = tl.load(index + row).to(tl.int64)
+        # −1: the token is in another part of the vocabulary. Others outside of it have no gradient.
+        go = tl.where((token >= -1) & (token < size), tl.load(grad_logprobs + row), 0.0)
         gh = 0.0
         entropy = 0.0
         if ENTROPY:
             gh = tl.load(grad_entropies + row)
             entropy = tl.load(entropies + row)
-        token = tl.load(index + row) - first
         g = gradient_block(
-            x, tl.program_id(1) * BLOCK, token, top, log_sum, entropy, go, gh, inverse_temperature, BLOCK, ENTROPY
+            x,
+            tl.program_id(1) * BLOCK,
+            token - first,
+            top,
+            log_sum,
+            entropy,
+            go,
+            gh,
+            inverse_temperature,
+            BLOCK,
+            ENTROPY,
         )
         tl.store(to, g.to(gradient.dtype.element_ty), mask=here)
     else:
@@ -236,49 +270,48 @@ def _gradient(
 
 
 def write_gradient(
-    logits: Tensor, gradient: Tensor, index: Tensor, wanted: Tensor, temperature: float, entropies: Tensor,
-    maxima: Tensor, log_sums: Tensor, grad_logprobs: Tensor, grad_entropies: Tensor | None, size: int, first: int = 0,
+    logits: Tensor, gradient: Tensor, which: Which, temperature: float, entropies: Tensor, maxima: Tensor,
+    log_sums: Tensor, grad_logprobs: Tensor, grad_entropies: Tensor | None, size: int, first: int = 0,
 ) -> None:  # fmt: skip
     """Writes the gradient of (outer, inner, V) logits, into another tensor or over the logits.
 
     The logits may be a part of a vocabulary of ``size``, from token ``first`` on.
     """
-    if index.numel() == 0:
+    rows = grad_logprobs.numel()
+    if rows == 0:
         return
-    valid = (index >= -1) & (index < size)  # −1: the token is in another part of the vocabulary
     block = blocks(logits.shape[-1], GRADIENT_BLOCK)
-    _gradient[(index.numel(), triton.cdiv(logits.shape[-1], block))](
-        logits, gradient, index.contiguous(), wanted.contiguous(), entropies, maxima, log_sums,
-        torch.where(valid, grad_logprobs, 0.0).contiguous(),
+    _gradient[(rows, triton.cdiv(logits.shape[-1], block))](
+        logits, gradient, *which, entropies, maxima, log_sums, grad_logprobs.contiguous(),
         grad_logprobs if grad_entropies is None else grad_entropies.contiguous(),
         logits.stride(0), logits.stride(1), gradient.stride(0), gradient.stride(1), logits.shape[1], first,
-        logits.shape[-1], 1.0 / temperature, BLOCK=block, ENTROPY=grad_entropies is not None,
+        logits.shape[-1], size, 1.0 / temperature, BLOCK=block, ENTROPY=grad_entropies is not None,
         num_warps=8 if block >= 4096 else 4,
     )  # fmt: skip
 
 
 def selective_log_softmax_backward(
-    logits: Tensor, index: Tensor, wanted: Tensor, temperature: float, entropies: Tensor, maxima: Tensor,
-    log_sums: Tensor, grad_logprobs: Tensor, grad_entropies: Tensor | None,
+    logits: Tensor, index: Tensor, mask: Tensor | None, ignore_index: int | None, temperature: float,
+    entropies: Tensor, maxima: Tensor, log_sums: Tensor, grad_logprobs: Tensor, grad_entropies: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The gradient of the logits, in a new tensor."""
     gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     write_gradient(
-        rows_of(logits), rows_of(gradient), index, wanted, temperature, entropies, maxima, log_sums, grad_logprobs,
-        grad_entropies, logits.shape[-1],
+        rows_of(logits), rows_of(gradient), Which.of(index, mask, ignore_index), temperature, entropies, maxima,
+        log_sums, grad_logprobs, grad_entropies, logits.shape[-1],
     )  # fmt: skip
     return gradient
 
 
 def selective_log_softmax_backward_(
-    logits: Tensor, index: Tensor, wanted: Tensor, temperature: float, entropies: Tensor, maxima: Tensor,
-    log_sums: Tensor, grad_logprobs: Tensor, grad_entropies: Tensor | None,
+    logits: Tensor, index: Tensor, mask: Tensor | None, ignore_index: int | None, temperature: float,
+    entropies: Tensor, maxima: Tensor, log_sums: Tensor, grad_logprobs: Tensor, grad_entropies: Tensor | None,
 ) -> None:  # fmt: skip
     """Writes the gradient over the logits themselves."""
     rows = rows_of(logits)
     write_gradient(
-        rows, rows, index, wanted, temperature, entropies, maxima, log_sums, grad_logprobs, grad_entropies,
-        logits.shape[-1],
+        rows, rows, Which.of(index, mask, ignore_index), temperature, entropies, maxima, log_sums, grad_logprobs,
+        grad_entropies, logits.shape[-1],
     )  # fmt: skip
     if rows.data_ptr() != logits.data_ptr():  # rows_of had to copy, since the strides allow no view
         logits.copy_(rows.view(logits.shape))

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_kernels.ops import OPS
-from rlhf_kernels.triton.common import LARGEST_WHOLE_EXPONENT, blocks, exponential, load_mask, places, two_floats
+from rlhf_kernels.triton.common import LARGEST_WHOLE_EXPONENT, blocks, dense, exponential, load_mask, places, two_floats
 from rlhf_kernels.triton.kl_reward import kl_estimate, kl_slope
 
 BLOCK = 1024
@@ -104,7 +104,7 @@ def reference_term(logprob, reference, beta, beta_lost):
 
 
 @triton.jit
-def _log_ratios(logprobs, old_logprobs, wanted, log_ratios, length, BLOCK: tl.constexpr):
+def _log_ratios(logprobs, old_logprobs, mask, log_ratios, length, BLOCK: tl.constexpr):
     """The mean of a row's log-ratios: one ratio for the whole sequence."""
     row = tl.program_id(0).to(tl.int64)
     total = tl.cast(0.0, tl.float64)
@@ -112,7 +112,7 @@ def _log_ratios(logprobs, old_logprobs, wanted, log_ratios, length, BLOCK: tl.co
     for start in range(0, length, BLOCK):
         t = start + tl.arange(0, BLOCK)
         at = row * length + t
-        counts = load_mask(wanted + at, t < length)
+        counts = load_mask(mask, at, t < length)
         x = tl.load(logprobs + at, mask=counts, other=0.0).to(tl.float64)
         y = tl.load(old_logprobs + at, mask=counts, other=0.0).to(tl.float64)
         total += tl.sum(x - y, 0)
@@ -122,7 +122,7 @@ def _log_ratios(logprobs, old_logprobs, wanted, log_ratios, length, BLOCK: tl.co
 
 @triton.jit
 def _terms(
-    first, second, third, fourth, wanted, log_ratios, gradient, sums, size, length, per_row, low, low_lost, high,
+    first, second, third, fourth, mask, log_ratios, gradient, sums, size, length, per_row, low, low_lost, high,
     high_lost, dual, least, largest, beta, beta_lost, clip_range, DUAL: tl.constexpr, CISPO: tl.constexpr,
     POLICY: tl.constexpr, REFERENCE: tl.constexpr, BY_SEQUENCE: tl.constexpr, CLIP: tl.constexpr,
     GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
@@ -132,7 +132,7 @@ def _terms(
     t = block * BLOCK + tl.arange(0, BLOCK)
     at = row * length + t
     here = (t < length) & (at < size)
-    counts = load_mask(wanted + at, here)
+    counts = load_mask(mask, at, here)
     x = tl.load(first + at, mask=counts, other=0.0).to(tl.float32)
     y = tl.load(second + at, mask=counts, other=0.0).to(tl.float32)
     z = tl.load(third + at, mask=counts, other=0.0).to(tl.float32)
@@ -274,29 +274,29 @@ def _finish(
 
 
 def ppo_policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, wanted: Tensor, ref_logprobs: Tensor | None,
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor | None, ref_logprobs: Tensor | None,
     beta: float, clip_low: float, clip_high: float, dual_clip: float | None, log_ratio_clamp: float | None,
     cispo: bool, by_sequence: bool, reduction: str, denominator: float | None, with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, statistics, and the gradient of ``logprobs`` (empty if not asked for)."""
     inputs = [x.contiguous() for x in (logprobs, old_logprobs, advantages)]
     reference = inputs[0] if ref_logprobs is None else ref_logprobs.contiguous()
-    wanted = wanted.contiguous()
+    mask = dense(mask)
     log_ratios = inputs[0]
     if by_sequence and logprobs.numel():
         rows, length = logprobs.shape
         log_ratios = torch.empty(rows, dtype=torch.float64, device=logprobs.device)
-        _log_ratios[(rows,)](inputs[0], inputs[1], wanted, log_ratios, length, BLOCK=blocks(length, BLOCK), num_warps=8)
+        _log_ratios[(rows,)](inputs[0], inputs[1], mask, log_ratios, length, BLOCK=blocks(length, BLOCK), num_warps=8)
     options = policy_options(clip_low, clip_high, dual_clip, log_ratio_clamp, cispo, beta)
     options |= {"clip_range": 0.0, "CLIP": False, "POLICY": True}
     options |= {"REFERENCE": ref_logprobs is not None, "BY_SEQUENCE": by_sequence}
     return _run(
-        "ppo_policy_loss", (*inputs, reference, wanted, log_ratios), options, reduction, denominator, with_gradient
+        "ppo_policy_loss", (*inputs, reference, mask, log_ratios), options, reduction, denominator, with_gradient
     )
 
 
 def ppo_value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, wanted: Tensor, clip_range: float | None, reduction: str,
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor | None, clip_range: float | None, reduction: str,
     denominator: float | None, with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, statistics, and the gradient of ``values`` (empty if not asked for)."""
@@ -304,12 +304,12 @@ def ppo_value_loss(
     options = policy_options(0.0, 0.0, None, None, False, 0.0)
     options |= {"clip_range": clip_range or 0.0, "CLIP": clip_range is not None, "POLICY": False}
     options |= {"REFERENCE": False, "BY_SEQUENCE": False}
-    inputs = (first, *others, first, wanted.contiguous(), first)
+    inputs = (first, *others, first, dense(mask), first)
     return _run("ppo_value_loss", inputs, options, reduction, denominator, with_gradient)
 
 
 def _run(
-    name: str, inputs: tuple[Tensor, ...], options: dict[str, Any], reduction: str, denominator: float | None,
+    name: str, inputs: tuple[Any, ...], options: dict[str, Any], reduction: str, denominator: float | None,
     with_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     first = inputs[0]

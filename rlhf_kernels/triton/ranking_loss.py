@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rlhf_kernels.triton.common import blocks, exponential, load_mask, span
+from rlhf_kernels.triton.common import blocks, dense, exponential, load_mask, span
 
 TILE = 32
 BLOCK = 1024
@@ -20,20 +20,18 @@ PROGRAMS = 1024
 
 
 @triton.jit
-def _tile(scores, ranks, wanted, base, start, length, MASKED: tl.constexpr, TILE: tl.constexpr):
+def _tile(scores, ranks, mask, base, start, length, TILE: tl.constexpr):
     i = start + tl.arange(0, TILE)
     here = i < length
-    exists = here
-    if MASKED:
-        exists = here & load_mask(wanted + base + i, here)
+    exists = load_mask(mask, base + i, here)
     score = tl.load(scores + base + i, mask=exists, other=0.0).to(tl.float32)
     return i, here, exists, score, tl.load(ranks + base + i, mask=here, other=0)
 
 
 @triton.jit
 def _prompt(
-    scores, ranks, wanted, boundaries, gradient, prompt, length, margin, FLAT: tl.constexpr, MASKED: tl.constexpr,
-    GRADIENT: tl.constexpr, TILE: tl.constexpr,
+    scores, ranks, mask, boundaries, gradient, prompt, length, margin, FLAT: tl.constexpr, GRADIENT: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """The mean loss and accuracy of a prompt's pairs, and whether it has any. Stores the gradient of that loss."""
     base, length = span(prompt, boundaries, length, FLAT)
@@ -41,10 +39,10 @@ def _prompt(
     loss = tl.cast(0.0, tl.float64)
     right = tl.cast(0.0, tl.float64)
     for start in range(0, length, TILE):
-        i, here, i_exists, score_i, rank_i = _tile(scores, ranks, wanted, base, start, length, MASKED, TILE)
+        i, here, i_exists, score_i, rank_i = _tile(scores, ranks, mask, base, start, length, TILE)
         slopes = tl.zeros([TILE], tl.float64)
         for other in range(0, length, TILE):
-            _, _, j_exists, score_j, rank_j = _tile(scores, ranks, wanted, base, other, length, MASKED, TILE)
+            _, _, j_exists, score_j, rank_j = _tile(scores, ranks, mask, base, other, length, TILE)
             both = i_exists[:, None] & j_exists[None, :]
             better = both & (rank_i[:, None] < rank_j[None, :])
             worse = both & (rank_i[:, None] > rank_j[None, :])
@@ -87,8 +85,8 @@ def _prompt(
 
 @triton.jit
 def _prompts(
-    scores, ranks, wanted, boundaries, gradient, sums, prompts, length, margin, FLAT: tl.constexpr,
-    MASKED: tl.constexpr, GRADIENT: tl.constexpr, TILE: tl.constexpr,
+    scores, ranks, mask, boundaries, gradient, sums, prompts, length, margin, FLAT: tl.constexpr,
+    GRADIENT: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     losses = tl.cast(0.0, tl.float64)
@@ -97,9 +95,8 @@ def _prompts(
     for at in range(program, prompts, tl.num_programs(0)):
         prompt = program.to(tl.int64) + (at - program)
         loss, right, some = _prompt(
-            scores, ranks, wanted, boundaries, gradient, prompt, length, margin, FLAT, MASKED, GRADIENT,
-            TILE,
-        )  # fmt: skip
+            scores, ranks, mask, boundaries, gradient, prompt, length, margin, FLAT, GRADIENT, TILE
+        )
         losses += loss
         rights += right
         number += some.to(tl.float64)
@@ -126,25 +123,24 @@ def _finish(gradient, sums, loss, accuracy, programs, size, GRADIENT: tl.constex
 
 
 def pairwise_ranking_loss(
-    scores: Tensor, ranks: Tensor, offsets: Tensor | None, wanted: Tensor | None, margin: float, with_gradient: bool
+    scores: Tensor, ranks: Tensor, offsets: Tensor | None, mask: Tensor | None, margin: float, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, accuracy, and the gradient of ``scores`` (empty if not asked for)."""
     device = scores.device
     scores, ranks = scores.contiguous(), ranks.contiguous()
-    exist = scores if wanted is None else wanted.contiguous()
     gradient = torch.empty(scores.shape if with_gradient else 0, device=device)
-    loss, accuracy = torch.zeros(2, device=device).unbind()
+    loss, accuracy = (torch.empty((), device=device) for _ in range(2))
     flat = offsets is not None
     prompts = offsets.shape[0] - 1 if offsets is not None else scores.shape[0]
     if prompts == 0 or scores.numel() == 0:
-        return loss, accuracy, gradient
+        return loss.zero_(), accuracy.zero_(), gradient
     length = 0 if flat else scores.shape[1]
     tile = 16 if flat else max(2, blocks(length, TILE))
     programs = min(prompts, PROGRAMS)
     sums = torch.empty(programs * 3, dtype=torch.float64, device=device)
     boundaries = ranks if offsets is None else offsets.contiguous()
     _prompts[(programs,)](
-        scores, ranks, exist, boundaries, gradient, sums, prompts, length, margin, FLAT=flat, MASKED=wanted is not None,
+        scores, ranks, dense(mask), boundaries, gradient, sums, prompts, length, margin, FLAT=flat,
         GRADIENT=with_gradient, TILE=tile, num_warps=1 if tile <= 16 else 4,
     )  # fmt: skip
     _finish[(triton.cdiv(scores.numel(), BLOCK) if with_gradient else 1,)](

@@ -12,7 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from rlhf_kernels.triton.common import rows_of
-from rlhf_kernels.triton.log_prob import merged, sum_chunks
+from rlhf_kernels.triton.log_prob import Which, merged, sum_chunks
+
+ALL = Which(None, None, None)
 
 
 @triton.jit
@@ -40,10 +42,20 @@ def part_at(target, passed, weights, at):
     return found, passed + tl.sum(tl.where(at < found, weights, 0.0), 0)
 
 
-@triton.jit(do_not_specialize=["seed"])
+@triton.jit
+def number_of(row, numbers, number):
+    """A row's number: its own where there are several, or the one that all share."""
+    own = number
+    if numbers is not None:
+        own = tl.load(numbers + row)
+    return tl.cast(own, tl.int64)
+
+
+@triton.jit(do_not_specialize=["seed", "stream", "step"])
 def _draw(
-    logits, streams, steps, sums, tokens, logprobs, seed, outer_stride, inner_stride, inner, vocabulary, chunks, scale,
-    inverse_temperature, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, GREEDY: tl.constexpr,
+    logits, streams, stream, steps, step, sums, tokens, logprobs, seed, outer_stride, inner_stride, inner, vocabulary,
+    chunks, scale, inverse_temperature, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    GREEDY: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     line = logits + (row // inner) * outer_stride + (row % inner) * inner_stride
@@ -62,7 +74,7 @@ def _draw(
             totals = tl.load(sums + (row * chunks + each) * 3 + 1, mask=each < chunks, other=0.0).to(tl.float64)
             shift = tl.where(tops == float("-inf"), float("-inf"), tops.to(tl.float64) - top)
             weights = totals * tl.exp2(shift * scale)
-            target = uniform(seed, tl.load(streams + row), tl.load(steps + row)) * tl.sum(weights, 0)
+            target = uniform(seed, number_of(row, streams, stream), number_of(row, steps, step)) * tl.sum(weights, 0)
             chunk, passed = part_at(target, 0.0, weights, each)
             # Weights relative to the chunk's own maximum: relative to the row's they might all round to 0.
             own = tl.load(sums + (row * chunks + chunk) * 3)
@@ -88,16 +100,24 @@ def _draw(
 
 def sample_tokens(logits: Tensor, stream: Tensor, step: Tensor, seed: int, temperature: float) -> tuple[Tensor, Tensor]:
     """Tokens and their log-probs; −1 and NaN where a row has no distribution."""
-    tokens = torch.empty(stream.shape, dtype=torch.int64, device=logits.device)
-    logprobs = torch.empty(stream.shape, device=logits.device)
-    if stream.numel() == 0:
+    tokens = torch.empty(logits.shape[:-1], dtype=torch.int64, device=logits.device)
+    logprobs = torch.empty(logits.shape[:-1], device=logits.device)
+    rows = tokens.numel()
+    if rows == 0:
         return tokens, logprobs
     logits = rows_of(logits)
-    chunks = sum_chunks(logits, None, stream.numel(), temperature or 1.0, with_entropy=False)
-    _draw[(stream.numel(),)](
-        logits, stream.long().contiguous(), step.long().contiguous(), chunks.sums, tokens, logprobs, seed,
-        *chunks.layout, chunks.per_row, chunks.scale, 1.0 / (temperature or 1.0),
+    chunks = sum_chunks(logits, ALL, rows, temperature or 1.0, with_entropy=False)
+    _draw[(rows,)](
+        logits, *_numbers(stream), *_numbers(step), chunks.sums, tokens, logprobs, seed, *chunks.layout,
+        chunks.per_row, chunks.scale, 1.0 / (temperature or 1.0),
         CHUNKS=triton.next_power_of_2(chunks.per_row), CHUNK=chunks.size, BLOCK=chunks.block, GREEDY=temperature == 0,
         num_warps=chunks.warps,
     )  # fmt: skip
     return tokens, logprobs
+
+
+def _numbers(tensor: Tensor) -> tuple[Tensor | None, int]:
+    """A row's own numbers; or none, and the one that all share, which is on the CPU."""
+    if tensor.dim() == 0 and tensor.is_cpu:
+        return None, int(tensor.item())
+    return tensor.contiguous(), 0

@@ -213,7 +213,7 @@ def test_a_bad_index_is_nan_where_values_are_not_looked_at(backend):
         got, _ = function(logits, index, index != -100, 1.0, False, with_entropy=False)
     else:
         got, *_ = registration.run_kernel(
-            backend, "selective_log_softmax", logits, index, index != -100, 1.0, False, False
+            backend, "selective_log_softmax", logits, index, None, -100, 1.0, False, False
         )
     want = selective_log_softmax(logits, torch.tensor([3, -100, -100, -100]))
     torch.testing.assert_close(got, want.index_fill(0, torch.tensor([1, 2]), torch.nan), equal_nan=True)

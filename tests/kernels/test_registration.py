@@ -43,7 +43,7 @@ def test_opcheck(native, name, mask_dtype):
 
 
 def test_opcheck_in_place(native):
-    arguments = (torch.randn(3, 7), torch.tensor([1, 2, 3]), torch.tensor([True, False, True]), 0.7)
+    arguments = (torch.randn(3, 7), torch.tensor([1, 2, 3]), torch.tensor([True, False, True]), -100, 0.7)
     saved = (torch.rand(3), torch.rand(3), torch.rand(3), torch.rand(3), torch.rand(3))
     torch.library.opcheck(torch.ops.rlhf_kernels.selective_log_softmax_backward_, (*arguments, *saved))
 

@@ -151,13 +151,13 @@ void softmax() {
     // d(go·log p_0 + gh·H) / d logit
     const float go = static_cast<float>(normal()), gh = static_cast<float>(normal());
     const LogitGradient<float> gradient(row.maximum, static_cast<float>(std::log(row.sum)), static_cast<float>(h), go, gh,
-                                        temperature);
+                                        1 / temperature);
     for (const double x : logits) {
       const double l = (x - top) / temperature - std::log(sum), p = std::exp(l);
       const double others = p == 0 ? 0 : -p * (go + gh * (l + h)) / temperature;
       expect_close(gradient.of<true>(static_cast<float>(x)), others, 1e-4, "gradient of a logit", 2e-7);
       if (x != logits[0]) continue;
-      expect_close(chosen_logit_gradient(x, top, std::log(sum), h, go, gh, temperature), others + go / temperature, 1e-10,
+      expect_close(chosen_logit_gradient(x, top, std::log(sum), h, go, gh, 1 / temperature), others + go / temperature, 1e-10,
                    "gradient of the chosen logit", 1e-10);
     }
   }

@@ -54,11 +54,11 @@ std::tuple<Tensor, Tensor> advantages_of(const Tensor& like, const Mask& mask, G
   return {advantages, returns};
 }
 
-std::tuple<Tensor, Tensor> masked_gae(Tensor rewards, Tensor values, Tensor wanted, double gamma, double lam,
+std::tuple<Tensor, Tensor> masked_gae(Tensor rewards, Tensor values, OptionalTensor mask, double gamma, double lam,
                                       OptionalTensor bootstrap, Whitening whiten, OptionalTensor cu_seqlens) {
-  const Mask mask("mask", wanted);
+  const Mask wanted("mask", mask, rewards);
   const OptionalTensor last = as_float(bootstrap), boundaries = as_int64(cu_seqlens);
-  return advantages_of(rewards, mask,
+  return advantages_of(rewards, wanted,
                        {view_of(rewards), view_of(values), nullptr,
                         checks::checked_sequences("cu_seqlens", rewards, boundaries), gamma, lam, data<float>(last),
                         nullptr, nullptr, nullptr, false},
@@ -66,17 +66,17 @@ std::tuple<Tensor, Tensor> masked_gae(Tensor rewards, Tensor values, Tensor want
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_advantages(Tensor scores, Tensor logprobs, Tensor ref_logprobs,
-                                                          Tensor values, Tensor wanted, double beta, double gamma,
+                                                          Tensor values, OptionalTensor mask, double beta, double gamma,
                                                           double lam, Whitening whiten, OptionalTensor bootstrap,
                                                           std::string estimator, std::optional<double> score_clip,
                                                           OptionalTensor cu_seqlens) {
-  const Mask mask("mask", wanted);
+  const Mask wanted("mask", mask, logprobs);
   const Tensor row_scores = cast(scores, ScalarType::Float);
   const OptionalTensor last = as_float(bootstrap), boundaries = as_int64(cu_seqlens);
   Tensor rewards = empty(sizes(logprobs), ScalarType::Float), kl = empty(sizes(logprobs), ScalarType::Float);
   const auto shaping = shaping_of(row_scores, logprobs, ref_logprobs, beta, estimator, score_clip, rewards, kl);
   const auto [advantages, returns] = advantages_of(
-      logprobs, mask,
+      logprobs, wanted,
       {{}, view_of(values), nullptr, checks::checked_sequences("cu_seqlens", logprobs, boundaries), gamma, lam,
        data<float>(last), nullptr, nullptr, nullptr, false},
       &shaping, whiten);

@@ -17,34 +17,34 @@ using namespace tensors;
 
 // run(rows as views, mask's bytes, length, begin, end) for rows [begin, end).
 template <class Run>
-void for_rows(const Tensor& logprobs, const Tensor& ref_logprobs, const OptionalTensor& wanted, Run&& run) {
+void for_rows(const Tensor& logprobs, const Tensor& ref_logprobs, const OptionalTensor& mask, Run&& run) {
   const TokenRows rows(logprobs);
   const auto a = rows.view(logprobs), b = rows.view(ref_logprobs);
   // A flat tensor's last row may be short, which these kernels do not know: one row then.
   const int64_t count = logprobs.dim() == 2 ? rows.count : 1, length = logprobs.dim() == 2 ? rows.length : rows.positions;
-  std::optional<Mask> mask;
-  if (wanted) mask.emplace("mask", *wanted);
+  std::optional<Mask> wanted;
+  if (mask) wanted.emplace("mask", mask, logprobs);
   parallel(count, length, [&](int64_t begin, int64_t end) {
-    if (mask) mask->read(begin * length, end * length);
-    run(a, b, mask ? mask->data() : nullptr, length, begin, end);
+    if (wanted) wanted->read(begin * length, end * length);
+    run(a, b, wanted ? wanted->data() : nullptr, length, begin, end);
   });
-  if (mask) mask->check();
+  if (wanted) wanted->check();
 }
 
-Tensor kl_penalty(Tensor logprobs, Tensor ref_logprobs, OptionalTensor wanted, std::string estimator) {
+Tensor kl_penalty(Tensor logprobs, Tensor ref_logprobs, OptionalTensor mask, std::string estimator) {
   Tensor result = empty(sizes(logprobs), ScalarType::Float);
-  for_rows(logprobs, ref_logprobs, wanted,
+  for_rows(logprobs, ref_logprobs, mask,
            [&](const View& a, const View& b, const uint8_t* kept, int64_t length, int64_t begin, int64_t end) {
              kernels().kl_penalty(a, b, kept, length, estimator_of(estimator), mutable_data<float>(result), begin, end);
            });
   return result;
 }
 
-Tensor kl_penalty_backward(Tensor logprobs, Tensor ref_logprobs, OptionalTensor wanted, std::string estimator,
+Tensor kl_penalty_backward(Tensor logprobs, Tensor ref_logprobs, OptionalTensor mask, std::string estimator,
                            Tensor gradient) {
   const Tensor slopes = cast(gradient, ScalarType::Float);
   Tensor result = empty(sizes(logprobs), ScalarType::Float);
-  for_rows(logprobs, ref_logprobs, wanted,
+  for_rows(logprobs, ref_logprobs, mask,
            [&](const View& a, const View& b, const uint8_t* kept, int64_t length, int64_t begin, int64_t end) {
              kernels().kl_penalty_backward(a, b, kept, length, estimator_of(estimator), data<float>(slopes),
                                            mutable_data<float>(result), begin, end);
@@ -52,18 +52,18 @@ Tensor kl_penalty_backward(Tensor logprobs, Tensor ref_logprobs, OptionalTensor 
   return result;
 }
 
-std::tuple<Tensor, Tensor> kl_shaped_rewards(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor wanted,
+std::tuple<Tensor, Tensor> kl_shaped_rewards(Tensor scores, Tensor logprobs, Tensor ref_logprobs, OptionalTensor mask,
                                              double beta, std::string estimator, std::optional<double> score_clip) {
-  const Mask mask("mask", wanted);
+  const Mask wanted("mask", mask, logprobs);
   const Tensor row_scores = cast(scores, ScalarType::Float);
   Tensor rewards = empty(sizes(logprobs), ScalarType::Float), kl = empty(sizes(logprobs), ScalarType::Float);
   const auto shaping = shaping_of(row_scores, logprobs, ref_logprobs, beta, estimator, score_clip, rewards, kl);
   const Sequences sequences{logprobs.size(0), logprobs.size(1), nullptr};
   parallel(sequences.count, sequences.length, [&](int64_t begin, int64_t end) {
-    mask.read(sequences, begin, end);
-    kernels().kl_shaped_rewards(shaping, sequences, mask.data(), begin, end);
+    wanted.read(sequences, begin, end);
+    kernels().kl_shaped_rewards(shaping, sequences, wanted.data(), begin, end);
   });
-  mask.check();
+  wanted.check();
   return {rewards, kl};
 }
 

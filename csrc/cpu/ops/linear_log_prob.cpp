@@ -38,14 +38,14 @@ struct LinearInputs {
   Projection projection;
 
   LinearInputs(const Tensor& all_hidden, const Tensor& all_weight, const char* index_name, const Tensor& all_index,
-               const Mask& mask, const OptionalTensor& all_bias, double temperature, std::optional<double> softcap,
+               Mask& mask, std::optional<int64_t> ignore_index, const OptionalTensor& all_bias, double temperature, std::optional<double> softcap,
                int64_t least_index = 0)
       : hidden(all_hidden), weight(all_weight), bias(all_bias ? OptionalTensor(dense(*all_bias)) : std::nullopt) {
     STD_TORCH_CHECK(hidden.scalar_type() == weight.scalar_type() &&
                         (!bias || bias->scalar_type() == weight.scalar_type()),
                     "hidden, weight and bias differ in dtype");
     const Tensor dense_index = cast(all_index, ScalarType::Long);
-    checks::check_index(index_name, dense_index, mask.read_and_check().data(), weight.size(0), least_index);
+    checks::check_index(index_name, dense_index, mask.read_and_check(dense_index, ignore_index).data(), weight.size(0), least_index);
     const int64_t count = all_index.numel(), depth = weight.size(1);
     for (int64_t row = 0; row < count; ++row) {
       if (!mask.data()[row]) continue;
@@ -215,10 +215,11 @@ struct LinearGradients {
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_selective_log_softmax(
-    Tensor hidden, Tensor weight, Tensor index, Tensor wanted, OptionalTensor bias, double temperature,
-    std::optional<double> softcap, bool with_entropy) {
+    Tensor hidden, Tensor weight, Tensor index, OptionalTensor mask, std::optional<int64_t> ignore_index,
+    OptionalTensor bias, double temperature, std::optional<double> softcap, bool with_entropy) {
   const auto& k = kernels();
-  const LinearInputs in(hidden, weight, "index", index, Mask("mask", wanted), bias, temperature, softcap);
+  Mask wanted("mask", mask, index);
+  const LinearInputs in(hidden, weight, "index", index, wanted, ignore_index, bias, temperature, softcap);
   const std::vector<int64_t> shape{index.numel()};
   Tensor logprobs = zeros(shape, ScalarType::Float), maxima = zeros(shape, ScalarType::Float),
          log_sums = zeros(shape, ScalarType::Float), entropies = with_entropy ? zeros(shape, ScalarType::Float) : nothing();
@@ -250,11 +251,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_selective_log_softmax(
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_selective_log_softmax_backward(
-    Tensor hidden, Tensor weight, Tensor index, Tensor wanted, OptionalTensor bias, double temperature,
-    std::optional<double> softcap, Tensor entropies, Tensor maxima, Tensor log_sums, Tensor grad_logprobs,
+    Tensor hidden, Tensor weight, Tensor index, OptionalTensor mask, std::optional<int64_t> ignore_index,
+    OptionalTensor bias, double temperature, std::optional<double> softcap, Tensor entropies, Tensor maxima, Tensor log_sums, Tensor grad_logprobs,
     OptionalTensor grad_entropies, bool needs_hidden, bool needs_weight) {
   const auto& k = kernels();
-  const LinearInputs in(hidden, weight, "index", index, Mask("mask", wanted), bias, temperature, softcap, -1);
+  Mask wanted("mask", mask, index);
+  const LinearInputs in(hidden, weight, "index", index, wanted, ignore_index, bias, temperature, softcap, -1);
   const Tensor slopes = cast(grad_logprobs, ScalarType::Float);
   const OptionalTensor entropy_slopes = as_float(grad_entropies);
   std::vector<float> values[5];  // of the rows that count: maximum, log sum, entropy, both gradients
@@ -335,10 +337,12 @@ std::tuple<double, std::tuple<Tensor, Tensor, Tensor>> linear_losses(const Linea
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(Tensor hidden, Tensor weight, Tensor labels,
-                                                                Tensor wanted, OptionalTensor bias, double temperature,
+                                                                int64_t ignore_index, OptionalTensor bias,
+                                                                double temperature,
                                                                 std::optional<double> softcap, bool mean,
                                                                 bool needs_hidden, bool needs_weight) {
-  LinearInputs in(hidden, weight, "labels", labels, Mask("wanted", wanted), bias, temperature, softcap);
+  Mask all("labels", std::nullopt, labels);
+  LinearInputs in(hidden, weight, "labels", labels, all, ignore_index, bias, temperature, softcap);
   in.keep_exact_gradients();
   const double scale = mean && in.count() ? 1.0 / static_cast<double>(in.count()) : 1.0;
   const std::vector<double> weights(in.count(), scale);
@@ -349,17 +353,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(Tensor hidden, T
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_ppo_policy_loss(
-    Tensor hidden, Tensor weight, Tensor index, OptionalTensor old_logprobs, Tensor advantages, Tensor wanted,
+    Tensor hidden, Tensor weight, Tensor index, OptionalTensor old_logprobs, Tensor advantages, OptionalTensor mask,
     OptionalTensor bias, double temperature, std::optional<double> softcap, OptionalTensor ref_logprobs, double beta,
     double clip_low, double clip_high, std::optional<double> dual_clip, std::optional<double> log_ratio_clamp,
     bool cispo, double entropy_coefficient, std::string reduction, std::optional<double> denominator,
     bool needs_hidden, bool needs_weight) {
-  const Mask mask("mask", wanted);
-  LinearInputs in(hidden, weight, "index", index, mask, bias, temperature, softcap);
+  Mask wanted("mask", mask, index);
+  LinearInputs in(hidden, weight, "index", index, wanted, std::nullopt, bias, temperature, softcap);
   in.keep_exact_gradients();
-  const int64_t length = wanted.dim() == 2 ? wanted.size(1) : std::max<int64_t>(1, wanted.numel());
-  const int64_t count = wanted.dim() == 2 ? wanted.size(0) : 1;
-  const Weights weights(mask, count, length, wanted.numel(), reduction, denominator);
+  const int64_t length = index.dim() == 2 ? index.size(1) : std::max<int64_t>(1, index.numel());
+  const int64_t count = index.dim() == 2 ? index.size(0) : 1;
+  const Weights weights(wanted, count, length, index.numel(), reduction, denominator);
   std::vector<double> row_weights;
   for (const int64_t row : in.rows) row_weights.push_back(weights.rows[row / length]);
   const auto of_rows = [&](const OptionalTensor& tensor) {

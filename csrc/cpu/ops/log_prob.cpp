@@ -15,14 +15,15 @@ namespace {
 
 using namespace tensors;
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> selective_log_softmax(Tensor logits, Tensor index, Tensor wanted,
+std::tuple<Tensor, Tensor, Tensor, Tensor> selective_log_softmax(Tensor logits, Tensor index, OptionalTensor mask,
+                                                                 std::optional<int64_t> ignore_index,
                                                                  double temperature, bool with_entropy,
                                                                  bool /*inplace_backward: for autograd*/) {
   logits = with_dense_rows(logits);
   const Tensor dense_index = cast(index, ScalarType::Long);
-  const Mask mask("mask", wanted);
-  const auto in = log_prob_arguments(logits, dense_index, mask.read_and_check().data(), temperature);
-  checks::check_index("index", dense_index, mask.data(), in.vocabulary);
+  Mask wanted("mask", mask, index);
+  const auto in = log_prob_arguments(logits, dense_index, wanted.read_and_check(dense_index, ignore_index).data(), temperature);
+  checks::check_index("index", dense_index, wanted.data(), in.vocabulary);
   const auto shape = sizes(index);
   Tensor logprobs = empty(shape, ScalarType::Float), maxima = empty(shape, ScalarType::Float),
          log_sums = empty(shape, ScalarType::Float), entropies = with_entropy ? empty(shape, ScalarType::Float) : nothing();
@@ -33,13 +34,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> selective_log_softmax(Tensor logits, 
   return {logprobs, entropies, maxima, log_sums};
 }
 
-void log_prob_backward(const Tensor& logits, const Tensor& index, const Tensor& wanted, double temperature,
-                       const Tensor& entropies, const Tensor& maxima, const Tensor& log_sums,
+void log_prob_backward(const Tensor& logits, const Tensor& index, const OptionalTensor& mask,
+                       std::optional<int64_t> ignore_index, double temperature, const Tensor& entropies, const Tensor& maxima, const Tensor& log_sums,
                        const Tensor& grad_logprobs, const OptionalTensor& grad_entropies, const Tensor& gradient) {
   const Tensor dense_index = cast(index, ScalarType::Long);
-  const Mask mask("mask", wanted);
-  const auto in = log_prob_arguments(logits, dense_index, mask.read_and_check().data(), temperature);
-  checks::check_index("index", dense_index, mask.data(), in.vocabulary, -1);
+  Mask wanted("mask", mask, index);
+  const auto in = log_prob_arguments(logits, dense_index, wanted.read_and_check(dense_index, ignore_index).data(), temperature);
+  checks::check_index("index", dense_index, wanted.data(), in.vocabulary, -1);
   const Tensor slopes = cast(grad_logprobs, ScalarType::Float);
   const OptionalTensor entropy_slopes = as_float(grad_entropies);
   const LogProbGradient out{data<float>(entropies), data<float>(maxima), data<float>(log_sums),
@@ -56,27 +57,29 @@ void log_prob_backward(const Tensor& logits, const Tensor& index, const Tensor& 
   });
 }
 
-Tensor selective_log_softmax_backward(Tensor logits, Tensor index, Tensor wanted, double temperature, Tensor entropies,
+Tensor selective_log_softmax_backward(Tensor logits, Tensor index, OptionalTensor mask,
+                                      std::optional<int64_t> ignore_index, double temperature, Tensor entropies,
                                       Tensor maxima, Tensor log_sums, Tensor grad_logprobs,
                                       OptionalTensor grad_entropies) {
   logits = with_dense_rows(logits);
   Tensor gradient = without_pages(sizes(logits), logits.scalar_type());
-  log_prob_backward(logits, index, wanted, temperature, entropies, maxima, log_sums, grad_logprobs, grad_entropies,
-                    gradient);
+  log_prob_backward(logits, index, mask, ignore_index, temperature, entropies, maxima, log_sums, grad_logprobs,
+                    grad_entropies, gradient);
   return gradient;
 }
 
-void selective_log_softmax_backward_(Tensor logits, Tensor index, Tensor wanted, double temperature, Tensor entropies,
+void selective_log_softmax_backward_(Tensor logits, Tensor index, OptionalTensor mask,
+                                     std::optional<int64_t> ignore_index, double temperature, Tensor entropies,
                                      Tensor maxima, Tensor log_sums, Tensor grad_logprobs,
                                      OptionalTensor grad_entropies) {
   if (!has_dense_rows(logits)) {
-    const Tensor gradient = selective_log_softmax_backward(logits, index, wanted, temperature, entropies, maxima,
-                                                           log_sums, grad_logprobs, grad_entropies);
+    const Tensor gradient = selective_log_softmax_backward(logits, index, mask, ignore_index, temperature, entropies,
+                                                           maxima, log_sums, grad_logprobs, grad_entropies);
     torch::stable::copy_(logits, gradient);
     return;
   }
-  log_prob_backward(logits, index, wanted, temperature, entropies, maxima, log_sums, grad_logprobs, grad_entropies,
-                    logits);
+  log_prob_backward(logits, index, mask, ignore_index, temperature, entropies, maxima, log_sums, grad_logprobs,
+                    grad_entropies, logits);
 }
 
 }  // namespace

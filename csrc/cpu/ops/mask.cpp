@@ -1,6 +1,7 @@
 #include "cpu/ops/mask.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "checks.h"
 #include "cpu/ops/memory.h"
@@ -9,14 +10,16 @@ namespace rlhf_kernels::cpu {
 
 using namespace tensors;
 
-Mask::Mask(const char* name, const Tensor& mask)
+Mask::Mask(const char* name, const OptionalTensor& mask, const Tensor& like)
     : name_(name),
-      mask_(mask.scalar_type() == ScalarType::Bool ? dense(mask) : with_dense_rows(mask)),
+      mask_(!mask ? empty({like.numel()}, ScalarType::Byte)
+                  : mask->scalar_type() == ScalarType::Bool ? dense(*mask) : with_dense_rows(*mask)),
       bytes_(mask_),
-      unread_(mask.scalar_type() != ScalarType::Bool) {
+      unread_(mask && mask->scalar_type() != ScalarType::Bool) {
+  if (!mask) std::memset(mutable_data<uint8_t>(bytes_), 1, like.numel());
   if (!unread_) return;
-  type_ = mask_type_of(mask.scalar_type());
-  bytes_ = empty(sizes(mask), ScalarType::Byte);
+  type_ = mask_type_of(mask->scalar_type());
+  bytes_ = empty(sizes(*mask), ScalarType::Byte);
 }
 
 void Mask::make_bytes(int64_t begin, int64_t end) const {
@@ -39,6 +42,18 @@ const Mask& Mask::read_and_check() const {
   if (unread_) parallel(mask_.numel(), work(1), [&](int64_t begin, int64_t end) { make_bytes(begin, end); });
   unread_ = false;
   check();
+  return *this;
+}
+
+const Mask& Mask::read_and_check(const Tensor& index, std::optional<int64_t> ignored) {
+  read_and_check();
+  const auto* tokens = tensors::data<int64_t>(index);
+  const int64_t count = index.numel();
+  if (!ignored || std::find(tokens, tokens + count, *ignored) == tokens + count) return *this;
+  const uint8_t* before = data();
+  const Tensor rest = empty({count}, ScalarType::Byte);
+  for (int64_t i = 0; i < count; ++i) mutable_data<uint8_t>(rest)[i] = before[i] && tokens[i] != *ignored;
+  bytes_ = rest;
   return *this;
 }
 

@@ -13,12 +13,12 @@ namespace rlhf_kernels::cpu {
 using tensors::ScalarType;
 using tensors::Tensor;
 
-// A mask as the kernels take it: a byte for every entry, which counts unless that is 0. The bytes of a mask that is not bool
-// are made by `read`, part by part, in the threads that use them next: a pass of its own over the mask would take longer
-// than a small op. `check` comes after all has been read.
+// A mask as the kernels take it: a byte for every entry, which counts unless that is 0. Without a tensor every entry of `like`
+// counts. The bytes of a mask that is not bool are made by `read`, part by part, in the threads that use them next: a pass of
+// its own over the mask would take longer than a small op. `check` comes after all has been read.
 class Mask {
  public:
-  Mask(const char* name, const Tensor& mask);
+  Mask(const char* name, const tensors::OptionalTensor& mask, const Tensor& like);
 
   const uint8_t* data() const { return static_cast<const uint8_t*>(bytes_.const_data_ptr()); }
 
@@ -41,6 +41,9 @@ class Mask {
 
   // All of it at once, where it is needed before there are threads.
   const Mask& read_and_check() const;
+
+  // The same, without the entries whose index, dense and int64, is `ignored`.
+  const Mask& read_and_check(const Tensor& index, std::optional<int64_t> ignored);
 
   // What reading so many entries takes, in units of `parallel`.
   int64_t work(int64_t entries) const { return std::max<int64_t>(1, unread_ ? entries * type_->size / 4 : entries / 8); }

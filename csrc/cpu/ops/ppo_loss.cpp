@@ -31,20 +31,20 @@ std::tuple<Tensor, Tensor> added_up(const std::vector<Sums>& rows, const Weights
 }
 
 std::tuple<Tensor, Tensor, Tensor> ppo_policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages,
-                                                   Tensor wanted, OptionalTensor ref_logprobs, double beta,
+                                                   OptionalTensor mask, OptionalTensor ref_logprobs, double beta,
                                                    double clip_low, double clip_high, std::optional<double> dual_clip,
                                                    std::optional<double> log_ratio_clamp, bool cispo, bool by_sequence,
                                                    std::string reduction, std::optional<double> denominator,
                                                    bool with_gradient) {
-  const Mask mask("mask", wanted);
+  const Mask wanted("mask", mask, logprobs);
   const bool dense = (!ref_logprobs || ref_logprobs->is_contiguous()) && !by_sequence;
   const auto rows = dense ? TokenRows(logprobs, old_logprobs, advantages, reduction) : TokenRows(logprobs);
-  const Weights weights(mask, rows.count, rows.length, rows.positions, reduction, denominator);
+  const Weights weights(wanted, rows.count, rows.length, rows.positions, reduction, denominator);
   Tensor gradient = with_gradient ? empty(sizes(logprobs), ScalarType::Float) : nothing();
   std::vector<PolicySums> sums(rows.count);
   const PolicyArguments in{rows.view(logprobs), rows.view(old_logprobs), rows.view(advantages),
                            ref_logprobs ? rows.view(*ref_logprobs) : View{},
-                           mask.data(), rows.length, rows.positions, weights.rows.data(),
+                           wanted.data(), rows.length, rows.positions, weights.rows.data(),
                            PolicyOptions::of(clip_low, clip_high, dual_clip, log_ratio_clamp, cispo, by_sequence, beta),
                            with_gradient ? mutable_data<float>(gradient) : nullptr, sums.data()};
   parallel(rows.count, rows.length * (ref_logprobs ? 8 : 4),
@@ -53,15 +53,15 @@ std::tuple<Tensor, Tensor, Tensor> ppo_policy_loss(Tensor logprobs, Tensor old_l
   return {loss, statistics, gradient};
 }
 
-std::tuple<Tensor, Tensor, Tensor> ppo_value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor wanted,
+std::tuple<Tensor, Tensor, Tensor> ppo_value_loss(Tensor values, Tensor old_values, Tensor returns, OptionalTensor mask,
                                                   std::optional<double> clip_range, std::string reduction,
                                                   std::optional<double> denominator, bool with_gradient) {
-  const Mask mask("mask", wanted);
+  const Mask wanted("mask", mask, values);
   const TokenRows rows(values, old_values, returns, reduction);
-  const Weights weights(mask, rows.count, rows.length, rows.positions, reduction, denominator);
+  const Weights weights(wanted, rows.count, rows.length, rows.positions, reduction, denominator);
   Tensor gradient = with_gradient ? empty(sizes(values), ScalarType::Float) : nothing();
   std::vector<ValueSums> sums(rows.count);
-  const ValueArguments in{rows.view(values), rows.view(old_values), rows.view(returns), mask.data(),
+  const ValueArguments in{rows.view(values), rows.view(old_values), rows.view(returns), wanted.data(),
                           rows.length, rows.positions, weights.rows.data(),
                           clip_range ? static_cast<float>(*clip_range) : -1.0f,
                           with_gradient ? mutable_data<float>(gradient) : nullptr, sums.data()};

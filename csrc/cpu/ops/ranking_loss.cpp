@@ -17,11 +17,11 @@ namespace {
 using namespace tensors;
 
 std::tuple<Tensor, Tensor, Tensor> pairwise_ranking_loss(Tensor scores, Tensor ranks, OptionalTensor offsets,
-                                                         OptionalTensor wanted, double margin, bool with_gradient) {
+                                                         OptionalTensor mask, double margin, bool with_gradient) {
   const auto& k = kernels();
   const Tensor values = dense(scores), dense_ranks = cast(ranks, ScalarType::Long);
-  std::optional<Mask> mask;
-  if (wanted) mask.emplace("mask", *wanted);
+  std::optional<Mask> wanted;
+  if (mask) wanted.emplace("mask", mask, scores);
   const OptionalTensor boundaries = as_int64(offsets);
   const auto prompts = checks::checked_sequences("offsets", scores, boundaries);
   Tensor gradient = with_gradient ? empty(sizes(scores), ScalarType::Float) : nothing();
@@ -29,17 +29,17 @@ std::tuple<Tensor, Tensor, Tensor> pairwise_ranking_loss(Tensor scores, Tensor r
   std::vector<double> losses(groups), accuracies(groups);
   std::vector<int64_t> counts(groups);
   const RankingArguments in{values.const_data_ptr(), dtype_of(values), data<int64_t>(dense_ranks),
-                            mask ? mask->data() : nullptr, prompts, static_cast<float>(margin),
+                            wanted ? wanted->data() : nullptr, prompts, static_cast<float>(margin),
                             with_gradient ? mutable_data<float>(gradient) : nullptr,
                             losses.data(), accuracies.data(), counts.data()};
   const int64_t width = prompts.count ? scores.numel() / prompts.count : 0;
   parallel(groups, per_group * width * width * 4,
            [&](int64_t begin, int64_t end) {
              const int64_t last = std::min(end * per_group, prompts.count);
-             if (mask) mask->read(prompts, begin * per_group, last);
+             if (wanted) wanted->read(prompts, begin * per_group, last);
              k.ranking(in, begin, end);
            });
-  if (mask) mask->check();
+  if (wanted) wanted->check();
   double loss = 0, accuracy = 0;
   int64_t some = 0;
   for (int64_t group = 0; group < groups; ++group) {

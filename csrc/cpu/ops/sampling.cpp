@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
+#include <vector>
 
 #include "checks.h"
 #include "cpu/kernels.h"
@@ -30,10 +31,16 @@ Tensor by_row(const Tensor& logits) {
 std::tuple<Tensor, Tensor> sample_tokens(Tensor logits, Tensor stream, Tensor step, int64_t seed, double temperature) {
   logits = by_row(logits);
   const Tensor streams = cast(stream, ScalarType::Long), steps = cast(step, ScalarType::Long);
-  const auto in = sampling_arguments(logits, streams, steps, seed, temperature);
-  Tensor tokens = empty(sizes(stream), ScalarType::Long), logprobs = empty(sizes(stream), ScalarType::Float);
+  const auto numbers = [](const Tensor& tensor) {
+    const auto all = number_of(tensor);
+    return Numbers{all ? nullptr : data<int64_t>(tensor), all.value_or(0)};
+  };
+  const SamplingArguments in{logits_of(logits), numbers(streams), numbers(steps), static_cast<uint64_t>(seed), temperature};
+  std::vector<int64_t> shape = sizes(logits);
+  shape.pop_back();
+  Tensor tokens = empty(shape, ScalarType::Long), logprobs = empty(shape, ScalarType::Float);
   const SamplingResults out{mutable_data<int64_t>(tokens), mutable_data<float>(logprobs)};
-  parallel(stream.numel(), in.vocabulary,
+  parallel(tokens.numel(), in.vocabulary,
            [&](int64_t begin, int64_t end) { kernels().sample_tokens(in, out, begin, end); });
   checks::check_drawn(tokens);
   return {tokens, logprobs};

@@ -15,9 +15,9 @@ using namespace tensors;
 
 using Whitening = std::optional<std::string>;  // none, "population" or "unbiased"
 
-std::tuple<Tensor, Tensor> advantages_of(const Launch& launch, const Tensor& like, const Tensor& wanted,
+std::tuple<Tensor, Tensor> advantages_of(const Launch& launch, const Tensor& like, const OptionalTensor& wanted,
                                          GaeArguments in, const KlShaping* shaping, const Whitening& whiten) {
-  const Tensor mask = dense(wanted);
+  const OptionalTensor mask = dense(wanted);
   Tensor advantages = launch.empty_like(like), returns = launch.empty_like(like);
   const Tensor moments = launch.bytes(whiten ? in.sequences.count * static_cast<int64_t>(sizeof(Moments)) : 0);
   in.advantages = mutable_data<float>(advantages);
@@ -32,18 +32,18 @@ std::tuple<Tensor, Tensor> advantages_of(const Launch& launch, const Tensor& lik
   return {advantages, returns};
 }
 
-std::tuple<Tensor, Tensor> masked_gae(Tensor rewards, Tensor values, Tensor wanted, double gamma, double lam,
+std::tuple<Tensor, Tensor> masked_gae(Tensor rewards, Tensor values, OptionalTensor mask, double gamma, double lam,
                                       OptionalTensor bootstrap, Whitening whiten, OptionalTensor cu_seqlens) {
   const Launch launch(rewards);
   const OptionalTensor last = as_float(bootstrap), boundaries = as_int64(cu_seqlens);
-  return advantages_of(launch, rewards, wanted,
+  return advantages_of(launch, rewards, mask,
                        {view_of(rewards), view_of(values), nullptr, sequences_of(rewards, boundaries), gamma,
                         lam, data<float>(last), nullptr, nullptr, nullptr, false},
                        nullptr, whiten);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_advantages(Tensor scores, Tensor logprobs, Tensor ref_logprobs,
-                                                          Tensor values, Tensor wanted, double beta, double gamma,
+                                                          Tensor values, OptionalTensor mask, double beta, double gamma,
                                                           double lam, Whitening whiten, OptionalTensor bootstrap,
                                                           std::string estimator, std::optional<double> score_clip,
                                                           OptionalTensor cu_seqlens) {
@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ppo_advantages(Tensor scores, Tensor 
   Tensor rewards = launch.empty_like(logprobs), kl = launch.empty_like(logprobs);
   const auto shaping = shaping_of(row_scores, logprobs, ref_logprobs, beta, estimator, score_clip, rewards, kl);
   const auto [advantages, returns] = advantages_of(
-      launch, logprobs, wanted,
+      launch, logprobs, mask,
       {{}, view_of(values), nullptr, sequences_of(logprobs, boundaries), gamma, lam, data<float>(last),
        nullptr, nullptr, nullptr, false},
       &shaping, whiten);

@@ -19,7 +19,7 @@ Tensor kl_penalty(Tensor logprobs, Tensor ref_logprobs, OptionalTensor wanted, s
   const OptionalTensor mask = dense(wanted);
   Tensor result = launch.empty_like(logprobs);
   const TokenRows rows(logprobs);
-  cuda::kl_penalty(view_of(logprobs), view_of(ref_logprobs), mask ? mask_of(*mask) : cuda::Mask{}, rows.count,
+  cuda::kl_penalty(view_of(logprobs), view_of(ref_logprobs), mask_of(mask), rows.count,
                    rows.length, estimator_of(estimator), mutable_data<float>(result), launch.stream);
   return result;
 }
@@ -31,16 +31,17 @@ Tensor kl_penalty_backward(Tensor logprobs, Tensor ref_logprobs, OptionalTensor 
   const Tensor slopes = cast(gradient, ScalarType::Float);
   Tensor result = launch.empty_like(logprobs);
   const TokenRows rows(logprobs);
-  cuda::kl_penalty_backward(view_of(logprobs), view_of(ref_logprobs), mask ? mask_of(*mask) : cuda::Mask{}, rows.count,
+  cuda::kl_penalty_backward(view_of(logprobs), view_of(ref_logprobs), mask_of(mask), rows.count,
                             rows.length, estimator_of(estimator), data<float>(slopes), mutable_data<float>(result),
                             launch.stream);
   return result;
 }
 
-std::tuple<Tensor, Tensor> kl_shaped_rewards(Tensor scores, Tensor logprobs, Tensor ref_logprobs, Tensor wanted,
+std::tuple<Tensor, Tensor> kl_shaped_rewards(Tensor scores, Tensor logprobs, Tensor ref_logprobs, OptionalTensor wanted,
                                              double beta, std::string estimator, std::optional<double> score_clip) {
   const Launch launch(logprobs);
-  const Tensor mask = dense(wanted), row_scores = cast(scores, ScalarType::Float);
+  const OptionalTensor mask = dense(wanted);
+  const Tensor row_scores = cast(scores, ScalarType::Float);
   Tensor rewards = launch.empty_like(logprobs), kl = launch.empty_like(logprobs);
   cuda::kl_shaped_rewards(shaping_of(row_scores, logprobs, ref_logprobs, beta, estimator, score_clip, rewards, kl),
                           sequences_of(logprobs, std::nullopt), mask_of(mask), launch.stream);

@@ -3,11 +3,14 @@
 #include "cuda/kernels.h"
 
 #if defined(RLHF_CUDA_EMULATED)
+#include <cuda_runtime.h>
 #include <torch/csrc/stable/library.h>
 
 #include "schemas.h"
 
 STABLE_TORCH_LIBRARY(rlhf_kernels_emulated, library) { rlhf_kernels::define_ops(library); }
+
+extern "C" __attribute__((visibility("default"))) int64_t rlhf_kernels_launches() { return emulation::launches(); }
 #endif
 
 namespace cuda = rlhf_kernels::cuda;

@@ -1,4 +1,4 @@
-// A mask's tensor as the kernels take it.
+// Masks and integers as the kernels take them.
 #pragma once
 
 #include "cuda/kernels.h"
@@ -6,9 +6,15 @@
 
 namespace rlhf_kernels::cuda {
 
-inline Mask mask_of(const tensors::Tensor& dense) {
-  const MaskType type = tensors::mask_type_of(dense.scalar_type());
-  return {dense.const_data_ptr(), type.size, type.sign_bits};
+inline Mask mask_of(const tensors::OptionalTensor& tensor) {
+  if (!tensor) return {};
+  const MaskType type = tensors::mask_type_of(tensor->scalar_type());
+  return {tensor->const_data_ptr(), type.size, type.sign_bits};
+}
+
+inline Integers integers_of(const tensors::Tensor& tensor) {
+  if (const auto all = tensors::number_of(tensor)) return {nullptr, true, {}, *all};
+  return {tensor.const_data_ptr(), tensor.scalar_type() == tensors::ScalarType::Long, tensors::places_of(tensor), 0};
 }
 
 }  // namespace rlhf_kernels::cuda

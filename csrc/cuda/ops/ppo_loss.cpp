@@ -22,13 +22,13 @@ cuda::Reduction reduction_of(const std::string& name) {
 // What both losses have in common. run(arguments, workspace) launches the kernels.
 template <class Run>
 std::tuple<Tensor, Tensor, Tensor> token_loss(const Launch& launch, const Tensor& first, const Tensor& second,
-                                              const Tensor& third, const OptionalTensor& fourth, const Tensor& wanted,
+                                              const Tensor& third, const OptionalTensor& fourth, const OptionalTensor& wanted,
                                               bool by_sequence, const std::string& reduction,
                                               std::optional<double> denominator, bool with_gradient,
                                               int64_t statistics, Run&& run) {
   Tensor gradient = with_gradient ? launch.empty_like(first) : launch.nothing();
   if (first.numel() == 0) return {launch.zeros({}), launch.zeros({statistics}), gradient};
-  const Tensor mask = dense(wanted);
+  const OptionalTensor mask = dense(wanted);
   Tensor loss = launch.empty({}), values = launch.empty({statistics});
   cuda::TokenLoss in{{view_of(first), view_of(second), view_of(third), fourth ? view_of(*fourth) : View{}},
                      mask_of(mask), TokenRows(first).count,
@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor, Tensor> token_loss(const Launch& launch, const Tensor
 }
 
 std::tuple<Tensor, Tensor, Tensor> ppo_policy_loss(Tensor logprobs, Tensor old_logprobs, Tensor advantages,
-                                                   Tensor wanted, OptionalTensor ref_logprobs, double beta,
+                                                   OptionalTensor wanted, OptionalTensor ref_logprobs, double beta,
                                                    double clip_low, double clip_high, std::optional<double> dual_clip,
                                                    std::optional<double> log_ratio_clamp, bool cispo, bool by_sequence,
                                                    std::string reduction, std::optional<double> denominator,
@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor, Tensor> ppo_policy_loss(Tensor logprobs, Tensor old_l
                     });
 }
 
-std::tuple<Tensor, Tensor, Tensor> ppo_value_loss(Tensor values, Tensor old_values, Tensor returns, Tensor wanted,
+std::tuple<Tensor, Tensor, Tensor> ppo_value_loss(Tensor values, Tensor old_values, Tensor returns, OptionalTensor wanted,
                                                   std::optional<double> clip_range, std::string reduction,
                                                   std::optional<double> denominator, bool with_gradient) {
   const Launch launch(values);

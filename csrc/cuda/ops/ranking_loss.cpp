@@ -24,7 +24,7 @@ std::tuple<Tensor, Tensor, Tensor> pairwise_ranking_loss(Tensor scores, Tensor r
   Tensor loss = launch.empty({}), accuracy = launch.empty({});
   const Tensor workspace = launch.bytes(cuda::ranking_workspace(prompts.count));
   cuda::ranking_loss({values.const_data_ptr(), dtype_of(values), data<int64_t>(dense_ranks),
-                      mask ? mask_of(*mask) : Mask{}, prompts,
+                      mask_of(mask), prompts,
                       scores.numel(), static_cast<float>(margin), with_gradient ? mutable_data<float>(gradient) : nullptr,
                       mutable_data<float>(loss), mutable_data<float>(accuracy)},
                      workspace.mutable_data_ptr(), launch.stream);

@@ -1,9 +1,12 @@
 // Tokens drawn from logits, for CUDA tensors.
 
+#include <atomic>
+#include <random>
 #include <tuple>
 
 #include "cuda/kernels.h"
 #include "cuda/ops/launch.h"
+#include "cuda/ops/mask.h"
 #include "tensors.h"
 
 namespace rlhf_kernels::cuda::ops {
@@ -11,17 +14,30 @@ namespace {
 
 using namespace tensors;
 
+// Not 0, and another one every time. It begins anywhere: memory on a GPU may hold what another process left there.
+uint64_t next_launch() {
+  static std::atomic<uint64_t> number = [] {
+    std::random_device device;
+    return uint64_t{device()} << 32 | device();
+  }();
+  uint64_t result;
+  do result = number++;
+  while (result == 0);
+  return result;
+}
+
 std::tuple<Tensor, Tensor> sample_tokens(Tensor logits, Tensor stream, Tensor step, int64_t seed, double temperature) {
   const Launch launch(logits);
   logits = with_dense_rows(logits);
-  const Tensor streams = cast(stream, ScalarType::Long), steps = cast(step, ScalarType::Long);
-  const auto in = sampling_arguments(logits, streams, steps, seed, temperature);
-  Tensor tokens = launch.empty(sizes(stream), ScalarType::Long), logprobs = launch.empty_like(stream);
+  const cuda::SamplingInputs in{logits_of(logits), integers_of(stream), integers_of(step), static_cast<uint64_t>(seed),
+                                temperature};
+  std::vector<int64_t> shape = sizes(logits);
+  shape.pop_back();
+  Tensor tokens = launch.empty(shape, ScalarType::Long), logprobs = launch.empty(shape);
   const SamplingResults out{mutable_data<int64_t>(tokens), mutable_data<float>(logprobs)};
-  const int64_t rows = stream.numel(), chunks = cuda::vocabulary_chunks(in.vocabulary);
-  const Tensor sums = launch.bytes(rows * chunks * static_cast<int64_t>(sizeof(OnlineSoftmax)));
-  const Tensor tickets = chunks > 1 && rows > 0 ? launch.zeros({rows}, ScalarType::Int) : launch.nothing();
-  cuda::sample_tokens(in, out, rows, mutable_data<OnlineSoftmax>(sums), mutable_data<unsigned>(tickets), launch.stream);
+  const int64_t rows = tokens.numel();
+  const Tensor workspace = launch.bytes(cuda::sampling_workspace(rows, in.vocabulary));
+  cuda::sample_tokens(in, out, rows, workspace.mutable_data_ptr(), next_launch(), launch.stream);
   return {tokens, logprobs};
 }
 

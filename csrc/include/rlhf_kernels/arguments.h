@@ -82,9 +82,16 @@ struct LogProbGradient {
   Rows rows;
 };
 
+// One for each row, or one for all.
+struct Numbers {
+  const int64_t* each;  // null: `all` is that of every row
+  int64_t all;
+
+  int64_t of(int64_t row) const { return each ? each[row] : all; }
+};
+
 struct SamplingArguments : Logits {
-  const int64_t* streams;
-  const int64_t* steps;
+  Numbers streams, steps;
   uint64_t seed;
   double temperature;  // 0: the first largest
 };

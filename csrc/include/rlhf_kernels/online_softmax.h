@@ -54,12 +54,13 @@ struct LogitGradient {
 
   // log_sum = log Σ e^d. Where no gradient of the entropy is asked for, `entropy` and its gradient are not read.
   RLHF_HOST_DEVICE LogitGradient(float row_maximum, float log_sum, float entropy, float grad_logprob,
-                                 float grad_entropy, double temperature)
+                                 float grad_entropy, double inverse_temperature)
       : maximum(row_maximum),
-        scale(static_cast<float>(kLog2E / temperature)),
+        scale(static_cast<float>(kLog2E * inverse_temperature)),
         log2_sum(static_cast<float>(kLog2E * log_sum)),
-        slope(static_cast<float>(-kLn2 * grad_entropy / temperature)),
-        offset(static_cast<float>(-(grad_logprob + (grad_entropy == 0 ? 0.0 : double{grad_entropy} * entropy)) / temperature)) {}
+        slope(static_cast<float>(-kLn2 * grad_entropy * inverse_temperature)),
+        offset(static_cast<float>(-(grad_logprob + (grad_entropy == 0 ? 0.0 : double{grad_entropy} * entropy)) *
+                                  inverse_temperature)) {}
 
   template <bool kEntropy>
   RLHF_HOST_DEVICE T of(T logit) const {
@@ -73,10 +74,10 @@ struct LogitGradient {
 
 // The same for the chosen logit.
 RLHF_HOST_DEVICE double chosen_logit_gradient(double logit, double maximum, double log_sum, double entropy,
-                                              double grad_logprob, double grad_entropy, double temperature) {
-  const double log_p = (logit - maximum) / temperature - log_sum, p = exp(log_p);
+                                              double grad_logprob, double grad_entropy, double inverse_temperature) {
+  const double log_p = (logit - maximum) * inverse_temperature - log_sum, p = exp(log_p);
   const double from_entropy = grad_entropy == 0 || p == 0 ? 0.0 : p * grad_entropy * (log_p + entropy);
-  return (grad_logprob * (1 - p) - from_entropy) / temperature;
+  return (grad_logprob * (1 - p) - from_entropy) * inverse_temperature;
 }
 
 }  // namespace rlhf_kernels

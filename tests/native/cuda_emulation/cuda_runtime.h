@@ -167,7 +167,14 @@ inline void run_block() {
   }
 }
 
+// How many there were in this process, for tests of what an op costs the host.
+inline int64_t& launches() {
+  static int64_t count = 0;
+  return count;
+}
+
 inline void run(unsigned blocks, int threads, const std::function<void()>& body) {
+  ++launches();
   Block& b = block();
   if (threads % kWarp != 0) throw std::logic_error("a block is whole warps");
   b.body = &body;
