@@ -66,8 +66,7 @@ VERL, OPENRLHF = "verl.trainer.ppo.core_algos", "openrlhf.models.loss"
 
 
 def _verl_policy_loss(function: Callable[..., Any], _: Any) -> Callable[..., Any]:
-    config = importlib.import_module("verl.workers.config")
-    actor = config.ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1)
+    actor = ppo_loss.verl_config()
     return lambda new, old, advantages, mask: function(old, new, advantages, mask, config=actor)[0]
 
 

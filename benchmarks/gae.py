@@ -47,7 +47,10 @@ def cases(scale: str) -> list[Case]:
         _case("masked_gae, padding only", first, *_openrlhf(), holes=False),
         _case("masked_gae whitened", first, *_verl(), whiten="unbiased"),
         _ppo_advantages(first),
-        *(_case("masked_gae", size, *([loop] if size[0] * size[1] <= LONGEST_LOOP[scale] else [])) for size in growing),
+        *(
+            _case("masked_gae", size, *([loop] if size[0] * size[1] <= LONGEST_LOOP[scale] else []), hostile=False)
+            for size in growing
+        ),
     ]
 
 
@@ -58,6 +61,7 @@ def _case(
     holes: bool = True,
     whiten: bool | str = False,
     remark: str = "",
+    hostile: bool = True,
 ) -> Case:
     op = partial(rlhf_kernels.masked_gae, gamma=GAMMA, lam=LAM, whiten=whiten)
     batch, length = size
@@ -74,7 +78,7 @@ def _case(
         work,
         valid=_mask,
         remark=remark,
-        adversarial=_adversarial if size == SIZES["cpu"][0] else None,
+        adversarial=_adversarial if hostile else None,
     )
 
 

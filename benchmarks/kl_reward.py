@@ -9,7 +9,7 @@ from typing import Any
 import batches
 import torch
 from bounds import Work
-from cases import BACKWARD, FORWARD, Case, Inputs, eager, ours
+from cases import BACKWARD, FORWARD, Case, Implementation, Inputs, eager, ours
 from torch import Tensor
 
 import rlhf_kernels
@@ -35,7 +35,8 @@ def cases(scale: str) -> list[Case]:
             make,
             ("logprobs", "ref_logprobs"),
             penalty,
-            (ours(penalty), eager(k3)),
+            # verl's k3 is clamped at 10: another penalty on adversarial inputs.
+            (ours(penalty), eager(k3), Implementation("verl", _verl_k3, install="verl", compared=False)),
             _penalty_work,
             gradients=("logprobs", "ref_logprobs"),
             steps=(FORWARD, BACKWARD) if scale != "quick" else (BACKWARD,),
@@ -87,6 +88,12 @@ def k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """k3 as trainers with a KL term in the loss write it."""
     difference = ref_logprobs.float() - logprobs.float()
     return torch.exp(difference) - difference - 1
+
+
+def _verl_k3() -> Callable[..., Any]:
+    from verl.trainer.ppo.core_algos import kl_penalty_forward
+
+    return lambda logprobs, ref_logprobs: kl_penalty_forward(logprobs, ref_logprobs, "k3")
 
 
 def shaped_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

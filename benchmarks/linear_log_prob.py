@@ -25,6 +25,7 @@ SIZES = {
     "cuda": (8, 1024, 4096, 128_256),
     "quick": (4, 32, 64, 4096),
 }
+GRPO_TAKES = ("hidden", "weight", "index", "old_logprobs", "sequence_advantages", "mask")
 ROWS = ("hidden", "index", "labels", "old_logprobs", "advantages", "sequence_advantages", "mask")
 
 
@@ -41,7 +42,8 @@ def cases(scale: str) -> list[Case]:
             Implementation("torch linear_cross_entropy", lambda: partial(_torch_log_probs, options=None)),
             Implementation("torch linear_cross_entropy chunked", lambda: partial(_torch_log_probs, options=_chunked())),
             Implementation("Liger chunked log-probs", _liger_log_probs, install="liger-kernel"),
-            Implementation("cut-cross-entropy", partial(_cut_log_probs, "high"), install="cut-cross-entropy"),
+            Implementation("verl's kernel", _verl_log_probs, install="verl", devices=("cuda",)),
+            *_cut(_cut_log_probs),
         ),
         _case(
             rlhf_kernels.linear_selective_log_softmax,
@@ -60,8 +62,12 @@ def cases(scale: str) -> list[Case]:
             Implementation(
                 "Liger GRPO loss",
                 _liger_policy_loss,
-                ("hidden", "weight", "index", "old_logprobs", "sequence_advantages", "mask"),
+                GRPO_TAKES,
                 install="liger-kernel",
+            ),
+            Implementation(
+                "matmul, Liger's Triton GRPO loss", _liger_triton_loss, GRPO_TAKES, install="liger-kernel",
+                devices=("cuda",),
             ),
         ),
         _case(
@@ -73,12 +79,9 @@ def cases(scale: str) -> list[Case]:
             Implementation("torch linear_cross_entropy", lambda: partial(_torch_loss, options=None)),
             Implementation("torch linear_cross_entropy chunked", lambda: partial(_torch_loss, options=_chunked())),
             Implementation("Liger fused linear cross-entropy", _liger_loss, install="liger-kernel"),
-            Implementation("cut-cross-entropy", partial(_cut_loss, "high"), install="cut-cross-entropy"),
-            Implementation(
-                "cut-cross-entropy unfiltered", partial(_cut_loss, None), install="cut-cross-entropy", devices=("cuda",)
-            ),
+            *_cut(_cut_loss),
         ),
-    ]
+    ]  # fmt: skip
 
 
 def _case(
@@ -188,6 +191,27 @@ def _liger_policy_loss() -> Callable[..., Tensor]:
     )[0]
 
 
+def _liger_triton_loss() -> Callable[..., Tensor]:
+    """Of all logits, of which the last in a sequence predicts nothing: one position more than there are tokens."""
+    from liger_kernel.transformers.grpo_loss import triton_grpo_loss
+
+    def loss(hidden: Tensor, weight: Tensor, index: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
+        logits = F.pad(hidden, (0, 0, 0, 1)) @ weight.T
+        return triton_grpo_loss(
+            logits, old, None, index, advantages, mask, temperature=1.0, beta=0.0, eps_low=ppo_loss.CLIP,
+            eps_high=ppo_loss.CLIP, loss_type="bnpo", reduce=True,
+        )[0]  # fmt: skip
+
+    return loss
+
+
+def _verl_log_probs() -> Callable[..., Tensor]:
+    """It computes entropies too, and always."""
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+
+    return lambda hidden, weight, index: linear_cross_entropy(hidden, weight, index, 1.0, "none")[0].view(index.shape)
+
+
 def _liger_loss() -> Callable[..., Tensor]:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
@@ -195,18 +219,29 @@ def _liger_loss() -> Callable[..., Tensor]:
     return lambda hidden, weight, labels: loss(weight, hidden.flatten(0, 1), labels.flatten())
 
 
-def _cut_loss(filter_eps: str | None, reduction: str = "mean") -> Callable[..., Tensor]:
-    from cut_cross_entropy import linear_cross_entropy
+def _cut(load: Callable[..., Any]) -> Iterator[Implementation]:
+    """As it is without options, and without its filter, which sets small gradients to 0. A CPU has no filter."""
+    name = "cut-cross-entropy"
+    yield Implementation(name, partial(load, exact=False), install=name)
+    yield Implementation(f"{name} exact", partial(load, exact=True), install=name, devices=("cuda",))
+
+
+def _cut_loss(*, exact: bool, reduction: str = "mean") -> Callable[..., Tensor]:
+    from cut_cross_entropy import LinearCrossEntropyImpl, linear_cross_entropy
+
+    # Versions that have the mode sum its gradients in float32 as well.
+    has_mode = hasattr(LinearCrossEntropyImpl, "CCE_EXACT")
+    options = {} if not exact else {"impl": "cce_exact"} if has_mode else {"filter_eps": None}
 
     def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-        impl = "cce" if hidden.is_cuda else "torch_compile"
-        return linear_cross_entropy(hidden, weight, labels, reduction=reduction, filter_eps=filter_eps, impl=impl)
+        chosen = options if hidden.is_cuda else {"impl": "torch_compile"}
+        return linear_cross_entropy(hidden, weight, labels, reduction=reduction, **chosen)
 
     return loss
 
 
-def _cut_log_probs(filter_eps: str | None) -> Callable[..., Tensor]:
-    loss = _cut_loss(filter_eps, "none")
+def _cut_log_probs(*, exact: bool) -> Callable[..., Tensor]:
+    loss = _cut_loss(exact=exact, reduction="none")
     return lambda hidden, weight, index: -loss(hidden, weight, index)
 
 

@@ -23,6 +23,8 @@ SIZES = {
     "quick": ((32, 50_257),),
 }
 TAKES = ("logits", "index")
+# Trainers have logits of several sequences. TRL and verl loop over these where they have no kernel.
+SEQUENCES = 8
 
 
 def cases(scale: str) -> list[Case]:
@@ -43,8 +45,18 @@ def _log_probs(rows: int, size: int, steps: tuple[str, ...]) -> Case:
         Implementation("bare read of the logits", _bare_read, ("logits",), steps=(FORWARD,), compared=False),
         eager(log_probs),
         Implementation("TRL", _trl_log_probs, install="trl"),
-        Implementation("flash-attn", _flash_attention, install="flash-attn", devices=("cuda",)),
-    )
+        Implementation("verl", _verl_log_probs, install="verl", overwrites="logits"),
+        Implementation("Liger", _liger_log_probs, install="liger-kernel", devices=("cuda",), steps=(FORWARD,)),
+        Implementation(
+            "Liger cross-entropy", _liger_cross_entropy, install="liger-kernel", devices=("cuda",),
+            overwrites="logits", steps=(BACKWARD,),
+        ),
+        Implementation("flash-attn", partial(_flash_attention, inplace=False), install="flash-attn", devices=("cuda",)),
+        Implementation(
+            "flash-attn in place", partial(_flash_attention, inplace=True), install="flash-attn", devices=("cuda",),
+            overwrites="logits", steps=(BACKWARD,),
+        ),
+    )  # fmt: skip
 
 
 def _entropies(rows: int, size: int) -> Case:
@@ -58,6 +70,7 @@ def _entropies(rows: int, size: int) -> Case:
         _in_place(op),
         eager(log_probs_and_entropy),
         Implementation("TRL", _trl_entropies, install="trl"),
+        Implementation("verl", _verl_entropies, install="verl"),
     )
 
 
@@ -123,22 +136,61 @@ def _bare_read() -> Callable[[Tensor], Tensor]:
     return bounds.bare_read
 
 
+def _by_sequence(function: Callable[..., Any]) -> Callable[[Tensor, Tensor], Any]:
+    """The rows as those of several sequences, as a trainer has them."""
+
+    def call(logits: Tensor, index: Tensor) -> Any:
+        found = function(logits.view(SEQUENCES, -1, logits.shape[-1]), index.view(SEQUENCES, -1))
+        return found.flatten() if isinstance(found, Tensor) else tuple(x.flatten() for x in found)
+
+    return call
+
+
 def _trl_log_probs() -> Callable[..., Tensor]:
     from trl.trainer.utils import selective_log_softmax
 
-    return selective_log_softmax
+    return _by_sequence(selective_log_softmax)
 
 
 def _trl_entropies() -> Callable[..., tuple[Tensor, Tensor]]:
-    from trl.trainer.utils import entropy_from_logits, selective_log_softmax
+    from trl.trainer.utils import selective_log_softmax_and_entropy
 
-    return lambda logits, index: (selective_log_softmax(logits, index), entropy_from_logits(logits))
+    return _by_sequence(selective_log_softmax_and_entropy)
 
 
-def _flash_attention() -> Callable[[Tensor, Tensor], Tensor]:
+def _verl_log_probs() -> Callable[..., Tensor]:
+    """On a GPU flash-attn's kernel in place, where that is installed."""
+    from verl.utils.torch_functional import logprobs_from_logits
+
+    return _by_sequence(logprobs_from_logits)
+
+
+def _verl_entropies() -> Callable[..., tuple[Tensor, Tensor]]:
+    """Its actor's steps: the entropy is compiled, and needs the logits that the log-probs would overwrite."""
+    from verl.utils.torch_functional import entropy_from_logits, logprobs_from_logits
+
+    entropies = torch.compile(entropy_from_logits, dynamic=True)
+    return _by_sequence(lambda logits, index: (logprobs_from_logits(logits, index, False), entropies(logits)))
+
+
+def _liger_log_probs() -> Callable[[Tensor, Tensor], Tensor]:
+    """Its kernel leaves out the last row of each sequence: here of one that has all rows."""
+    from liger_kernel.ops.grpo_loss import fused_selective_log_softmax
+
+    return lambda logits, index: fused_selective_log_softmax(logits[None], index[None, :-1], 1.0).squeeze(0)
+
+
+def _liger_cross_entropy() -> Callable[[Tensor, Tensor], Tensor]:
+    """Its forward pass writes a gradient over the logits, and its backward pass multiplies that into a new tensor."""
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    return lambda logits, index: -liger_cross_entropy(logits, index, reduction="none")
+
+
+def _flash_attention(*, inplace: bool) -> Callable[[Tensor, Tensor], Tensor]:
     from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 
-    return lambda logits, index: -cross_entropy_loss(logits, index)[0]
+    return lambda logits, index: -cross_entropy_loss(logits, index, inplace_backward=inplace)[0]
 
 
 def variants() -> Iterator[Callable[[], Any]]:

@@ -9,7 +9,7 @@ from typing import Any
 import batches
 import torch
 from bounds import Work
-from cases import BACKWARD, FORWARD, Case, Inputs, eager, ours
+from cases import BACKWARD, FORWARD, Case, Implementation, Inputs, eager, ours
 from torch import Tensor
 
 import rlhf_kernels
@@ -37,13 +37,17 @@ def cases(scale: str) -> list[Case]:
             partial(inputs, batch, length),
             takes[op],
             op,
-            (ours(op), eager(formula)),
+            (ours(op), eager(formula), peer),
             work,
             gradients=takes[op][:1],
             steps=steps,
             adversarial=_adversarial,
         )
-        for op, formula in ((policy, policy_loss), (value, value_loss))
+        for op, formula, peer in (
+            # verl's ratios are clamped, and its surrogate is always clipped twice: another loss on adversarial inputs.
+            (policy, policy_loss, Implementation("verl", _verl_policy_loss, install="verl", compared=False)),
+            (value, value_loss, Implementation("verl", _verl_value_loss, install="verl")),
+        )
     ]
 
 
@@ -117,6 +121,26 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
             "clip_fraction": masked_mean((clipped > plain).float(), mask),
         }
     return loss, stats
+
+
+def verl_config() -> Any:
+    """verl's settings of an actor, which its policy loss reads."""
+    from verl.workers.config import ActorConfig
+
+    return ActorConfig(strategy="fsdp", rollout_n=1, ppo_micro_batch_size_per_gpu=1)
+
+
+def _verl_policy_loss() -> Callable[..., Any]:
+    from verl.trainer.ppo.core_algos import compute_policy_loss_vanilla
+
+    config = verl_config()
+    return lambda new, old, advantages, mask: compute_policy_loss_vanilla(old, new, advantages, mask, config=config)[0]
+
+
+def _verl_value_loss() -> Callable[..., Any]:
+    from verl.trainer.ppo.core_algos import compute_value_loss
+
+    return lambda values, old, returns, mask: compute_value_loss(values, returns, old, mask, CLIP)[0]
 
 
 def variants() -> Iterator[Callable[[], Any]]:

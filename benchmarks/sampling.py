@@ -19,7 +19,7 @@ DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 # Rows, and the vocabulary of GPT-2 or Qwen 3.
 SIZES = {
     "cpu": ((32, 50_257), (512, 50_257), (32, 151_936), (512, 151_936)),
-    "cuda": ((64, 151_936), (512, 151_936)),
+    "cuda": ((32, 151_936), (512, 151_936)),
     "quick": ((32, 50_257),),
 }
 TAKES = ("logits", "stream")
