@@ -2,17 +2,17 @@
 
 A bound is the bytes that any implementation must move over the measured bandwidth, or its flops over the measured rate
 of a library matmul, whichever takes longer. Rates are the best of several runs over buffers that are far larger than
-the caches and whose pages exist already. A case that fits into a cache can therefore beat its bound.
+the caches and whose pages exist already. On a CPU, a case that fits into a cache can therefore beat its bound.
 """
 
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+import clocks
 import torch
 from torch import Tensor
 
@@ -112,17 +112,4 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _best(call: Callable[[], object], device: torch.device) -> float:
     call()
-    seconds = []
-    for _ in range(REPEATS):
-        synchronize(device)
-        begin = time.perf_counter()
-        call()
-        synchronize(device)
-        seconds.append(time.perf_counter() - begin)
-    return min(seconds)
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for a GPU; a CPU is never behind."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return min(clocks.of(device).seconds(call) for _ in range(REPEATS))

@@ -1,20 +1,23 @@
-"""Runs the implementations of a case in turns, and measures time, memory and error."""
+"""Runs the implementations of a case in turns, and measures times, memory and error."""
 
 from __future__ import annotations
 
-import gc
 import random
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import accuracy
 import bounds
+import clocks
 import torch
 from cases import BACKWARD, MODES, Case, Implementation, Inputs
+from clocks import Clock
 from console import Console
-from memory import peak_extra_bytes, return_free_memory
+from memory import forget, peak_extra_bytes, return_free_memory
 from torch import Tensor
 
 Results = tuple[list[Tensor], list[Tensor]]
@@ -22,10 +25,11 @@ Results = tuple[list[Tensor], list[Tensor]]
 
 SLOW_FIRST_CALL_S = 60.0
 
-# Inputs up to this size are small. With small inputs, each timed run follows an untimed run of the same implementation:
-# otherwise the caches would hold what ran before, and a fast op would pay for loading its code after a slow one. With
-# larger inputs, fresh pages cost more than cold caches, and each timed run starts from a trimmed heap: otherwise an
-# implementation could reuse large chunks that the one before it has freed.
+# On a CPU, inputs up to this size are small. With small inputs, each timed run follows an untimed run of the same
+# implementation: otherwise the caches would hold what ran before, and a fast op would pay for loading its code after a
+# slow one. With larger inputs, fresh pages cost more than cold caches, and each timed run starts from a trimmed heap:
+# otherwise an implementation could reuse large chunks that the one before it has freed. On a GPU, the clock clears the
+# caches, and torch keeps blocks of memory for whoever comes next.
 SMALL_INPUTS = 32 << 20
 
 
@@ -45,8 +49,14 @@ class Effort:
         return max(fewest, min(self.most, int(self.seconds / max(one, 1e-9))))
 
 
-FULL = Effort(seconds=10.0, fewest=5, most=200, modes=MODES)
+FULL = {
+    "cpu": Effort(seconds=10.0, fewest=5, most=200, modes=MODES),
+    # A run on a GPU has minutes (gpu_run.py), of which compilers need most.
+    "cuda": Effort(seconds=4.0, fewest=5, most=200, modes=MODES),
+}
 QUICK = Effort(seconds=0.2, fewest=3, most=20, modes=MODES[:1])
+HOST_SHARE = 0.1
+"""Of an effort's seconds, for the host times of one implementation."""
 
 
 def title(op: str, size: str, dtype: str, step: str) -> str:
@@ -80,9 +90,16 @@ class Row:
     implementation: str
     first_call_s: float = 0.0
     times_s: list[float] = field(default_factory=list)
+    host_times_s: list[float] = field(default_factory=list)
+    """How long calls keep their caller; empty on a CPU, where that is the time."""
     peak_extra_bytes: int | None = None
     gradient_bytes: int = 0
     errors: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def host_s(self) -> float:
+        """The median of host times; 0 where there are none."""
+        return statistics.median(self.host_times_s) if self.host_times_s else 0.0
 
 
 @dataclass
@@ -124,6 +141,10 @@ class Trial:
         spent = self.implementation.overwrites
         return ready | {spent: ready[spent] * 1} if spent else ready
 
+    def ready(self, inputs: Inputs) -> Callable[[], Results]:
+        """One run, with its arguments."""
+        return partial(self.run, self.prepare(inputs))
+
     def run(self, ready: Inputs) -> Results:
         """Outputs and gradients. The only part that is timed."""
         with torch.set_grad_enabled(bool(self.differentiated)):
@@ -154,32 +175,39 @@ class Trial:
 def measure(task: Task, rates: bounds.Rates, started: Callable[[Group], None], console: Console) -> None:
     """Measures a group. ``started`` receives it before anything is timed, so that an interrupt loses nothing."""
     case, step, effort, device = task.case, task.step, task.effort, rates.device
+    clock = clocks.of(device)
+    torch.compiler.reset()  # frees the CUDA graphs of the case before
+    forget(device)
     inputs = case.inputs(torch.Generator(device).manual_seed(0), task.dtype)
     bound = rates.seconds(case.work(inputs, step), task.dtype)
     group = Group(task.family, case.op, case.size, task.dtype_name, step, bound)
     started(group)
     if case.remark:
         console.note(case.remark)
-    torch.compiler.reset()
     console.say("float64 truth")
     expected = accuracy.truth(case, inputs, with_gradients=step == BACKWARD)
     trials = []
     for implementation in case.candidates(step, effort.modes):
         console.say(f"{implementation.name}: first run")
-        first = _first_run(implementation, case, step, inputs, expected, device, console)
+        first = _first_run(implementation, case, step, inputs, expected, clock, device, console)
         if first:
             trials.append(first)
             group.rows.append(first[1])
     if case.adversarial:
         _adversarial(case, case.adversarial(inputs), step, trials, console)
     del expected
-    gc.collect()
-    warm = [_time(trial, trial.prepare(inputs), device) for trial, _ in trials]
+    forget(device)
+    for trial, row in trials:
+        console.say(f"{row.implementation}: host time")
+        row.host_times_s = clock.host_seconds(partial(trial.ready, inputs), effort.seconds * HOST_SHARE)
+    began = time.perf_counter()
+    warm = [clock.seconds(trial.ready(inputs), row.host_s) for trial, row in trials]
+    one_round = time.perf_counter() - began
     slow = sum(warm) > effort.seconds
     if slow:  # then the runs just made count as timed ones, and none is wasted
         for (_, row), seconds in zip(trials, warm, strict=True):
             row.times_s.append(seconds)
-    rounds = effort.rounds(sum(warm)) - slow
+    rounds = effort.rounds(one_round) - slow
     small = sum(x.nbytes for x in inputs.values()) <= SMALL_INPUTS
     order = random.Random(0)
     for i in range(rounds):
@@ -188,34 +216,34 @@ def measure(task: Task, rates: bounds.Rates, started: Callable[[Group], None], c
         # The order changes every round, since each run finds the caches and the heap as the run before it left them.
         for trial, row in order.sample(trials, len(trials)):
             if slow and last:
-                _measure_memory(trial, inputs, row, device, timed=True)
+                _measure_memory(trial, inputs, row, clock, device, timed=True)
                 continue
-            if small:
+            if small and device.type == "cpu":
                 trial.run(trial.prepare(inputs))
-            ready = trial.prepare(inputs)
+            call = trial.ready(inputs)
             if not small and device.type == "cpu":
                 return_free_memory()
-            row.times_s.append(_time(trial, ready, device))
+            row.times_s.append(clock.seconds(call, row.host_s))
     if not slow:
         for trial, row in trials:
             console.say(f"{row.implementation}: memory")
-            _measure_memory(trial, inputs, row, device, timed=False)
+            _measure_memory(trial, inputs, row, clock, device, timed=False)
 
 
-def _measure_memory(trial: Trial, inputs: Inputs, row: Row, device: torch.device, *, timed: bool) -> None:
+def _measure_memory(trial: Trial, inputs: Inputs, row: Row, clock: Clock, device: torch.device, *, timed: bool) -> None:
     """Measures memory from a trimmed heap. That slows a fast run down, so only slow runs are timed here as well."""
-    ready = trial.prepare(inputs)
+    call = trial.ready(inputs)
     seconds: list[float] = []
-    row.peak_extra_bytes = peak_extra_bytes(lambda: seconds.append(_time(trial, ready, device)), device)
+    row.peak_extra_bytes = peak_extra_bytes(lambda: seconds.append(clock.seconds(call, row.host_s)), device)
     if timed:
         row.times_s += seconds
 
 
 def _first_run(
-    implementation: Implementation, case: Case, step: str, inputs: Inputs, expected: Results, device: torch.device,
-    console: Console,
+    implementation: Implementation, case: Case, step: str, inputs: Inputs, expected: Results, clock: Clock,
+    device: torch.device, console: Console,
 ) -> tuple[Trial, Row] | None:  # fmt: skip
-    """Loads, compiles and runs an implementation once. If it does not run here, prints why and returns None."""
+    """Loads, compiles, runs and warms up an implementation. If it doesn't run here, prints why and returns None."""
     name = implementation.name
     if device.type not in implementation.devices:
         console.note(f"{name}: runs on {' and '.join(implementation.devices)} only")
@@ -224,10 +252,14 @@ def _first_run(
         trial = Trial(implementation, implementation.load(), case, step)
         begin = time.perf_counter()
         results = trial.run(trial.prepare(inputs))
-        bounds.synchronize(device)
+        clocks.synchronize(device)
         row = Row(name, first_call_s=time.perf_counter() - begin)
         row.gradient_bytes = 0 if implementation.overwrites else sum(x.nbytes for x in results[1])
         row.errors = trial.errors(inputs, results, expected)
+        del results
+        for _ in range(clock.warm_ups):
+            trial.run(trial.prepare(inputs))
+        clocks.synchronize(device)  # what fails late fails here
     except ModuleNotFoundError as error:
         package = implementation.install
         missing = "not installed" if package.replace("-", "_") == error.name else f"lacks {error.name}"
@@ -248,21 +280,3 @@ def _adversarial(case: Case, inputs: Inputs, step: str, trials: list[tuple[Trial
         console.say(f"{row.implementation}: adversarial inputs")
         errors = trial.errors(inputs, trial.run(trial.prepare(inputs)), expected)
         row.errors |= {f"adversarial {kind}": error for kind, error in errors.items()}
-
-
-def _time(trial: Trial, ready: Inputs, device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.compiler.cudagraph_mark_step_begin()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        bounds.synchronize(device)
-        begin.record()
-        results = trial.run(ready)
-        end.record()
-        bounds.synchronize(device)
-        seconds = begin.elapsed_time(end) / 1e3
-    else:
-        start = time.perf_counter()
-        results = trial.run(ready)
-        seconds = time.perf_counter() - start
-    del results  # freed after the time was taken
-    return seconds

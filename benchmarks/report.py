@@ -16,15 +16,21 @@ from cases import OURS
 from measure import Group, Row
 
 COLUMNS = (
-    "", "median", "quartiles", "× ours", "of bound", "peak", "− grads", "error", "error of grad", "adversarial",
+    "", "median", "quartiles", "host", "× ours", "of bound", "peak", "− grads", "error", "error of grad", "adversarial",
     "its grad",
 )  # fmt: skip
-LEGEND = """\
+CPU_TIMES = """\
 median and quartiles of runs taken in turns, on small inputs each after an untimed one of the same kind, on large ones
-each from a trimmed heap; × ours: time over that of rlhf_kernels; of bound: share of the speed that the machine's memory
-and matmul allow (above 100% where inputs stay in the caches); peak: memory over what was in use before, and the same
-without the gradients that are handed back; error: largest absolute difference from float64, of values and gradients, on
-random inputs and, for all but the linear ops, on adversarial ones."""
+each from a trimmed heap; above 100% of the bound where inputs stay in the caches"""
+GPU_TIMES = """\
+median and quartiles of the device's time, by events, of runs taken in turns, each with caches that hold nothing of its
+inputs; host: median of the time until a call returns, with nothing waited for and the work of a few calls at most in
+the queue; what CUDA graphs (max-autotune) keep between calls is not in the peak"""
+LEGEND = """\
+× ours: time over that of rlhf_kernels; of bound: share of the speed that the machine's memory and matmul allow; peak:
+memory over what was in use before, and the same without the gradients that are handed back; error: largest absolute
+difference from float64, of values and gradients, on random inputs and, for all but the linear ops, on adversarial ones;
+"""
 
 
 def quartiles(times: list[float]) -> tuple[float, float, float]:
@@ -48,13 +54,14 @@ def table(groups: list[Group]) -> str:
         rows = [_cells(group, row) for row in group.rows if row.times_s]
         if not rows:
             continue
-        used = [i for i in range(len(COLUMNS)) if i < 5 or any(row[i] for row in rows)]
+        used = [i for i in range(len(COLUMNS)) if any(row[i] for row in rows)]
         lines = [[cells[i] for i in used] for cells in (list(COLUMNS), *rows)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         title = f"{group.op}  {group.size}  {group.dtype}  {group.step}  (bound {seconds(group.bound_s)})"
         body = ["  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]) for name, *cells in lines]
         blocks.append("\n".join([title, *(f"  {line.rstrip()}" for line in body)]))
-    return "\n\n".join([*blocks, LEGEND]) if blocks else "nothing was measured"
+    times = GPU_TIMES if any(row.host_times_s for group in groups for row in group.rows) else CPU_TIMES
+    return "\n\n".join([*blocks, LEGEND + times]) if blocks else "nothing was measured"
 
 
 def _cells(group: Group, row: Row) -> list[str]:
@@ -67,6 +74,7 @@ def _cells(group: Group, row: Row) -> list[str]:
         row.implementation,
         seconds(middle),
         f"{seconds(low)} – {seconds(high)}",
+        seconds(row.host_s) if row.host_times_s else "",
         f"{ratio:.2f}" if ratio else "",
         percent(group.bound_s / middle),
         "" if peak is None else memory(peak),
@@ -100,6 +108,7 @@ def as_dict(
         entry = dataclasses.asdict(group)
         for row, cells in zip(group.rows, entry["rows"], strict=True):
             cells["median_s"] = statistics.median(row.times_s) if row.times_s else None
+            cells["host_median_s"] = row.host_s if row.host_times_s else None
             cells["ratio_to_ours"] = ratio_to_ours(group, row)
             cells["share_of_bound"] = group.bound_s / cells["median_s"] if row.times_s else None
             cells["errors"] = {kind: x if math.isfinite(x) else str(x) for kind, x in row.errors.items()}

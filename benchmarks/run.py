@@ -85,19 +85,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def plan(options: argparse.Namespace) -> Iterator[tuple[str, Measurement]]:
     """The title of every group, and what measures it, in order."""
-    scale = "quick" if options.quick else options.device
+    scale, full = "quick" if options.quick else options.device, FULL[options.device]
     for name in options.family or FAMILIES:
         if name == "step":
             yield from trainer_steps.plan(scale, options.trl)
             continue
         if name == "drop_in":
-            yield from drop_in.plan(scale, QUICK if options.quick else FULL)
+            yield from drop_in.plan(scale, full if not options.quick else QUICK)
             continue
         family = FAMILIES[name]
         dtypes = [DTYPES[dtype] for dtype in options.dtype or ()] or family.DTYPES[options.device]
         for i, case in enumerate(family.cases(scale)):
             # Compiling takes most of the time of a quick run, and one case shows as well as all of them that it works.
-            effort = FULL if not options.quick else QUICK if i == 0 else replace(QUICK, modes=())
+            effort = full if not options.quick else QUICK if i == 0 else replace(QUICK, modes=())
             for dtype in dtypes if options.dtype or not options.quick else dtypes[:1]:
                 for step in case.steps:
                     task = Task(name, case, dtype, step, effort)
