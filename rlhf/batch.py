@@ -26,9 +26,9 @@ from torch import Tensor
 from rlhf_kernels import pack_sequences
 
 Layout: TypeAlias = Literal["packed", "one_row", "padded", "shared"]
-"""``packed``: several sequences in a row; ``one_row``: all sequences in a single row, in which flash-attn finds their
-boundaries; ``padded``: one sequence in a row, padded on the right; ``shared``: as packed, but a prompt's responses
-follow it in one row, and a mask lets each of them see the prompt and itself."""
+"""``packed``: several sequences in a row; ``one_row``: all sequences in a single row, for attention that takes their
+boundaries and no mask; ``padded``: one sequence in a row, padded on the right; ``shared``: as packed, but a prompt's
+responses follow it in one row, and a mask lets each of them see the prompt and itself."""
 
 
 class Group(NamedTuple):

@@ -87,8 +87,9 @@ class RunConfig(Settings):
     """Precision of the weights that are not trained: PPO's reference and reward model, and all but the adapter with
     lora.rank."""
     attention: str | None = None
-    """Attention implementation of transformers, for example flash_attention_2 where flash-attn is installed; by default
-    sdpa for models that have it, eager for the others."""
+    """Attention implementation of transformers, for example flash_attention_2 where flash-attn is installed, or
+    varlen_attn, which is torch's own for packed sequences on a GPU; by default sdpa for models that have it, eager for
+    the others."""
     liger: bool = False
     """Liger's fused norms, rotary embeddings and MLPs in all models, on a GPU where liger-kernel is installed."""
     tokenizer: Tokenizer | None = None
@@ -101,6 +102,8 @@ class RunConfig(Settings):
         check(bool(self.output_dir), "output_dir", self.output_dir, "a directory")
         check(self.checkpoint_every > 0, "checkpoint_every", self.checkpoint_every, "at least 1")
         frozen = self.lora.rank > 0 or isinstance(self, PPOConfig)
+        in_16_bits = self.attention != "varlen_attn" or self.mixed_precision != "no"
+        check(in_16_bits, "mixed_precision", self.mixed_precision, "bf16 or fp16 where attention is varlen_attn")
         check(frozen or self.frozen_dtype == "float32", "frozen_dtype", self.frozen_dtype, "float32 without lora.rank")
         check(self.tokens_per_forward > 0, "tokens_per_forward", self.tokens_per_forward, "at least 1")
 

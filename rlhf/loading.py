@@ -32,6 +32,7 @@ from transformers.activations import FastGELUActivation, NewGELUActivation
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.utils import find_adapter_config_file
 
+from rlhf import varlen
 from rlhf.batch import Group
 from rlhf.data import turn_end
 from rlhf.errors import UserError
@@ -326,6 +327,8 @@ def load(
     name, path = name_of(source), None
     if adapter := adapter_of(source):
         return load_merged(auto, adapter, config, attention, device, new_head=new_head, dtype=dtype)
+    if attention == varlen.NAME:
+        varlen.check(config, device)
     if isinstance(source, (str, Path)):
         path = directory_of(source)
     else:

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf import lora, probe
+from rlhf import lora, probe, varlen
 from rlhf.batch import Batch, Group, Layout, lay_out, split
 from rlhf.decoding import Decoding, linear
+from rlhf.errors import UserError
 from rlhf.fields import type_and_line
 from rlhf.loading import (
     ModelError,
@@ -109,8 +110,9 @@ class Backbone(nn.Module):
 
     @property
     def flash(self) -> bool:
-        """Whether attention is flash-attn's, which runs only on a GPU and in 16 bits."""
-        return "flash" in (self.model.config._attn_implementation or "")
+        """Whether attention is flash-attn's, or torch's from it: both run only on a GPU and in 16 bits."""
+        implementation = self.model.config._attn_implementation or ""
+        return "flash" in implementation or implementation == varlen.NAME
 
     @contextlib.contextmanager
     def probing(self) -> Iterator[None]:
@@ -220,6 +222,8 @@ def first_that_holds(
     for option in options:
         try:
             found = error(option)
+        except UserError:  # attention that says what it can't do
+            raise
         except Exception as problem:  # a model's code may raise anything for input that it does not expect
             reasons.append(f"{option}: {type_and_line(problem)}")
             logger.debug("%s could not be tried", option, exc_info=True)  # in case the fault is in our code

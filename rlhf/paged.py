@@ -14,6 +14,7 @@ import torch
 import transformers
 from transformers import GenerationConfig
 
+from rlhf import varlen
 from rlhf.fields import first_line
 from rlhf.loading import ModelError
 from rlhf.models import LanguageModel, unwrap
@@ -77,6 +78,8 @@ def sample_paged(
     attention = module.model.config._attn_implementation
     model_of_theirs: Any = module.model
     try:
+        if attention == varlen.NAME:  # it knows no pages
+            model_of_theirs.set_attn_implementation("sdpa")
         with in_16_bits(module.model):
             found = model_of_theirs.generate_batch(
                 [list(prompt) for prompt in prompts],

@@ -24,6 +24,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from rlhf import varlen
 from rlhf.config import LengthConfig, PPOConfig, RewardConfig, RunConfig, SFTConfig
 from rlhf.decoding import cache_argument
 from rlhf.fields import first_line
@@ -118,7 +119,9 @@ def measure(
         settings.num_labels = 1
         auto = classifier_class(settings)
     with torch.device("meta"):
-        model = kind.outline(auto.from_config(settings, attn_implementation=config.attention, dtype=torch.float32))
+        # It keeps what SDPA keeps, and runs on nothing that passes for a CPU.
+        attention = "sdpa" if config.attention == varlen.NAME else config.attention
+        model = kind.outline(auto.from_config(settings, attn_implementation=attention, dtype=torch.float32))
         use_fused_gelu(model)
         whole = sum(p.numel() for p in model.parameters())
         in_blocks = [sum(p.numel() for p in block.parameters()) for block in model.blocks]
