@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+LAST_WORDS = 3
+"""Seconds that a step has to end by itself once its time is over."""
 SHOWN = 15
 """Lines of a failed step's log that are shown again at the end."""
 
@@ -78,9 +80,9 @@ def steps(out: Path, wheels: str | None) -> Iterator[Step]:
     """The run on a GPU, the most valuable first."""
     needed = {"RLHF_KERNELS_REQUIRE": "cpu,cuda", "TORCH_CUDA_ARCH_LIST": "9.0a"}
     install = python("-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--editable", ROOT)
-    yield Step("build", 90, shell(*installing(wheels), install, python("-m", "rlhf_kernels")), needed)
+    yield Step("build", 85, shell(*installing(wheels), install, python("-m", "rlhf_kernels")), needed)
     chosen = ("-k", "triton or cuda or gpu", "-m", "not install and not long")
-    yield Step("tests", 105, python("-m", "pytest", "-q", "-n", "8", ROOT / "tests/kernels", *chosen))
+    yield Step("tests", 100, python("-m", "pytest", "-q", "-n", "8", ROOT / "tests/kernels", *chosen))
     results = ("--json", out / "cuda.json", "--resume", "--plot", out / "cuda.png")
     yield Step("benchmarks", 165, python(ROOT / "benchmarks/run.py", "--device", "cuda", *results))
     gpt2 = {"width": 768, "layers": 12, "vocabulary": 50_257, "prompt": 256, "response": 256, "batch": 64}
@@ -139,6 +141,9 @@ def run(step: Step, out: Path) -> Outcome:
             status = "ok" if process.wait(timeout=step.limit) == 0 else "failed"
         except subprocess.TimeoutExpired:
             status = "out of time"
+            os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C, upon which the benchmarks print what they have
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(timeout=LAST_WORDS)
         finally:
             stop(process)
     return Outcome(step.name, status, round(time.monotonic() - began, 1), step.limit, log.name)

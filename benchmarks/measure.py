@@ -51,8 +51,8 @@ class Effort:
 
 FULL = {
     "cpu": Effort(seconds=10.0, fewest=5, most=200, modes=MODES),
-    # A run on a GPU has minutes (gpu_run.py), of which compilers need most.
-    "cuda": Effort(seconds=4.0, fewest=5, most=200, modes=MODES),
+    # A run on a GPU has minutes (gpu_run.py), of which compilers need most. max-autotune would search for all of them.
+    "cuda": Effort(seconds=4.0, fewest=5, most=200, modes=MODES[:1]),
 }
 QUICK = Effort(seconds=0.2, fewest=3, most=20, modes=MODES[:1])
 HOST_SHARE = 0.1
