@@ -128,3 +128,27 @@ def test_without_waiting_for_the_number_of_rows_the_results_are_the_same(name, m
         got = call.run(hidden=rubbish)
     for x, y in zip(got, want, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_eight_parts_of_a_loss_make_the_error_of_its_weight_gradient_a_third_larger(monkeypatch):
+    """Parts are added to a sum in bfloat16. One in float32 would take twice the gradient's memory, gigabytes.
+
+    Most of the error comes from the logits' gradient, which the matmul takes in bfloat16.
+    """
+    from rlhf_kernels.triton import linear_log_prob
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    hidden = torch.randn(256, 64, device=device).bfloat16()
+    weight = torch.randn(96, 64, device=device).div(4).bfloat16().requires_grad_()
+    labels = torch.randint(0, 96, (256,), device=device)
+    exact = weight.detach().double().requires_grad_()
+    torch.nn.functional.cross_entropy(hidden.double() @ exact.T, labels).backward()
+
+    def error(rows):
+        monkeypatch.setattr(linear_log_prob, "rows_at_a_time", lambda count, vocabulary: rows)
+        with rlhf_kernels.use_backend("triton"):
+            (got,) = torch.autograd.grad(rlhf_kernels.linear_cross_entropy(hidden, weight, labels), weight)
+        return float((got.double() - exact.grad).norm() / exact.grad.norm())
+
+    assert error(256) < error(32) < 1.5 * error(256)
