@@ -26,6 +26,7 @@ from rlhf_kernels.ops import OPS
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 OLDEST_GPU = (8, 0)
+DOUBLE = torch.float64
 
 # Where tests/native has built csrc/cuda as a library that runs on CPU tensors.
 _EMULATED_CUDA = os.environ.get("RLHF_KERNELS_EMULATED_CUDA")
@@ -190,9 +191,10 @@ def choose(op: str, first: Tensor, *others: Tensor | None) -> str:
         RuntimeError: the forced backend is not there, does not run on this device, or does not have this op or float64.
         ValueError: RLHF_KERNELS_BACKEND names no backend.
     """
-    double = first.dtype == torch.float64
+    double = first.dtype is DOUBLE
     for x in others:
-        double = double or (x is not None and x.dtype == torch.float64)
+        if x is not None and x.dtype is DOUBLE:
+            double = True
     if _forced is None:
         if _refused is not None:
             raise _refused

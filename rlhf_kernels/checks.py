@@ -13,7 +13,8 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDICES = (torch.int64, torch.int32)
-MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, *FLOATS)
+MASKS = (torch.bool, torch.float32, torch.int64, torch.bfloat16, torch.float16, torch.float64, torch.int32, torch.uint8,
+         torch.int8, torch.int16)  # fmt: skip
 
 
 def tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], like: Tensor | None = None, hint: str = "") -> None:
@@ -23,9 +24,12 @@ def tensor(name: str, value: Any, dtypes: tuple[torch.dtype, ...], like: Tensor 
         TypeError: not a tensor, a DTensor, or another dtype.
         ValueError: another device.
     """
+    kind = type(value)
+    if kind is Tensor and value.dtype in dtypes and (like is None or value.device == like.device):
+        return  # the usual case, in half the time
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: is {type(value).__name__}, must be a tensor")
-    if type(value).__name__ == "DTensor":  # by name: importing its module takes a second
+        raise TypeError(f"{name}: is {kind.__name__}, must be a tensor")
+    if kind.__name__ == "DTensor":  # by name: importing its module takes a second
         raise TypeError(
             f"{name}: is a DTensor, of which this process holds a part; pass {name}.full_tensor(), or under FSDP call "
             "the op inside the forward of the module that owns it, where it is whole"
@@ -67,6 +71,8 @@ def number(
         TypeError: not a number.
         ValueError: out of range.
     """
+    if type(value) is float and low < value < high:
+        return value
     value = _plain(name, value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: is {type(value).__name__}, must be a number")
@@ -169,7 +175,8 @@ def mask(name: str, value: Tensor | None, like: Tensor, expected: tuple[int, ...
     """
     if value is not None:
         tensor(name, value, MASKS, like)
-        shape(name, value, expected, "one entry per position")
+        if value.shape != expected:
+            shape(name, value, expected, "one entry per position")
 
 
 def boundaries(name: str, value: Any, like: Tensor) -> None:

@@ -199,7 +199,8 @@ def linear_ppo_policy_loss(
         backend, "linear_ppo_policy_loss", hidden, weight, index, old_logprobs, advantages, mask, bias, temperature,
         softcap, *options, needs_gradient(hidden), needs_gradient(weight, bias),
     )  # fmt: skip
-    return loss, policy_statistics("linear_ppo_policy_loss", statistics, dual_clip, ref_logprobs)
+    *_, entropy = OPS["linear_ppo_policy_loss"].statistics
+    return loss, policy_statistics(statistics, dual_clip, ref_logprobs) | {entropy: statistics[-1]}
 
 
 def linear_cross_entropy(

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from rlhf_kernels import checks
 from rlhf_kernels.backends import choose
-from rlhf_kernels.ops import OPS
+from rlhf_kernels.ops import OPS, POLICY_STATISTICS
 from rlhf_kernels.reference import ppo_loss as reference
 from rlhf_kernels.registration import autograd_of_loss, call, fake, needs_gradient
 
 SURROGATES = ("clipped", "cispo")
 RATIO_LEVELS = ("token", "sequence")
+ALWAYS = POLICY_STATISTICS[:-2]
+"""The statistics without the last two, of the dual clip and of the reference policy."""
 REDUCTIONS = ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum")
 
 
@@ -85,18 +87,17 @@ def ppo_policy_loss(
             CPU only) a mask holds something besides 0 and 1.
     """
     checks.tensor("logprobs", logprobs, checks.FLOATS)
+    shape = logprobs.shape
     if old_logprobs is None:
         old_logprobs = logprobs.detach()
-    advantages = spread("advantages", advantages, logprobs.shape)
+    advantages = spread("advantages", advantages, shape)
     _check_tokens(("logprobs", logprobs), ("old_logprobs", old_logprobs), ("advantages", advantages), mask)
     checks.choice("ratio_level", ratio_level, RATIO_LEVELS)
-    if ratio_level == "sequence" and logprobs.dim() != 2:
-        raise ValueError(
-            f"ratio_level: is 'sequence', which needs (B, T) inputs; these have {logprobs.dim()} dimension(s)"
-        )
-    reference_options = check_reference(ref_logprobs, beta, logprobs, logprobs.shape)
+    if ratio_level == "sequence" and len(shape) != 2:
+        raise ValueError(f"ratio_level: is 'sequence', which needs (B, T) inputs; these have {len(shape)} dimension(s)")
+    reference_options = check_reference(ref_logprobs, beta, logprobs, shape)
     options = check_surrogate(surrogate, clip_range, clip_range_high, dual_clip, log_ratio_clamp)
-    reduction, denominator = check_reduction(reduction, denominator, logprobs.dim())
+    reduction, denominator = check_reduction(reduction, denominator, len(shape))
     backend = choose("ppo_policy_loss", logprobs, old_logprobs, advantages, ref_logprobs)
     mask = checks.read_mask(backend, "mask", mask, logprobs)
     arguments: tuple[Any, ...] = (
@@ -106,7 +107,7 @@ def ppo_policy_loss(
     if backend == "reference":
         return reference.ppo_policy_loss(*arguments)
     loss, statistics, _ = call(backend, "ppo_policy_loss", *arguments, needs_gradient(logprobs))
-    return loss, policy_statistics("ppo_policy_loss", statistics, dual_clip, ref_logprobs)
+    return loss, policy_statistics(statistics, dual_clip, ref_logprobs)
 
 
 def ppo_value_loss(
@@ -161,10 +162,12 @@ def _check_tokens(
     checks.tensor(name, like, checks.FLOATS)
     if like.dim() not in (1, 2):
         raise ValueError(f"{name}: has shape {tuple(like.shape)}, must be (B, T) or (N,)")
+    shape = like.shape
     for other, value in (second, third):
         checks.tensor(other, value, checks.FLOATS, like)
-        checks.shape(other, value, like.shape, f"the shape of {name}")
-    checks.mask("mask", mask, like, like.shape)
+        if value.shape != shape:  # here too, since the words for the error take time
+            checks.shape(other, value, shape, f"the shape of {name}")
+    checks.mask("mask", mask, like, shape)
 
 
 def spread(name: str, value: Tensor, shape: torch.Size) -> Tensor:
@@ -173,7 +176,7 @@ def spread(name: str, value: Tensor, shape: torch.Size) -> Tensor:
     Raises:
         ValueError: another number of rows.
     """
-    if isinstance(value, Tensor) and value.dim() == 1 and len(shape) == 2:
+    if len(shape) == 2 and isinstance(value, Tensor) and value.dim() == 1:
         checks.shape(name, value, shape[:1], f"one per row, or {tuple(shape)}, one per position")
         return value[:, None].expand(shape)
     return value
@@ -183,6 +186,8 @@ def check_reference(
     ref_logprobs: Tensor | None, beta: float, like: Tensor, shape: tuple[int, ...]
 ) -> tuple[Tensor | None, float]:
     """The reference policy's log-probs and the weight of the penalty as the kernels take them."""
+    if ref_logprobs is None and type(beta) is float and beta == 0:
+        return None, 0.0
     beta = checks.number("beta", beta, 0.0)
     if ref_logprobs is None:
         if beta:
@@ -213,15 +218,14 @@ def check_surrogate(
     return low, high, dual_clip, log_ratio_clamp, cispo
 
 
-def policy_statistics(
-    name: str, statistics: Tensor, dual_clip: float | None, ref_logprobs: Tensor | None
-) -> dict[str, Tensor]:
+def policy_statistics(statistics: Tensor, dual_clip: float | None, ref_logprobs: Tensor | None) -> dict[str, Tensor]:
     """The statistics by name; those of the dual clip and of the reference policy where there is one."""
-    named = OPS[name].named(statistics)
-    if dual_clip is None:
-        del named["dual_clip_fraction"]
-    if ref_logprobs is None:
-        del named["ref_kl"]
+    values = statistics.unbind()
+    named = dict(zip(ALWAYS, values))  # noqa: B905 (there are more values)
+    if dual_clip is not None:
+        named["dual_clip_fraction"] = values[POLICY_STATISTICS.index("dual_clip_fraction")]
+    if ref_logprobs is not None:
+        named["ref_kl"] = values[POLICY_STATISTICS.index("ref_kl")]
     return named
 
 

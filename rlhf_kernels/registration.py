@@ -22,6 +22,10 @@ from rlhf_kernels.ops import OPS
 
 Backward = Callable[..., Mapping[str, Tensor | None]]
 
+# Looked up once: each of these would take as long as a check of an argument.
+_transforms = torch._C._functorch.peek_interpreter_stack
+_below_autograd = torch._C._AutoDispatchBelowAutograd
+
 _FAKES: dict[str, Callable[..., Any]] = {}
 
 
@@ -59,6 +63,14 @@ class _Derivative(NamedTuple):
     function: type[torch.autograd.Function]
     variables: tuple[int, ...]
     """The positions of the arguments that the op is differentiable in."""
+
+    def is_needed(self, inputs: tuple[Any, ...]) -> bool:
+        """Whether a gradient in one of the variables will be asked for."""
+        if torch.is_grad_enabled():
+            for at in self.variables:
+                if inputs[at] is not None and inputs[at].requires_grad:
+                    return True
+        return False
 
 
 _DERIVATIVES: dict[str, _Derivative] = {}
@@ -141,7 +153,7 @@ def run_kernel(backend: str | None, name: str, *inputs: Any) -> Any:
     """Runs an op without its derivative on a backend. With None torch chooses the kernel, by the tensors' device."""
     if backend is None:
         return getattr(torch.ops.rlhf_kernels, name)(*inputs)
-    with torch._C._AutoDispatchBelowAutograd():
+    with _below_autograd():
         return implementation(backend, name)(*inputs)
 
 
@@ -152,7 +164,7 @@ def call(backend: str, name: str, *inputs: Any) -> Any:
     wrapper of torch.library takes longer than the small ops themselves.
     """
     derivative = _DERIVATIVES.get(name)
-    if derivative is not None and not needs_gradient(*[inputs[at] for at in derivative.variables]):
+    if derivative is not None and not derivative.is_needed(inputs):
         derivative = None  # then no result requires a gradient, even if some other input does
     if torch.compiler.is_compiling() and has("cpu"):
         if forward_ad._current_level >= 0:
@@ -165,7 +177,7 @@ def call(backend: str, name: str, *inputs: Any) -> Any:
         tensors = [x for x in inputs if isinstance(x, Tensor)]
         if any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
             raise RuntimeError(no_forward_mode(name))
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if _transforms() is not None:
         raise RuntimeError(
             f"{name} takes whole batches, and none of torch.func's transforms (vmap, grad) on this backend: give it a "
             "leading dimension, and differentiate with torch.autograd"
@@ -203,11 +215,11 @@ def differentiated_once(name: str, results: Iterable[Tensor | None], used: Itera
     return tuple(None if x is None else _NoSecondDerivative.apply(x, name, *inputs) for x in results)
 
 
-def needs_gradient(*inputs: Any) -> bool:
-    """Whether a gradient of one of these will be asked for; what is no tensor has none."""
+def needs_gradient(*inputs: Tensor | None) -> bool:
+    """Whether a gradient of one of these tensors will be asked for; None has none."""
     if torch.is_grad_enabled():
         for x in inputs:  # a loop: any() with a generator takes longer
-            if isinstance(x, Tensor) and x.requires_grad:
+            if x is not None and x.requires_grad:
                 return True
     return False
 

@@ -1,11 +1,15 @@
 """The benchmark runs, reports every implementation with its error, and survives what users do to it."""
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from rlhf_kernels import ops
 
 RUN = Path(__file__).parents[2] / "benchmarks" / "run.py"
 
@@ -61,3 +65,14 @@ def test_a_file_that_can_not_be_written_is_named_before_anything_is_measured(tmp
         done = run("--quick", option, path)
         assert done.returncode == 2
         assert f"{option}: {path}: " in done.stderr
+
+
+def test_the_time_of_a_call_beside_its_kernel_is_told_for_every_small_op(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(RUN.parent)
+    python_time = importlib.import_module("python_time")
+    monkeypatch.setattr(python_time, "CALLS", 1)
+    monkeypatch.setattr(python_time, "ROUNDS", 1)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    python_time.main()
+    told = capsys.readouterr().out
+    assert all(name in told for name, op in ops.OPS.items() if "cuda" in op.on_gpu)
