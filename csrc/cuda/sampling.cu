@@ -20,21 +20,20 @@ struct Chunk {
 // Whether all chunks of a row are there, this block's among them. The last block to ask is told so, and one beside it may be
 // too: both then write the same results.
 __device__ __forceinline__ bool is_complete(Chunk* row, unsigned own, const OnlineSoftmax& sums, unsigned chunks, uint64_t launch) {
-  __shared__ bool complete;
   if (threadIdx.x == 0) {
     row[own].sums = sums;
     __threadfence();
     *static_cast<volatile uint64_t*>(&row[own].launch) = launch;
-    complete = true;
   }
   __syncthreads();
   __threadfence();  // of two blocks, the one that comes here last sees what the other has stored
+  bool there = true;
   for (unsigned i = threadIdx.x; i < chunks; i += kThreads) {
-    if (*static_cast<volatile const uint64_t*>(&row[i].launch) != launch) complete = false;
+    there = there && *static_cast<volatile const uint64_t*>(&row[i].launch) == launch;
   }
+  there = __syncthreads_and(there);
   __threadfence();
-  __syncthreads();
-  return complete;
+  return there;
 }
 
 // Where in a row its token is, as far as the first thread has found out, for the others.

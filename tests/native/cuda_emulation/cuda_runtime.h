@@ -65,6 +65,7 @@ struct Thread {
   std::unique_ptr<char[]> stack{new char[kStack]};
   State state = State::ready;
   uint32_t given = 0;    // to the other lanes
+  unsigned votes = 0;    // it has cast in this block
   unsigned source = 0;   // the lane whose value is wanted
 };
 
@@ -74,6 +75,7 @@ struct Block {
   std::vector<std::unique_ptr<Thread>> threads;
   unsigned current = 0, count = 0;
   bool reversed = false, misaligned = false;
+  bool vote[3];  // of the one under way; another thread may still read the one before, or cast the next
   std::mt19937 generator;  // the same numbers in every process
   const std::function<void()>* body = nullptr;
 };
@@ -123,7 +125,9 @@ inline void run_block() {
     makecontext(&thread.context, start, 0);
     thread.state = State::ready;
     thread.started = false;
+    thread.votes = 0;
   }
+  for (bool& all : b.vote) all = true;
   for (;;) {
     bool ran = false;
     for (unsigned n = 0; n < b.count; ++n) {
@@ -200,6 +204,14 @@ inline uint32_t exchange(uint32_t value, unsigned source) {
 }  // namespace emulation
 
 inline void __syncthreads() { emulation::give_way(emulation::State::at_barrier); }
+inline int __syncthreads_and(int yes) {
+  emulation::Block& b = emulation::block();
+  const unsigned number = b.threads[b.current]->votes++;
+  if (!yes) b.vote[number % 3] = false;
+  __syncthreads();
+  b.vote[(number + 2) % 3] = true;
+  return b.vote[number % 3];
+}
 inline void __threadfence() {}
 
 inline uint32_t __shfl_up_sync(unsigned, uint32_t value, unsigned distance) {
