@@ -11,6 +11,7 @@ Environment:
     CXX, CXXFLAGS, LDFLAGS: the C++ compiler and its options, as CMake takes them.
     CUDACXX, CUDA_HOME: the nvcc to use, or the toolkit that it is in. Without them it is the nvcc on the path, else the
         one in /usr/local/cuda.
+    RLHF_KERNELS_ASAN: ON builds with the address sanitizer, as ``make asan`` does.
     MAX_JOBS: how many compilers run at a time; by default one per core, and no more than fit into memory.
 """
 

@@ -288,6 +288,9 @@ def write(
         record["models"] = [each.candidate.name for each in answers]
         if judgments:
             record["outcomes"] = [judgment.outcomes[i] for judgment in judgments]
+            rewards = [judgment.rewards for judgment in judgments if judgment.rewards]
+            if rewards:
+                record["rewards"] = [*(of_model[i] for of_model, _ in rewards), rewards[0][1][i]]
         records.append({**record, **further_fields(example.extra)})
     with describing(f"{output}: results could not be written"):
         if records:

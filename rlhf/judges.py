@@ -61,14 +61,23 @@ class Judgment:
     in between where people differ. None where nobody judged."""
     of_model: Figures
     of_baseline: Figures
+    rewards: tuple[list[float], list[float]] | None = None
+    """Of the model's completions and of the baseline's, where a reward model judges."""
 
     @classmethod
-    def of(cls, outcomes: Sequence[float | None], of_model: Figures, of_baseline: Figures) -> Judgment:
+    def of(
+        cls,
+        outcomes: Sequence[float | None],
+        of_model: Figures,
+        of_baseline: Figures,
+        rewards: tuple[list[float], list[float]] | None = None,
+    ) -> Judgment:
         """Adds the win rate to what else is known of the model."""
         judged = [outcome for outcome in outcomes if outcome is not None]
         return cls(
-            list(outcomes), {"win_rate": asdict(win_rate(judged)), "judged": len(judged), **of_model}, of_baseline
-        )
+            list(outcomes), {"win_rate": asdict(win_rate(judged)), "judged": len(judged), **of_model}, of_baseline,
+            rewards,
+        )  # fmt: skip
 
 
 class RewardModelJudge:
@@ -117,6 +126,7 @@ class RewardModelJudge:
                 [preferred(b, a) for a, b in zip(own.tolist(), of_baseline.tolist(), strict=True)],
                 {"reward": own.mean().item()},
                 {"reward": of_baseline.mean().item()},
+                (own.tolist(), of_baseline.tolist()),
             )
             for own in of_models
         ]

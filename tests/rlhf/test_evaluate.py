@@ -98,6 +98,7 @@ def test_reward_model_as_judge(make, reward_model, base, monkeypatch):
     assert len(records) == figures["prompts"] == 40
     for record, a, b in zip(records, *scores, strict=True):
         assert record["outcomes"] == [float(a > b) if abs(a - b) > 1e-4 else 0.5]
+        assert record["rewards"] == pytest.approx([a, b], abs=1e-4)
     sides = (figures["models"][0], figures["baseline"])
     for i, (side, sequences, found) in enumerate(zip(sides, sampled, scores, strict=True)):
         assert side["reward"] == pytest.approx(sum(found) / 40, abs=1e-4)
@@ -116,6 +117,7 @@ def test_function_as_judge(make):
     assert [record["outcomes"] for record in records] == [[longer(r["prompt"], *r["completions"])] for r in records]
     assert figures["models"][0]["win_rate"]["rate"] == sum(record["outcomes"][0] for record in records) / 40
     assert "reward" not in figures["models"][0]
+    assert not any("rewards" in record for record in records)
 
 
 @pytest.mark.parametrize("judge", ["rlhf.evaluate:no_such_function", "no_such_module:judge"])
