@@ -99,7 +99,7 @@ class RunConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(bool(self.output_dir), "output_dir", self.output_dir, "a directory")
+        check_output_dir(self.output_dir)
         check(self.checkpoint_every > 0, "checkpoint_every", self.checkpoint_every, "at least 1")
         frozen = self.lora.rank > 0 or isinstance(self, PPOConfig)
         in_16_bits = self.attention != "varlen_attn" or self.mixed_precision != "no"
@@ -342,7 +342,7 @@ class GenerateConfig(Settings):
         super().__post_init__()
         check(bool(self.model), "model", self.model, "a directory or a hub name")
         check(bool(self.prompts), "prompts", self.prompts, "at least one file or data set")
-        check(bool(self.output_dir), "output_dir", self.output_dir, "a directory")
+        check_output_dir(self.output_dir)
         check(self.samples > 0, "samples", self.samples, "at least 1")
         check(self.batch_size > 0, "batch_size", self.batch_size, "at least 1")
         check(self.temperature >= 0, "temperature", self.temperature, "at least 0")
@@ -402,7 +402,7 @@ class EvaluateConfig(Settings):
         check(self.judge is None or bool(self.prompts), "judge", self.judge, "null without prompts")
         check(self.tasks_dir is None or bool(self.tasks), "tasks_dir", self.tasks_dir, "null without tasks")
         check(self.baseline_prefix != "", "baseline_prefix", "", "a file, or null")
-        check(bool(self.output_dir), "output_dir", self.output_dir, "a directory")
+        check_output_dir(self.output_dir)
         given = self.prompts or self.pretraining_data or self.tasks
         check(bool(given), "prompts", self.prompts, "given, or pretraining_data or tasks")
         check(self.pretraining_tokens > 1, "pretraining_tokens", self.pretraining_tokens, "at least 2")
@@ -434,10 +434,16 @@ class LabelConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(bool(self.output_dir), "output_dir", self.output_dir, "a directory")
+        check_output_dir(self.output_dir)
         check(self.labels_per_prompt > 0, "labels_per_prompt", self.labels_per_prompt, "at least 1")
         check(bool(self.host), "host", self.host, "an address")
         check(0 <= self.port < 65536, "port", self.port, "from 0 to 65535")
+
+
+def check_output_dir(path: str) -> None:
+    """Checks where to write. A shell leaves ``--output_dir=~/x`` as it is, and a directory "~" would be made."""
+    check(bool(path), "output_dir", path, "a directory")
+    check(not path.startswith("~"), "output_dir", path, "a directory with its home written out")
 
 
 def check_pretraining(weight: float, name: str, data: Data, tokens: int) -> None:

@@ -191,6 +191,7 @@ def test_an_error_leaves_nothing_behind(base, data, tmp_path):
         ({"lr": 1e-3}, r"lr: no such setting; did you mean adam\.learning_rate\?"),
         ({"output_dir": {}}, r"output_dir: is \{\}, must be a string"),
         ({"output_dir": ""}, "output_dir: is '', must be a directory"),
+        ({"output_dir": "~/run"}, "output_dir: is '~/run', must be a directory with its home written out"),
         ({"tokenizer": {}}, r"tokenizer: is \{\}, must be a string or a tokenizer of transformers or null"),
         ({"model": torch.nn.Linear(2, 2)}, r"model: is Linear\(.*, must be a string or a model of transformers"),
         ({"data": {"prompt": ["a"]}}, "data: is .* or a list of records or a datasets.Dataset"),
