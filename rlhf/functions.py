@@ -33,7 +33,7 @@ def load_function(setting: str, value: Any) -> Callable[..., Any]:
         sys.path.insert(0, here)
     try:
         function = getattr(importlib.import_module(module), name)
-    except Exception as error:  # the module is the user's: anything may happen in it
+    except (Exception, SystemExit) as error:  # the module is the user's: anything may happen in it
         raise ConfigError(f"{setting}: {value!r} names no Python function: {type_and_line(error)}") from error
     if not callable(function):
         raise ConfigError(f"{setting}: {value!r} is {type(function).__name__}, not a function")

@@ -169,7 +169,7 @@ class FunctionJudge:
         """What the function returns. Raises unless it is a number from 0 to 1."""
         try:
             found = self.function(example.text, a, b)
-        except Exception as error:  # the function is the user's: anything may happen in it
+        except (Exception, SystemExit) as error:  # the function is the user's: anything may happen in it
             raise ConfigError(f"judge: failed at the prompt {shown(example)}: {type_and_line(error)}") from error
         try:
             outcome = float(found)

@@ -153,7 +153,7 @@ def call(name: str, function: Callable[..., Any], prompts: Sequence[PromptExampl
         returned = function(prompts=[example.text for example in prompts], completions=completions, **columns)
         is_list = isinstance(returned, Iterable) and not isinstance(returned, (str, bytes, Mapping))
         found = list(returned) if is_list else []
-    except Exception as error:  # the function is the user's: anything may happen in it
+    except (Exception, SystemExit) as error:  # the function is the user's: anything may happen in it
         raise RewardError(f"the reward {name} failed: {type_and_line(error)}") from error
     if not is_list:
         raise RewardError(f"the reward {name} returned {returned!r}, must be a list of numbers, one a completion")
