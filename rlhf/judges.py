@@ -172,7 +172,7 @@ class FunctionJudge:
         except (Exception, SystemExit) as error:  # the function is the user's: anything may happen in it
             raise ConfigError(f"judge: failed at the prompt {shown(example)}: {type_and_line(error)}") from error
         try:
-            outcome = float(found)
+            outcome = math.nan if isinstance(found, (str, bytes)) else float(found)
         except (TypeError, ValueError):
             outcome = math.nan
         if not 0 <= outcome <= 1:

@@ -163,8 +163,10 @@ def call(name: str, function: Callable[..., Any], prompts: Sequence[PromptExampl
 
 
 def number(name: str, value: Any, prompt: PromptExample) -> float:
-    """The value as a float; bool, NumPy's numbers and tensors with one element will do."""
+    """The value as a float; bool, NumPy's numbers and tensors with one element will do, and text will not."""
     try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
         return float(value)
     except (TypeError, ValueError) as error:
         raise RewardError(f"{name} returned {value!r}, which is no number, for the prompt {shown(prompt)}") from error

@@ -140,6 +140,7 @@ def test_a_judge_that_gives_nan_prefers_nothing(make, reward_model, tmp_path):
         (lambda *_: 1 / 0, "judge: failed at the prompt 'w.*': ZeroDivisionError"),
         (lambda *_: None, "judge: returned None for the prompt 'w.*', must be a number from 0 to 1"),
         (lambda *_: float("nan"), "judge: returned nan for the prompt"),
+        (lambda *_: "1", "judge: returned '1' for the prompt"),
         (lambda *_: -1, "judge: returned -1 for the prompt"),
         (lambda *_: 2.0, "judge: returned 2.0 for the prompt"),
     ],

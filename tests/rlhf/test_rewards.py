@@ -123,6 +123,7 @@ def test_missing_eos_penalty(ppo_config, tmp_path):
         (lambda **_: None, "the reward .* returned None, must be a list of numbers"),
         (lambda **_: 1 / 0, "the reward .* failed: ZeroDivisionError: division by zero"),
         (lambda **_: sys.exit("no server"), "the reward .* failed: SystemExit: no server"),
+        (lambda **_: ["1.0", 1.0], "returned '1.0', which is no number, for the prompt 'a'"),
         (lambda **_: [1.0, None], "returned None, which is no number, for the prompt 'b'"),
         (lambda **_: [float("nan"), 1.0], "gives nan for the prompt 'a'"),
         (lambda **_: [1.0, float("-inf")], "gives -inf for the prompt 'b'"),
