@@ -90,11 +90,13 @@ def train(config: RewardConfig, *, resume: bool = False) -> Path:
     }
     if held_out:
         rows["held-out prompts"] = len(held_out)
-        rows["held-out accuracy"] = ranking_accuracy(
-            reward_model, [comparisons[i] for i in held_out], config.tokens_per_forward
-        )
+        with run.accelerator.autocast():  # of itself only a model that is whole has it
+            rows["held-out accuracy"] = ranking_accuracy(
+                reward_model, [comparisons[i] for i in held_out], config.tokens_per_forward
+            )
     if demonstrations:
-        scores = score(reward_model, [example.group for example in demonstrations], config.tokens_per_forward)
+        with run.accelerator.autocast():
+            scores = score(reward_model, [example.group for example in demonstrations], config.tokens_per_forward)
         run.require_finite(score_of_the_demonstrations=scores.mean().item())
         reward_model.bias -= scores.mean().item()
         rows["bias, for demonstrations to score 0"] = reward_model.bias
