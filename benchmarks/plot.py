@@ -1,6 +1,7 @@
 """Figures: how many times as long as rlhf_kernels everything else takes.
 
     python benchmarks/plot.py results.json summary.png    # a bar for each of the ops that most people use
+    python benchmarks/plot.py again.json results.json summary.png    # what the first file has not is in the second
 
 ``run.py --plot`` draws every op with every peer.
 """
@@ -121,8 +122,8 @@ def draw(groups: list[Group], machine: str, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_summary(results: Path, path: Path) -> None:
-    """A bar for each line of SUMMARY that was measured, from the JSON file of a run.
+def draw_summary(results: list[Path], path: Path) -> None:
+    """A bar for each line of SUMMARY that was measured, from the JSON files of runs on one machine, the first first.
 
     Raises:
         LookupError: a line was not measured.
@@ -132,15 +133,14 @@ def draw_summary(results: Path, path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    content = json.loads(results.read_text(encoding="utf-8"))
+    contents = [json.loads(file.read_text(encoding="utf-8")) for file in results]
+    groups = [group for content in contents for group in content["groups"]]
     figure, axes = plt.subplots(figsize=(WIDTH_INCHES, 0.34 * len(SUMMARY) + 0.9), dpi=DPI, layout="constrained")
     for at, (op, dtype, step, peer, label) in enumerate(SUMMARY):
-        group = next(
-            (g for g in content["groups"] if (g["op"], g["dtype"], g["step"]) == (op, dtype, step)), {"rows": ()}
-        )
+        group = next((g for g in groups if (g["op"], g["dtype"], g["step"]) == (op, dtype, step)), {"rows": ()})
         ratio = next((row["ratio_to_ours"] for row in group["rows"] if row["implementation"] == peer), None)
         if ratio is None:
-            raise LookupError(f"{results}: has no {peer} for {op} {dtype} {step}")
+            raise LookupError(f"{', '.join(map(str, results))}: no {peer} for {op} {dtype} {step}")
         axes.barh(at, ratio - 1, left=1, color=OTHER, height=0.7)
         axes.annotate(f" {ratio:.0f}×" if ratio >= 10 else f" {ratio:.1f}×", (ratio, at), va="center", fontsize=9)
         axes.text(0.94, at, label, ha="right", va="center", fontsize=9)
@@ -149,7 +149,7 @@ def draw_summary(results: Path, path: Path) -> None:
     axes.invert_yaxis()
     axes.axvline(1, color=OURS_COLOUR, linewidth=2)
     axes.set_axis_off()
-    machine = content["machine"]
+    machine = contents[0]["machine"]
     axes.set_title(
         f"How much longer it takes without rlhf_kernels ({machine['cpu']}, {machine['threads']} threads)", fontsize=10
     )
@@ -158,4 +158,5 @@ def draw_summary(results: Path, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    draw_summary(Path(sys.argv[1]), Path(sys.argv[2]))
+    *results, figure = map(Path, sys.argv[1:])
+    draw_summary(results, figure)
