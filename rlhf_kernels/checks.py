@@ -205,6 +205,8 @@ def read_mask(backend: str, name: str, value: Tensor | None, like: Tensor) -> Te
     """
     if value is None:
         return torch.ones(like.shape, dtype=torch.bool, device=like.device) if backend == "reference" else None
+    if not torch.compiler.is_compiling() and value.is_inference() and not torch.is_inference_mode_enabled():
+        value = value.clone()  # a backward would not be allowed to keep it
     if backend == "cpu" or value.dtype == torch.bool:
         return value
     value = value.detach()

@@ -62,6 +62,8 @@ def _per_row(name: str, value: Any, logits: Tensor) -> Tensor:
         checks.tensor(name, value, checks.INDICES, logits)
         checks.shape(name, value, rows, "one entry per row")
         return value
+    if torch.compiler.is_compiling():  # a CPU tensor in its graph would keep a compiler from recording CUDA graphs
+        return torch.full(rows, checks.int64(name, value), dtype=torch.int64, device=logits.device)
     return torch.scalar_tensor(checks.int64(name, value), dtype=torch.int64, device="cpu")
 
 

@@ -69,6 +69,16 @@ BlockSums block_sums(const T* logits, int64_t count, float maximum, double inver
   return block;
 }
 
+template <class T>
+bool any_nan(const T* logits, int64_t count) {
+  bool any = false;
+  for (int64_t i = 0; i < count; ++i) {
+    const float x = static_cast<float>(logits[i]);
+    any |= x != x;
+  }
+  return any;
+}
+
 struct NoVisitor {
   void operator()(int64_t, float, const BlockSums&) const {}
 };
@@ -83,8 +93,9 @@ OnlineSoftmax reduce_row(const T* logits, int64_t vocabulary, double inverse_tem
     const int64_t count = vocabulary - i < kBlock ? vocabulary - i : kBlock;
     const T* at = logits + i;
     if (maximum == -INFINITY) maximum = block_maximum(at, count);
-    // Nothing but −inf so far: these tokens have probability 0, unless all of them are banned.
-    if (maximum == -INFINITY && i + count < vocabulary) continue;
+    // Nothing but −inf so far: these tokens have probability 0, unless all of them are banned, or NaN is among them, which no
+    // maximum sees.
+    if (maximum == -INFINITY && i + count < vocabulary && !any_nan(at, count)) continue;
     BlockSums block = block_sums<T, kEntropy>(at, count, maximum, inverse_temperature);
     if (cpu::count(greater(block.maximum, Vec(maximum)))) {
       const float higher = largest(block.maximum);

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_kernels import registration, selective_log_softmax, selective_log_softmax_and_entropy
+from rlhf_kernels import registration, sample_tokens, selective_log_softmax, selective_log_softmax_and_entropy
 from rlhf_kernels.reference import log_prob as reference
 
 LOGITS = st.one_of(
@@ -201,6 +201,27 @@ def test_errors_name_the_argument(backend, arguments, error, message):
     call = {"logits": torch.zeros(2, 5), "index": torch.tensor([0, 1])} | oracles.here(arguments, message)
     with pytest.raises(error, match=message):
         selective_log_softmax(call.pop("logits"), call.pop("index"), **call)
+
+
+@pytest.mark.parametrize("part", [slice(0, 1024), slice(16_384, 32_768), slice(39_000, None)])
+def test_where_a_whole_part_is_nan_the_row_is(backend, part):
+    """As if one logit were: no part of a row that is added up by itself may hide it, though NaN is no maximum."""
+    logits = torch.randn(2, 40_000)
+    logits[1, part] = math.nan
+    logprobs, entropies = selective_log_softmax_and_entropy(logits, torch.tensor([20_000, 35_000]))
+    assert logprobs.isnan().tolist() == entropies.isnan().tolist() == [False, True]
+    if not logits.is_cuda:
+        with pytest.raises(ValueError, match=r"row \(1,\) holds NaN"):
+            sample_tokens(logits, seed=0, stream=0, step=0)
+
+
+def test_a_mask_of_inference_mode(backend):
+    """A backward keeps the mask, and torch lets it keep none of these."""
+    with torch.inference_mode():
+        mask = torch.tensor([True, False])
+    logits = torch.randn(2, 5, requires_grad=True)
+    selective_log_softmax(logits, torch.tensor([1, 2]), mask=mask).sum().backward()
+    assert (logits.grad != 0).any(1).tolist() == [True, False]
 
 
 def test_a_bad_index_is_nan_where_values_are_not_looked_at(backend):
