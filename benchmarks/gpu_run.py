@@ -2,7 +2,8 @@
 
     make gpu-run                            # on a machine with a GPU and nvcc; results in gpu_run/
     make gpu-run DRY=1                      # every step on a CPU, at toy sizes: shows that the run itself works
-    make gpu-run WHEELS=wheels/extra        # what the machine lacks comes from a folder, not from an index
+    make gpu-run WHEELS=wheels/extra        # what the machine lacks comes from a folder, not from an index; made by
+                                            # pip download '.[test,bench]' with that machine's Python and torch
     make gpu-run ARGS='--only benchmarks'   # a step alone, or several
 
 A step has a limit of its own, and writes its log as it goes. One that fails or takes too long doesn't stop the rest.
@@ -18,6 +19,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -27,6 +29,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 LAST_WORDS = 3
 """Seconds that a step has to end by itself once its time is over."""
+MODELS = Path(tempfile.gettempdir()) / "rlhf_gpu_run"
+"""Where iterations share models with random weights: gigabytes, that nobody wants among the results."""
 SHOWN = 15
 """Lines of a failed step's log that are shown again at the end."""
 
@@ -65,10 +69,13 @@ def shell(*commands: list[str]) -> list[str]:
 
 
 def installing(wheels: str | None) -> list[list[str]]:
-    """What the machine lacks, from a folder of wheels."""
+    """What is in a folder of wheels and not here, and this project, built here."""
+    install = python("-m", "pip", "install", "--quiet", "--no-deps")
+    editable = [*install, "--no-build-isolation", "--editable", str(ROOT)]
     if wheels is None:
-        return []
-    return [python("-m", "pip", "install", "--quiet", "--no-index", "--no-deps", *sorted(Path(wheels).glob("*.whl")))]
+        return [editable]
+    names = sorted({wheel.name.partition("-")[0] for wheel in Path(wheels).glob("*.whl")})
+    return [[*install, "--no-index", "--find-links", wheels, *names], editable]
 
 
 def iteration(out: Path, name: str, shape: dict[str, Any]) -> list[str]:
@@ -78,24 +85,28 @@ def iteration(out: Path, name: str, shape: dict[str, Any]) -> list[str]:
 
 def steps(out: Path, wheels: str | None) -> Iterator[Step]:
     """The run on a GPU, the most valuable first."""
-    needed = {"RLHF_KERNELS_REQUIRE": "cpu,cuda", "TORCH_CUDA_ARCH_LIST": "9.0a"}
-    install = python("-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--editable", ROOT)
-    yield Step("build", 85, shell(*installing(wheels), install, python("-m", "rlhf_kernels")), needed)
-    chosen = ("-k", "triton or cuda or gpu", "-m", "not install and not long")
-    yield Step("tests", 100, python("-m", "pytest", "-q", "-n", "8", ROOT / "tests/kernels", *chosen))
-    results = ("--json", out / "cuda.json", "--resume", "--plot", out / "cuda.png")
-    yield Step("benchmarks", 165, python(ROOT / "benchmarks/run.py", "--device", "cuda", *results))
+    needed = {
+        "RLHF_KERNELS_REQUIRE": "cpu,cuda", "TORCH_CUDA_ARCH_LIST": "9.0a",
+        "PIP_BREAK_SYSTEM_PACKAGES": "1",  # the machine is there for this alone
+    }  # fmt: skip
+    all_there = python("-c", "import rlhf.cli, hypothesis, matplotlib, xdist")
+    yield Step("build", 80, shell(*installing(wheels), python("-m", "rlhf_kernels"), all_there), needed)
+    # Compiling for GPUs that are not here needs none.
+    chosen = ("-k", "(triton or cuda or gpu) and not compiles_and_spills", "-m", "not install and not long")
+    yield Step("tests", 90, python("-m", "pytest", "-q", "-n", "8", ROOT / "tests/kernels", *chosen))
+    results = ("--json", out / f"cuda_{commit()}.json", "--resume", "--plot", out / "cuda.png")
+    yield Step("benchmarks", 150, python(ROOT / "benchmarks/run.py", "--device", "cuda", *results))
     gpt2 = {"width": 768, "layers": 12, "vocabulary": 50_257, "prompt": 256, "response": 256, "batch": 64}
     llama = {"type": "llama", "width": 2048, "layers": 16, "vocabulary": 128_256, "prompt": 512, "response": 256}
-    common = {"device": "cuda", "steps": 2, "minibatches": 4}
+    common = {"device": "cuda", "steps": 1, "minibatches": 4}
     for name, shape, attention, limit in (
         ("gpt2", gpt2, "sdpa", 35),
-        ("llama", llama | {"batch": 32}, "sdpa", 45),
-        ("llama_flex", llama | {"batch": 32}, "flex_attention", 50),
-        ("llama_varlen", llama | {"batch": 32}, "varlen_attn", 45),
+        ("llama", llama | {"batch": 32}, "sdpa", 60),  # the first makes the models
+        ("llama_varlen", llama | {"batch": 32}, "varlen_attn", 50),
+        ("llama_flex", llama | {"batch": 32}, "flex_attention", 55),
     ):
         settings = {"mixed_precision": "bf16", "frozen_dtype": "bfloat16", "attention": attention}
-        shape |= common | {"settings": settings}
+        shape |= common | {"settings": settings, "models": str(MODELS / shape.get("type", "gpt2"))}
         yield Step(f"iteration_{name}", limit, iteration(out, f"profile_{name}.txt", shape))
     small = python("-m", "pytest", "-q", "-x", ROOT / "tests/kernels/test_determinism.py")
     for tool in ("memcheck", "racecheck"):
@@ -103,17 +114,23 @@ def steps(out: Path, wheels: str | None) -> Iterator[Step]:
         yield Step(tool, 30, [*checked, "-k", "(triton or cuda) and runs"])
 
 
+def commit() -> str:
+    """Of the files here, for the name of a file that no run of another commit goes on with."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+
+
 def dry_steps(out: Path) -> Iterator[Step]:
     """The same on a CPU: Triton's interpreter, the emulation of CUDA, toy models, and no sanitizer.
 
     SDPA stands for flex_attention, which has no backward pass on a CPU, and for varlen_attn, which needs a GPU.
     """
-    yield Step("build", 90, python("-m", "rlhf_kernels"))
+    yield Step("build", 80, python("-m", "rlhf_kernels"))
     chosen = ("-k", "triton or cuda", "-m", "not install and not long")
-    yield Step("tests", 110, python("-m", "pytest", "-q", "-n", "2", ROOT / "tests/kernels/test_kl_reward.py", *chosen))
+    yield Step("tests", 90, python("-m", "pytest", "-q", "-n", "2", ROOT / "tests/kernels/test_kl_reward.py", *chosen))
     results = ("--json", out / "cpu.json", "--plot", out / "cpu.png")
     options = ("--quick", "--device", "cpu", "--family", "kl_reward")
-    yield Step("benchmarks", 180, python(ROOT / "benchmarks/run.py", *options, *results))
+    yield Step("benchmarks", 150, python(ROOT / "benchmarks/run.py", *options, *results))
     tiny = {"width": 64, "layers": 2, "vocabulary": 500, "prompt": 16, "response": 8, "batch": 8, "steps": 1}
     for kind in ("gpt2", "llama"):
         shape = tiny | {"type": kind, "minibatches": 2, "settings": {"mixed_precision": "bf16", "attention": "sdpa"}}
@@ -164,6 +181,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("gpu_run"), help="where logs and results go: %(default)s")
     parser.add_argument("--wheels", metavar="DIR", help="wheels of what this machine lacks")
     options = parser.parse_args()
+    if options.wheels and not list(Path(options.wheels).glob("*.whl")):
+        parser.error(f"--wheels {options.wheels}: holds no wheel")
     out = options.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     planned = list(dry_steps(out) if options.dry else steps(out, options.wheels))

@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,37 +84,67 @@ def random_ids(shape: dict[str, Any], count: int, length: int) -> list[list[int]
     return torch.randint(FIRST_WORD, shape["vocabulary"], (count, length), generator=generator).tolist()
 
 
-class Clock:
-    """The time between the ends of steps, and how many times were taken."""
+class Done(BaseException):
+    """All steps were taken. Nothing is to be saved of them."""
 
-    def __init__(self) -> None:
+
+class Clock:
+    """The time between the ends of steps, of which the first also warms up.
+
+    With ``profile`` there is a step more, whose profile is written there: a table of where the device's time went.
+    """
+
+    def __init__(self, steps: int, profile: str | None = None) -> None:
+        self.steps, self.profile = steps, profile
         self.ends: list[float] = []
+        self.profiler: Any = None
+
+    @property
+    def all_steps(self) -> int:
+        """How many the trainer is to take."""
+        return self.steps + 1 + (self.profile is not None)
 
     def tick(self, *_: Any, **__: Any) -> None:
         """A step has ended."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.ends.append(time.perf_counter())
+        if len(self.ends) > 1 and self.profiler is None:  # at once: the process may yet be ended
+            print(f"step {len(self.ends) - 1}: {self.seconds[-1]:.3f} s", file=sys.stderr, flush=True)
+        if self.profile is None:
+            return
+        if len(self.ends) == self.steps + 1:
+            kind = "CUDA" if torch.cuda.is_available() else "CPU"  # operators are too many to tell within minutes
+            self.profiler = torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, kind)])
+            self.profiler.start()
+        elif len(self.ends) == self.steps + 2:
+            self.profiler.stop()
+            device = "device" if torch.cuda.is_available() else "cpu"
+            table = self.profiler.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=40)
+            Path(self.profile).write_text(table)
+            raise Done
 
     @property
     def seconds(self) -> list[float]:
-        """Of all steps but the first, which also warms up."""
-        return [later - earlier for earlier, later in zip(self.ends, self.ends[1:], strict=False)]
+        """Of all steps but the first, and the one that is profiled."""
+        return [later - earlier for earlier, later in zip(self.ends, self.ends[1 : self.steps + 1], strict=False)]
 
 
 def rlhf_ppo(shape: dict[str, Any], clock: Clock) -> None:
     """Our PPO."""
-    save(language_model(shape), shape, "policy")
-    save(scalar_model(shape), shape, "reward_model")
+    policy = saved(language_model, shape, "policy")
+    reward_model = saved(scalar_model, shape, "reward_model")
     prompts = [{"prompt": words_of(ids)} for ids in random_ids(shape, 4 * shape["batch"], shape["prompt"])]
     run_command(
-        "ppo", shape, clock, policy="policy", reward_model="reward_model", prompts=written(prompts),
-        episodes=shape["batch"] * (shape["steps"] + 1), minibatch_size=shape["batch"] // shape["minibatches"],
+        "ppo", shape, clock, policy=policy, reward_model=reward_model, prompts=written(prompts),
+        episodes=shape["batch"] * clock.all_steps, minibatch_size=shape["batch"] // shape["minibatches"],
     )  # fmt: skip
 
 
 def rlhf_reward(shape: dict[str, Any], clock: Clock) -> None:
     """Our reward training, with K completions to a prompt, ranked from first to last."""
-    save(language_model(shape), shape, "model")
-    count, k = shape["batch"] * (shape["steps"] + 1), shape["completions"]
+    model = saved(language_model, shape, "model")
+    count, k = shape["batch"] * clock.all_steps, shape["completions"]
     answers = random_ids(shape, count * k, shape["response"] - 1)
     records = [
         {
@@ -124,7 +154,7 @@ def rlhf_reward(shape: dict[str, Any], clock: Clock) -> None:
         }
         for i, ids in enumerate(random_ids(shape, count, shape["prompt"]))
     ]
-    run_command("reward", shape, clock, model="model", data=written(records), epochs=1, held_out_fraction=0.0)
+    run_command("reward", shape, clock, model=model, data=written(records), epochs=1, held_out_fraction=0.0)
 
 
 def trl_ppo(shape: dict[str, Any], clock: Clock) -> None:
@@ -169,10 +199,10 @@ def trl_grpo(shape: dict[str, Any], clock: Clock) -> None:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             clock.tick()
 
-    save(language_model(shape), shape, "policy")
+    policy = saved(language_model, shape, "policy")
     prompts = [words_of(ids) for ids in random_ids(shape, 4 * shape["batch"], shape["prompt"])]
     trainer = GRPOTrainer(
-        model="policy",
+        model=policy,
         args=GRPOConfig(
             output_dir="run", report_to="none", save_strategy="no", use_cpu=True, bf16=False, disable_tqdm=True,
             gradient_checkpointing=False, per_device_train_batch_size=shape["batch"], num_generations=shape["group"],
@@ -196,10 +226,21 @@ def patched_trl_grpo(shape: dict[str, Any], clock: Clock) -> None:
             raise SystemExit(f"ours never ran: {patch}")
 
 
-def save(model: Any, shape: dict[str, Any], name: str) -> None:
-    """Writes a model with its tokenizer into a folder of this name."""
-    model.save_pretrained(name)
-    tokenizer_of(shape).save_pretrained(name)
+def saved(make: Callable[[dict[str, Any]], Any], shape: dict[str, Any], name: str) -> str:
+    """A folder with a model and its tokenizer: in ``models``, if there is such a folder, for others that come later.
+
+    In bfloat16 there, which takes half the time. It is made on the device, where random numbers are fast.
+    """
+    shared = shape.get("models")
+    folder = Path(shared or ".") / name
+    if not folder.exists():
+        part = folder.with_suffix(".part")  # what was ended half way is done again
+        with torch.device(shape.get("device", "cpu")):
+            model = make(shape)
+        (model.bfloat16() if shared else model).save_pretrained(part)
+        tokenizer_of(shape).save_pretrained(part)
+        part.rename(folder)
+    return str(folder)
 
 
 def written(records: list[dict[str, Any]]) -> str:
@@ -226,7 +267,7 @@ def run_command(stage: str, shape: dict[str, Any], clock: Clock, **settings: Any
         "lengths.max_prompt_tokens": shape["prompt"], "lengths.max_response_tokens": shape["response"],
         **shape.get("settings", {}),
     }  # fmt: skip
-    with contextlib.redirect_stdout(sys.stderr):  # the result is the last line of our output
+    with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(Done):  # the result is the last line of our output
         if cli.main([stage, *(f"--{name}={value}" for name, value in settings.items())]):
             raise SystemExit(f"rlhf {stage} failed")
 
@@ -246,27 +287,15 @@ WORK = {
 }  # fmt: skip
 
 
-@contextlib.contextmanager
-def profiled(path: str | None) -> Iterator[None]:
-    """Writes a table of where the time went, if there is a path for it."""
-    if path is None:
-        yield
-        return
-    with torch.profiler.profile() as found:
-        yield
-    device = "device" if torch.cuda.is_available() else "cpu"
-    Path(path).write_text(found.key_averages().table(sort_by=f"self_{device}_time_total", row_limit=40))
-
-
 def main(trainer: str, stage: str, text: str) -> None:
     """Works in a temporary folder, and prints the result as the last line."""
-    clock, shape = Clock(), json.loads(text)
+    shape = json.loads(text)
+    clock = Clock(shape["steps"], shape.get("profile"))
     with tempfile.TemporaryDirectory() as folder:
         before = Path.cwd()
         os.chdir(folder)
         try:
-            with profiled(shape.get("profile")):
-                WORK[trainer, stage](shape, clock)
+            WORK[trainer, stage](shape, clock)
         finally:
             os.chdir(before)
     print(json.dumps({"seconds": clock.seconds, "peak_bytes": peak_bytes()}))

@@ -87,9 +87,8 @@ class RunConfig(Settings):
     """Precision of the weights that are not trained: PPO's reference and reward model, and all but the adapter with
     lora.rank."""
     attention: str | None = None
-    """Attention implementation of transformers, for example flash_attention_2 where flash-attn is installed, or
-    varlen_attn, which is torch's own for packed sequences on a GPU; by default sdpa for models that have it, eager for
-    the others."""
+    """Attention implementation of transformers. On a GPU also flash_attention_2 where flash-attn is installed,
+    flex_attention, or torch's own varlen_attn, in 16 bits. By default sdpa for models that have it, else eager."""
     liger: bool = False
     """Liger's fused norms, rotary embeddings and MLPs in all models, on a GPU where liger-kernel is installed."""
     tokenizer: Tokenizer | None = None

@@ -37,10 +37,12 @@ from rlhf.batch import Group
 from rlhf.data import turn_end
 from rlhf.errors import UserError
 from rlhf.fields import first_line
-from rlhf.settings import check
+from rlhf.settings import ConfigError, check
 
 ModelSource: TypeAlias = str | Path | PreTrainedModel
 """A directory or hub name, or a model."""
+WITHOUT_FLEX = ("cpu",)
+"""Kinds of devices on which flex_attention can't be trained with."""
 TokenizerSource: TypeAlias = ModelSource | PreTrainedTokenizerBase
 """A tokenizer, or where to find one: a directory, a hub name, or a model that was loaded from either."""
 
@@ -329,6 +331,10 @@ def load(
         return load_merged(auto, adapter, config, attention, device, new_head=new_head, dtype=dtype)
     if attention == varlen.NAME:
         varlen.check(config, device)
+    elif attention == "flex_attention" and torch.device(device).type in WITHOUT_FLEX:
+        raise ConfigError(
+            "attention: flex_attention has no backward pass on a CPU; leave it out, or take another implementation"
+        )
     if isinstance(source, (str, Path)):
         path = directory_of(source)
     else:
@@ -340,6 +346,10 @@ def load(
         with quiet():
             model, info = auto.from_pretrained(path, **options)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        if attention and "attn_implementation" in str(error):
+            raise ConfigError(
+                f"attention: is {attention!r}, which {name} does not have: {first_line(error)}"
+            ) from error
         raise ModelError(f"{name}: could not be loaded as {auto.__name__}: {first_line(error)}") from error
     missing = sorted(
         key for key in info["missing_keys"] if not (new_head and key.startswith(("score.", "classifier.")))

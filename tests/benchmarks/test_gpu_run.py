@@ -44,11 +44,11 @@ def test_every_step_on_a_cpu(tmp_path):
 
 
 def test_the_steps_on_a_gpu_fit_ten_minutes_and_need_no_index(gpu_run, tmp_path):
-    (tmp_path / "some.whl").touch()
+    (tmp_path / "some-1.0-py3-none-any.whl").touch()
     planned = list(gpu_run.steps(tmp_path, str(tmp_path)))
     assert sum(step.limit for step in planned) + 4 * gpu_run.LAST_WORDS <= 600  # few of them run out of time
     assert [step.name for step in planned[:3]] == ["build", "tests", "benchmarks"]
-    assert f"--no-index --no-deps {tmp_path / 'some.whl'}" in planned[0].command[-1]
+    assert f"--no-index --find-links {tmp_path} some\n" in planned[0].command[-1]
     assert len({path for step in planned for path in (f"{step.name}.log",)}) == len(planned)
 
 

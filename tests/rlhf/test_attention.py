@@ -19,7 +19,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import LlamaConfig, LlamaForCausalLM, masking_utils
 from transformers.integrations import flex_attention as theirs
 
-from rlhf import models, ppo, reward, varlen
+from rlhf import loading, models, ppo, reward, varlen
 from rlhf.batch import groups_of_one, lay_out
 from rlhf.config import LoRA, RunConfig
 from rlhf.lora import add_adapter
@@ -289,6 +289,18 @@ def test_on_a_cpu_and_in_float32(rlhf, base, data, tmp_path):
         assert message in only_line(error)
 
 
+@pytest.mark.parametrize(
+    ("attention", "message"),
+    [
+        ("flex_attention", "attention: flex_attention has no backward pass on a CPU; leave it out"),
+        ("varlen_atn", r"attention: is 'varlen_atn', which .*llama does not have: "),
+    ],
+)
+def test_others_that_are_not_there(attention, message, saved):
+    with pytest.raises(ConfigError, match=message):
+        LanguageModel.load(saved("llama"), attention=attention)
+
+
 # flex_attention ----------------------------------------------------------------------------------------------------
 
 
@@ -296,6 +308,7 @@ def test_on_a_cpu_and_in_float32(rlhf, base, data, tmp_path):
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "qwen3"])
 def test_flex_attention_sees_each_sequence_alone(model_type, layout, saved, monkeypatch):
     """As its definition computes it: what is compiled for a CPU has no backward pass, and may crash."""
+    monkeypatch.setattr(loading, "WITHOUT_FLEX", ())
     monkeypatch.setattr(flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
     monkeypatch.setattr(flex, "_validate_device", lambda *_: None)
     monkeypatch.setattr(theirs, "WrappedFlexAttention", lambda _: lambda: flex.flex_attention)
