@@ -361,6 +361,8 @@ def _losses(
     gradients = Gradients(rows, needs_hidden, needs_weight, by_rows=True, boost=boost)
     size = min(count, rows_at_a_time(count, vocabulary))
     buffer = rows.hidden.new_empty(size, vocabulary, dtype=torch.float32)
+    # With the softcap's terms, larger blocks would spill registers in some versions of Triton.
+    block = blocks(vocabulary, 4096 if rows.softcap is None else 2048)
     for first in range(0, count, max(1, size)):
         part = slice(first, min(count, first + size))
         logits = rows.logits(rows.hidden[part], slice(None), buffer[: part.stop - first])
@@ -369,7 +371,7 @@ def _losses(
             logits, slopes, rows.index[part], rows.wanted[part], weights[part], advantages[part], old[part],
             reference[part], losses[part], statistics[part], logits.stride(0), slopes.stride(0), vocabulary,
             LOG2_E.value / rows.temperature, 1.0 / rows.temperature, rows.softcap or 1.0, **options,
-            BLOCK=blocks(vocabulary, 4096), SOFTCAP=rows.softcap is not None, GRADIENT=with_gradient, num_warps=8,
+            BLOCK=block, SOFTCAP=rows.softcap is not None, GRADIENT=with_gradient, num_warps=8,
         )  # fmt: skip
         if with_gradient:
             gradients.add(slopes, part, slice(None))
