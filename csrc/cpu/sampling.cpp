@@ -79,7 +79,7 @@ void sample_tokens(const SamplingArguments& in, const SamplingResults& out, int6
                                [&](int64_t start, float maximum, const BlockSums& block) {
                                  blocks[start / kBlock] = {sum(block.e), maximum};
                                });
-      if (!std::isfinite(sums.sum)) {
+      if (!std::isfinite(sums.sum) || sums.sum == 0) {
         out.tokens[row] = -1;
         out.logprobs[row] = NAN;
         continue;

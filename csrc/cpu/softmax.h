@@ -93,9 +93,8 @@ OnlineSoftmax reduce_row(const T* logits, int64_t vocabulary, double inverse_tem
     const int64_t count = vocabulary - i < kBlock ? vocabulary - i : kBlock;
     const T* at = logits + i;
     if (maximum == -INFINITY) maximum = block_maximum(at, count);
-    // Nothing but −inf so far: these tokens have probability 0, unless all of them are banned, or NaN is among them, which no
-    // maximum sees.
-    if (maximum == -INFINITY && i + count < vocabulary && !any_nan(at, count)) continue;
+    // Nothing but −inf so far: these tokens have probability 0, unless NaN is among them, which no maximum sees.
+    if (maximum == -INFINITY && !any_nan(at, count)) continue;
     BlockSums block = block_sums<T, kEntropy>(at, count, maximum, inverse_temperature);
     if (cpu::count(greater(block.maximum, Vec(maximum)))) {
       const float higher = largest(block.maximum);

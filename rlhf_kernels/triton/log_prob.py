@@ -251,19 +251,8 @@ def _gradient(
         if ENTROPY:
             gh = tl.load(grad_entropies + row)
             entropy = tl.load(entropies + row)
-        g = gradient_block(
-            x,
-            tl.program_id(1) * BLOCK,
-            token - first,
-            top,
-            log_sum,
-            entropy,
-            go,
-            gh,
-            inverse_temperature,
-            BLOCK,
-            ENTROPY,
-        )
+        begin = tl.program_id(1) * BLOCK
+        g = gradient_block(x, begin, token - first, top, log_sum, entropy, go, gh, inverse_temperature, BLOCK, ENTROPY)
         tl.store(to, g.to(gradient.dtype.element_ty), mask=here)
     else:
         tl.store(to, tl.zeros([BLOCK], gradient.dtype.element_ty), mask=here)

@@ -199,6 +199,26 @@ def test_one_hidden_state_without_a_leading_shape(backend):
     assert logprob.item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("banned", [slice(0, 1500), slice(1500, 3000), slice(5, 3000)])
+def test_a_whole_part_of_the_vocabulary_may_be_banned(backend, banned):
+    """Parts are added up by themselves, and these have nothing to add, not even NaN."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(3, 8, requires_grad=True), torch.randn(3000, 8, requires_grad=True)
+    bias = torch.zeros(3000)
+    bias[banned] = -torch.inf
+    index = (bias == 0).nonzero().flatten()[[0, 1, -1]]
+    results = linear_selective_log_softmax_and_entropy(hidden, weight, index, bias=bias)
+    loss = linear_cross_entropy(hidden, weight, index, bias=bias)
+    allowed = torch.where(bias[:, None] == 0, weight, 0).double() @ hidden.T.double() + bias[:, None]
+    logprobs = allowed.T.log_softmax(-1)
+    want = logprobs.gather(1, index[:, None]).squeeze(1)
+    entropy = -(logprobs.exp() * logprobs.clamp(min=-1e9)).sum(1)
+    torch.testing.assert_close(results, (want.float(), entropy.float()), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss, -want.mean().float(), rtol=1e-5, atol=1e-5)
+    for gradient in torch.autograd.grad(results[0].sum() + results[1].sum() + loss, (hidden, weight)):
+        assert gradient.isfinite().all()
+
+
 def test_a_bias_of_minus_infinity_bans_a_token(backend):
     hidden, weight, bias = torch.randn(2, 6, requires_grad=True), torch.randn(4, 6), torch.zeros(4)
     bias[1] = -math.inf

@@ -169,7 +169,7 @@ def test_an_error_leaves_nothing_behind(base, data, tmp_path):
         ({"data": [{"prompt": "w01"}]}, DataError),
         ({"data": 7}, rlhf.ConfigError),
         ({"model": str(damaged)}, ModelError),
-        ({"attention": "no_such_attention"}, ModelError),
+        ({"attention": "no_such_attention"}, rlhf.ConfigError),
         ({"held_out_fraction": 0.999}, rlhf.ConfigError),
     ]
     for change, error in bad:

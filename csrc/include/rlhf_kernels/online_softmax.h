@@ -26,13 +26,13 @@ RLHF_HOST_DEVICE void merge(OnlineSoftmax& all, const OnlineSoftmax& part, doubl
     low = all;
     all = part;
   }
-  const double shift = (static_cast<double>(low.maximum) - all.maximum) * inverse_temperature;
   // Where all logits of the lower part are −inf it adds nothing, and multiplying would give 0·inf, which is NaN. Where they
   // are all NaN, which no maximum sees, the whole row is NaN.
-  if (shift == -static_cast<double>(INFINITY)) {
+  if (low.maximum == -INFINITY) {
     if (low.sum != low.sum) all.sum = all.weighted = low.sum;
     return;
   }
+  const double shift = (static_cast<double>(low.maximum) - all.maximum) * inverse_temperature;
   const double scale = exp(shift);
   all.weighted += (low.weighted + shift * low.sum) * scale;
   all.sum += low.sum * scale;
