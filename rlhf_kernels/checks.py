@@ -205,14 +205,19 @@ def read_mask(backend: str, name: str, value: Tensor | None, like: Tensor) -> Te
     """
     if value is None:
         return torch.ones(like.shape, dtype=torch.bool, device=like.device) if backend == "reference" else None
-    if not torch.compiler.is_compiling() and value.is_inference() and not torch.is_inference_mode_enabled():
-        value = value.clone()  # a backward would not be allowed to keep it
     if backend == "cpu" or value.dtype == torch.bool:
         return value
     value = value.detach()
     if value.is_cpu:
         value = _check_mask(value, name)
     return value != 0 if backend == "reference" else value
+
+
+def to_be_kept(mask: Tensor | None) -> Tensor | None:
+    """The mask as a backward may keep it: torch allows that of no tensor that inference mode has made."""
+    if mask is None or torch.compiler.is_compiling() or not mask.is_inference() or torch.is_inference_mode_enabled():
+        return mask
+    return mask.clone()
 
 
 def read_index(

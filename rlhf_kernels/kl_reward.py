@@ -39,7 +39,7 @@ def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor | None = Non
     _check(logprobs, ref_logprobs, estimator)
     checks.mask("mask", mask, logprobs, logprobs.shape)
     backend = choose("kl_penalty", logprobs, ref_logprobs)
-    mask = checks.read_mask(backend, "mask", mask, logprobs)
+    mask = checks.to_be_kept(checks.read_mask(backend, "mask", mask, logprobs))
     if backend == "reference":
         return reference.kl_penalty(logprobs, ref_logprobs, mask, estimator)
     if logprobs.dim() in (1, 2):

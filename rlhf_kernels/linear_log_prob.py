@@ -199,8 +199,8 @@ def linear_ppo_policy_loss(
         backend, "linear_ppo_policy_loss", hidden, weight, index, old_logprobs, advantages, mask, bias, temperature,
         softcap, *options, needs_gradient(hidden), needs_gradient(weight, bias),
     )  # fmt: skip
-    *_, entropy = OPS["linear_ppo_policy_loss"].statistics
-    return loss, policy_statistics(statistics, dual_clip, ref_logprobs) | {entropy: statistics[-1]}
+    *values, entropy = statistics.unbind()
+    return loss, policy_statistics(tuple(values), dual_clip, ref_logprobs) | {"entropy": entropy}
 
 
 def linear_cross_entropy(

@@ -155,7 +155,7 @@ def read_rows(
     backend: str, index: Tensor, mask: Tensor | None, ignore_index: int, size: int
 ) -> tuple[Tensor, Tensor | None]:
     """The index and the mask as a backend takes them."""
-    mask = None if mask is None else checks.read_mask(backend, "mask", mask, index)
+    mask = None if mask is None else checks.to_be_kept(checks.read_mask(backend, "mask", mask, index))
     return checks.read_index(backend, "index", index, mask, size, ignore_index), mask
 
 

@@ -10,14 +10,12 @@ from torch import Tensor
 
 from rlhf_kernels import checks
 from rlhf_kernels.backends import choose
-from rlhf_kernels.ops import OPS, POLICY_STATISTICS
+from rlhf_kernels.ops import OPS
 from rlhf_kernels.reference import ppo_loss as reference
 from rlhf_kernels.registration import autograd_of_loss, call, fake, needs_gradient
 
 SURROGATES = ("clipped", "cispo")
 RATIO_LEVELS = ("token", "sequence")
-ALWAYS = POLICY_STATISTICS[:-2]
-"""The statistics without the last two, of the dual clip and of the reference policy."""
 REDUCTIONS = ("token-mean", "token-sum", "seq-mean-token-mean", "seq-mean-token-sum")
 
 
@@ -107,7 +105,7 @@ def ppo_policy_loss(
     if backend == "reference":
         return reference.ppo_policy_loss(*arguments)
     loss, statistics, _ = call(backend, "ppo_policy_loss", *arguments, needs_gradient(logprobs))
-    return loss, policy_statistics(statistics, dual_clip, ref_logprobs)
+    return loss, policy_statistics(statistics.unbind(), dual_clip, ref_logprobs)
 
 
 def ppo_value_loss(
@@ -218,14 +216,19 @@ def check_surrogate(
     return low, high, dual_clip, log_ratio_clamp, cispo
 
 
-def policy_statistics(statistics: Tensor, dual_clip: float | None, ref_logprobs: Tensor | None) -> dict[str, Tensor]:
+def policy_statistics(
+    values: tuple[Tensor, ...], dual_clip: float | None, ref_logprobs: Tensor | None
+) -> dict[str, Tensor]:
     """The statistics by name; those of the dual clip and of the reference policy where there is one."""
-    values = statistics.unbind()
-    named = dict(zip(ALWAYS, values))  # noqa: B905 (there are more values)
+    ratio_mean, log_ratio_mean, deviation, approx_kl, clip_fraction, dual_clip_fraction, ref_kl = values
+    named = {  # in words, since making it of the table of names would take longer
+        "ratio_mean": ratio_mean, "log_ratio_mean": log_ratio_mean, "ratio_max_deviation": deviation,
+        "approx_kl": approx_kl, "clip_fraction": clip_fraction,
+    }  # fmt: skip
     if dual_clip is not None:
-        named["dual_clip_fraction"] = values[POLICY_STATISTICS.index("dual_clip_fraction")]
+        named["dual_clip_fraction"] = dual_clip_fraction
     if ref_logprobs is not None:
-        named["ref_kl"] = values[POLICY_STATISTICS.index("ref_kl")]
+        named["ref_kl"] = ref_kl
     return named
 
 

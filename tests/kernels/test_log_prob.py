@@ -6,7 +6,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf_kernels import registration, sample_tokens, selective_log_softmax, selective_log_softmax_and_entropy
+from rlhf_kernels import (
+    kl_penalty,
+    registration,
+    sample_tokens,
+    selective_log_softmax,
+    selective_log_softmax_and_entropy,
+)
 from rlhf_kernels.reference import log_prob as reference
 
 LOGITS = st.one_of(
@@ -222,6 +228,9 @@ def test_a_mask_of_inference_mode(backend):
     logits = torch.randn(2, 5, requires_grad=True)
     selective_log_softmax(logits, torch.tensor([1, 2]), mask=mask).sum().backward()
     assert (logits.grad != 0).any(1).tolist() == [True, False]
+    logprobs = torch.ones(2, requires_grad=True)
+    kl_penalty(logprobs, torch.zeros(2), mask).sum().backward()
+    assert logprobs.grad.tolist() == [1, 0]
 
 
 def test_a_bad_index_is_nan_where_values_are_not_looked_at(backend):

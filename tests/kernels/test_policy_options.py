@@ -17,6 +17,7 @@ from rlhf_kernels import (
     ppo_policy_loss,
     use_backend,
 )
+from rlhf_kernels.ops import OPS
 
 REDUCTIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
 OPTIONS = (
@@ -357,3 +358,12 @@ def test_every_combination_runs(backend):
             want = call.run()
         for ours, theirs in zip(got, want, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_statistics_have_the_names_that_the_table_of_ops_has():
+    a = torch.randn(2, 3)
+    _, statistics = ppo_policy_loss(a, a, a, None, dual_clip=2.0, ref_logprobs=a)
+    assert tuple(statistics) == OPS["ppo_policy_loss"].statistics
+    hidden, weight, index = torch.randn(2, 3, 4), torch.randn(5, 4), torch.ones(2, 3, dtype=torch.long)
+    _, statistics = linear_ppo_policy_loss(hidden, weight, index, a, a, None, dual_clip=2.0, ref_logprobs=a)
+    assert tuple(statistics) == OPS["linear_ppo_policy_loss"].statistics
