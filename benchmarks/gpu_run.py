@@ -26,6 +26,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from commit import commit
+
 ROOT = Path(__file__).parent.parent
 LAST_WORDS = 3
 """Seconds that a step has to end by itself once its time is over."""
@@ -94,7 +96,8 @@ def steps(out: Path, wheels: str | None) -> Iterator[Step]:
     # Compiling for GPUs that are not here needs none.
     chosen = ("-k", "(triton or cuda or gpu) and not compiles_and_spills", "-m", "not install and not long")
     yield Step("tests", 90, python("-m", "pytest", "-q", "-n", "8", ROOT / "tests/kernels", *chosen))
-    results = ("--json", out / f"cuda_{commit()}.json", "--resume", "--plot", out / "cuda.png")
+    # No run of another commit goes on with this file.
+    results = ("--json", out / f"cuda_{commit() or 'unknown'}.json", "--resume", "--plot", out / "cuda.png")
     yield Step("benchmarks", 150, python(ROOT / "benchmarks/run.py", "--device", "cuda", *results))
     gpt2 = {"width": 768, "layers": 12, "vocabulary": 50_257, "prompt": 256, "response": 256, "batch": 64}
     llama = {"type": "llama", "width": 2048, "layers": 16, "vocabulary": 128_256, "prompt": 512, "response": 256}
@@ -112,12 +115,6 @@ def steps(out: Path, wheels: str | None) -> Iterator[Step]:
     for tool in ("memcheck", "racecheck"):
         checked = ["compute-sanitizer", "--error-exitcode", "1", "--tool", tool, *small]
         yield Step(tool, 30, [*checked, "-k", "(triton or cuda) and runs"])
-
-
-def commit() -> str:
-    """Of the files here, for the name of a file that no run of another commit goes on with."""
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
 
 
 def dry_steps(out: Path) -> Iterator[Step]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
+from commit import commit
 
 import rlhf_kernels
 from rlhf_kernels.__main__ import native_module
@@ -31,7 +31,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "backends": rlhf_kernels.available_backends(),
         "forced_backend": os.environ.get("RLHF_KERNELS_BACKEND") or None,
         "native_module": native_module(),
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
@@ -43,13 +43,3 @@ def _cpu_model() -> str:
         return platform.processor() or platform.machine()
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
-
-
-def _commit() -> str | None:
-    """The commit of this checkout, with a mark where files differ from it."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()

@@ -10,8 +10,7 @@ namespace rlhf_kernels {
 inline void define_ops(torch::stable::detail::StableLibrary& library) {
   library.def(
       "selective_log_softmax(Tensor logits, Tensor index, Tensor? mask, int? ignore_index, float temperature, "
-      "bool with_entropy, "
-      "bool inplace_backward) -> "
+      "bool with_entropy, bool inplace_backward) -> "
       "(Tensor logprobs, Tensor entropies, Tensor maxima, Tensor log_sums)");
   library.def(
       "selective_log_softmax_backward(Tensor logits, Tensor index, Tensor? mask, int? ignore_index, float temperature, "
@@ -24,8 +23,8 @@ inline void define_ops(torch::stable::detail::StableLibrary& library) {
       "float temperature, float? softcap, bool with_entropy) -> "
       "(Tensor logprobs, Tensor entropies, Tensor maxima, Tensor log_sums)");
   library.def(
-      "linear_selective_log_softmax_backward(Tensor hidden, Tensor weight, Tensor index, Tensor? mask, int? ignore_index, Tensor? bias, "
-      "float temperature, float? softcap, Tensor entropies, Tensor maxima, Tensor log_sums, Tensor grad_logprobs, "
+      "linear_selective_log_softmax_backward(Tensor hidden, Tensor weight, Tensor index, Tensor? mask, "
+      "int? ignore_index, Tensor? bias, float temperature, float? softcap, Tensor entropies, Tensor maxima, Tensor log_sums, Tensor grad_logprobs, "
       "Tensor? grad_entropies, bool needs_hidden, bool needs_weight) -> "
       "(Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)");
   library.def(

@@ -61,8 +61,8 @@ __global__ void __launch_bounds__(kThreads, 4) sums_kernel(LogProbInputs in, Log
 }
 
 template <Dtype kDtype, bool kEntropy>
-__global__ void __launch_bounds__(kThreads, 4) gradient_kernel(LogProbInputs in, LogProbGradient out, double inverse_temperature,
-                                                               unsigned chunks) {
+__global__ void __launch_bounds__(kThreads, 4) gradient_kernel(LogProbInputs in, LogProbGradient out,
+                                                               double inverse_temperature, unsigned chunks) {
   const unsigned row = blockIdx.x / chunks;
   const int64_t chunk = blockIdx.x % chunks, from = offset_of(in.rows, row), to = offset_of(out.rows, row);
   const auto* logits = static_cast<const char*>(in.logits) + from * kSizeOf<kDtype>;
@@ -123,7 +123,8 @@ __global__ void __launch_bounds__(kThreads, 4) gradient_kernel(LogProbInputs in,
         continue;
       }
       for (int64_t j = at < 0 ? 0 : at; j < at + kVector && j < in.vocabulary; ++j) {
-        const float x = !wanted ? 0.0f : slot == static_cast<unsigned>(j - at) ? of_chosen : of(load(in.logits, kDtype, from + j));
+        const bool is_chosen = slot == static_cast<unsigned>(j - at);
+        const float x = !wanted ? 0.0f : is_chosen ? of_chosen : of(load(in.logits, kDtype, from + j));
         store(out.gradient, kDtype, to + j, x);
       }
     }

@@ -19,7 +19,8 @@ struct Chunk {
 
 // Whether all chunks of a row are there, this block's among them. The last block to ask is told so, and one beside it may be
 // too: both then write the same results.
-__device__ __forceinline__ bool is_complete(Chunk* row, unsigned own, const OnlineSoftmax& sums, unsigned chunks, uint64_t launch) {
+__device__ __forceinline__ bool is_complete(Chunk* row, unsigned own, const OnlineSoftmax& sums, unsigned chunks,
+                                            uint64_t launch) {
   if (threadIdx.x == 0) {
     row[own].sums = sums;
     __threadfence();

@@ -38,14 +38,15 @@ struct LinearInputs {
   Projection projection;
 
   LinearInputs(const Tensor& all_hidden, const Tensor& all_weight, const char* index_name, const Tensor& all_index,
-               Mask& mask, std::optional<int64_t> ignore_index, const OptionalTensor& all_bias, double temperature, std::optional<double> softcap,
-               int64_t least_index = 0)
+               Mask& mask, std::optional<int64_t> ignore_index, const OptionalTensor& all_bias, double temperature,
+               std::optional<double> softcap, int64_t least_index = 0)
       : hidden(all_hidden), weight(all_weight), bias(all_bias ? OptionalTensor(dense(*all_bias)) : std::nullopt) {
     STD_TORCH_CHECK(hidden.scalar_type() == weight.scalar_type() &&
                         (!bias || bias->scalar_type() == weight.scalar_type()),
                     "hidden, weight and bias differ in dtype");
     const Tensor dense_index = cast(all_index, ScalarType::Long);
-    checks::check_index(index_name, dense_index, mask.read_and_check(dense_index, ignore_index).data(), weight.size(0), least_index);
+    mask.read_and_check(dense_index, ignore_index);
+    checks::check_index(index_name, dense_index, mask.data(), weight.size(0), least_index);
     const int64_t count = all_index.numel(), depth = weight.size(1);
     for (int64_t row = 0; row < count; ++row) {
       if (!mask.data()[row]) continue;
@@ -252,8 +253,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_selective_log_softmax(
 
 std::tuple<Tensor, Tensor, Tensor> linear_selective_log_softmax_backward(
     Tensor hidden, Tensor weight, Tensor index, OptionalTensor mask, std::optional<int64_t> ignore_index,
-    OptionalTensor bias, double temperature, std::optional<double> softcap, Tensor entropies, Tensor maxima, Tensor log_sums, Tensor grad_logprobs,
-    OptionalTensor grad_entropies, bool needs_hidden, bool needs_weight) {
+    OptionalTensor bias, double temperature, std::optional<double> softcap, Tensor entropies, Tensor maxima,
+    Tensor log_sums, Tensor grad_logprobs, OptionalTensor grad_entropies, bool needs_hidden, bool needs_weight) {
   const auto& k = kernels();
   Mask wanted("mask", mask, index);
   const LinearInputs in(hidden, weight, "index", index, wanted, ignore_index, bias, temperature, softcap, -1);

@@ -35,8 +35,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> selective_log_softmax(Tensor logits, 
 }
 
 void log_prob_backward(const Tensor& logits, const Tensor& index, const OptionalTensor& mask,
-                       std::optional<int64_t> ignore_index, double temperature, const Tensor& entropies, const Tensor& maxima, const Tensor& log_sums,
-                       const Tensor& grad_logprobs, const OptionalTensor& grad_entropies, const Tensor& gradient) {
+                       std::optional<int64_t> ignore_index, double temperature, const Tensor& entropies,
+                       const Tensor& maxima, const Tensor& log_sums, const Tensor& grad_logprobs,
+                       const OptionalTensor& grad_entropies, const Tensor& gradient) {
   const Tensor dense_index = cast(index, ScalarType::Long);
   Mask wanted("mask", mask, index);
   const auto in = log_prob_arguments(logits, dense_index, wanted.read_and_check(dense_index, ignore_index).data(), temperature);
